@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a backend is to the API layer: a name, a reason for "no", a workspace formula, and run().
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "core/problem.h"
+
+namespace fsa {
+
+struct Availability {
+  bool available = false;
+  std::string description;  // what it is, or why it is not available
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual std::string_view name() const = 0;
+  virtual Availability availability() const = 0;
+
+  // Empty when the problem can be computed; otherwise why not, as the end of a sentence that starts with
+  // the backend's name.
+  virtual std::string reject(const Problem& problem) const = 0;
+
+  // The kernel that run() would use, with its instruction set.
+  virtual std::string kernel(const Problem& problem) const = 0;
+
+  // A function of the problem alone, so that it can be asked before outputs exist.
+  virtual std::size_t workspace_bytes(const Problem& problem) const = 0;
+
+  // Joins partial results; false when this backend cannot (another device).
+  virtual bool merge(const MergeProblem& problem) const = 0;
+
+  // Arguments are checked, workspace.bytes >= workspace_bytes(problem).
+  virtual void run(const Problem& problem, const Arguments& args, Workspace workspace) const = 0;
+};
+
+// Every backend of this build in the order in which they are asked; the reference is the last.
+std::span<const Backend* const> registry();
+
+// First backend that computes the problem, or the one that `wanted` names. Throws fsa::Error with every
+// backend's reason when there is none.
+const Backend& choose_backend(const Problem& problem, std::string_view wanted);
+
+}  // namespace fsa
