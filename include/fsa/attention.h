@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "fsa/error.h"
+#include "fsa/export.h"
 #include "fsa/tensor.h"
 
 namespace fsa {
@@ -36,26 +37,26 @@ enum class GateLayout : std::uint8_t { bsh, bhs };
 /// dtype float64, float32, bfloat16 or float16, the same for all three; last stride 1.
 /// num_heads is a multiple of num_kv_heads; 1 <= head_dim, head_dim_v <= 512.
 struct AttentionInputs {
-  TensorView query;
-  TensorView key;
-  TensorView value;
-  TensorView cu_seqlens_q;  ///< int32 [batch + 1], starts at 0, does not decrease.
-  TensorView cu_seqlens_k;  ///< int32 [batch + 1]; with packed keys.
-  TensorView seqused_q;     ///< int32 [batch]: rows of each sequence in use; the rest get out 0, lse -inf.
-  TensorView seqused_k;     ///< int32 [batch]: keys of each sequence in use.
-  TensorView page_table;    ///< int32 [batch, max_pages]; needs seqused_k. (vLLM calls it block table.)
-  TensorView window_sizes;  ///< int32 [num_kv_heads, 4] = sink, left, right, near; implies causal.
-  TensorView alibi_slopes;  ///< [num_heads] or [batch, num_heads]; no gradient.
-  TensorView sink;          ///< [num_heads]: a learnable extra term of the denominator.
-  TensorView alpha;         ///< query side of the pair gate, one scalar per query row and query head.
-  TensorView delta;         ///< key side of the pair gate, one scalar per key and key head.
-                            ///< With paged keys: [num_pages, page_size, num_kv_heads].
-  TensorView gather_kv_indices;  ///< Decode only. int32 [batch, top_k]: the keys to attend to, -1 = none.
+  TensorView query = {};
+  TensorView key = {};
+  TensorView value = {};
+  TensorView cu_seqlens_q = {};  ///< int32 [batch + 1], starts at 0, does not decrease.
+  TensorView cu_seqlens_k = {};  ///< int32 [batch + 1]; with packed keys.
+  TensorView seqused_q = {};   ///< int32 [batch]: rows of each sequence in use; the rest get out 0, lse -inf.
+  TensorView seqused_k = {};   ///< int32 [batch]: keys of each sequence in use.
+  TensorView page_table = {};  ///< int32 [batch, max_pages]; needs seqused_k. (vLLM calls it block table.)
+  TensorView window_sizes = {};  ///< int32 [num_kv_heads, 4] = sink, left, right, near; implies causal.
+  TensorView alibi_slopes = {};  ///< [num_heads] or [batch, num_heads]; no gradient.
+  TensorView sink = {};          ///< [num_heads]: a learnable extra term of the denominator.
+  TensorView alpha = {};         ///< query side of the pair gate, one scalar per query row and query head.
+  TensorView delta = {};         ///< key side of the pair gate, one scalar per key and key head.
+                                 ///< With paged keys: [num_pages, page_size, num_kv_heads].
+  TensorView gather_kv_indices = {};  ///< Decode only. int32 [batch, top_k]: the keys to use, -1 = none.
 };
 
 struct AttentionOptions {
-  bool causal = false;              ///< Bottom-right aligned: key j is visible when j <= i + off.
-  std::int64_t window_left = -1;    ///< Keys in [i + off - left, i + off + right] are visible; -1 = open.
+  bool causal = false;            ///< Bottom-right aligned: key j is visible when j <= i + off.
+  std::int64_t window_left = -1;  ///< Keys in [i + off - left, i + off + right] are visible; -1 = open.
   std::int64_t window_right = -1;
   std::optional<double> softmax_scale = {};  ///< Default 1 / sqrt(head_dim).
   double softcap = 0;                        ///< 0 = off; else softcap * tanh(logit / softcap).
@@ -68,38 +69,39 @@ struct AttentionOptions {
   bool log_sigmoid_gate = true;  ///< g(x) = log(sigmoid(x)); false: g(x) = x.
   bool adaptive_gate = true;     ///< With a causal mask gamma shrinks with the visible share of the row.
   GateLayout gate_layout = GateLayout::bsh;
-  std::optional<std::int64_t> max_seqlen_q = {};  ///< Upper bounds for packed sequences; an error when smaller
-  std::optional<std::int64_t> max_seqlen_k = {};  ///< than the actual maximum. Default: the actual maximum.
+  /// Upper bounds for packed sequences; an error when smaller than the actual maximum, which is the default.
+  std::optional<std::int64_t> max_seqlen_q = {};
+  std::optional<std::int64_t> max_seqlen_k = {};
   bool deterministic = false;  ///< Bitwise repeatable gradients. Always so on the CPU.
   std::string backend = {};    ///< "" chooses; else one of the names of backends().
 };
 
 struct ForwardArgs {
-  AttentionInputs inputs;
-  AttentionOptions options;
-  TensorView out;       ///< As query, with head_dim_v. Required.
-  TensorView lse;       ///< Optional. float32 (float64 for float64 inputs), natural logarithm;
-                        ///< [batch, num_heads, seqlen_q] or packed [num_heads, total_q].
-  TensorView skip_map;  ///< Optional. int32, shape skip_map_shape(args): bit n & 31 of word n >> 5 is 1
-                        ///< where key tile n of the row tile was kept.
+  AttentionInputs inputs = {};
+  AttentionOptions options = {};
+  TensorView out = {};       ///< As query, with head_dim_v. Required.
+  TensorView lse = {};       ///< Optional. float32 (float64 for float64 inputs), natural logarithm;
+                             ///< [batch, num_heads, seqlen_q] or packed [num_heads, total_q].
+  TensorView skip_map = {};  ///< Optional. int32, shape skip_map_shape(args): bit n & 31 of word n >> 5 is 1
+                             ///< where key tile n of the row tile was kept.
   Workspace workspace = {};  ///< At least workspace_size(args) bytes.
   void* stream = nullptr;    ///< CUDA stream; unused on the CPU, where calls return when done.
 };
 
 struct BackwardArgs {
-  AttentionInputs inputs;
-  AttentionOptions options;
-  TensorView out;       ///< Of the forward.
-  TensorView lse;       ///< Of the forward. Required.
-  TensorView skip_map;  ///< Of the forward. Required when threshold > 0 or a gate threshold is on.
-  TensorView grad_out;  ///< As out; any strides.
-  TensorView grad_lse;  ///< Optional; as lse; any strides.
-  TensorView grad_query;  ///< As query. The next two as key and value. All three required.
-  TensorView grad_key;
-  TensorView grad_value;
-  TensorView grad_alpha;  ///< Optional; as alpha. Each gradient has its tensor's dtype.
-  TensorView grad_delta;  ///< Optional; as delta.
-  TensorView grad_sink;   ///< Optional; as sink.
+  AttentionInputs inputs = {};
+  AttentionOptions options = {};
+  TensorView out = {};         ///< Of the forward.
+  TensorView lse = {};         ///< Of the forward. Required.
+  TensorView skip_map = {};    ///< Of the forward. Required when threshold > 0 or a gate threshold is on.
+  TensorView grad_out = {};    ///< As out; any strides.
+  TensorView grad_lse = {};    ///< Optional; as lse; any strides.
+  TensorView grad_query = {};  ///< As query. The next two as key and value. All three required.
+  TensorView grad_key = {};
+  TensorView grad_value = {};
+  TensorView grad_alpha = {};  ///< Optional; as alpha. Each gradient has its tensor's dtype.
+  TensorView grad_delta = {};  ///< Optional; as delta.
+  TensorView grad_sink = {};   ///< Optional; as sink.
   Workspace workspace = {};
   void* stream = nullptr;
 };
@@ -107,10 +109,10 @@ struct BackwardArgs {
 /// One query per sequence over a cache that already holds the newest token. The mask is that of the last
 /// row; `threshold` follows the order-free rule of docs/semantics.md ("Decode").
 struct DecodeArgs {
-  AttentionInputs inputs;
-  AttentionOptions options;
-  TensorView out;  ///< [batch, num_heads, head_dim_v]. Required.
-  TensorView lse;  ///< Optional. float32 [batch, num_heads].
+  AttentionInputs inputs = {};
+  AttentionOptions options = {};
+  TensorView out = {};                          ///< [batch, num_heads, head_dim_v]. Required.
+  TensorView lse = {};                          ///< Optional. float32 [batch, num_heads].
   std::optional<std::int64_t> num_splits = {};  ///< Parts of the key range computed in parallel.
   bool batch_invariant = false;  ///< Parts of fixed size for every shape. Always so on the CPU unless
                                  ///< num_splits is given.
@@ -122,22 +124,22 @@ struct DecodeArgs {
 /// with lses [parts, batch, num_heads, seqlen], or packed [parts, total, num_heads, head_dim_v] with
 /// [parts, num_heads, total].
 struct MergeArgs {
-  TensorView outs;
-  TensorView lses;
-  TensorView out;  ///< As one part of outs.
-  TensorView lse;  ///< As one part of lses.
+  TensorView outs = {};
+  TensorView lses = {};
+  TensorView out = {};  ///< As one part of outs.
+  TensorView lse = {};  ///< As one part of lses.
   void* stream = nullptr;
 };
 
-void forward(const ForwardArgs& args);
-void backward(const BackwardArgs& args);
-void decode(const DecodeArgs& args);
-void merge(const MergeArgs& args);
+FSA_API void forward(const ForwardArgs& args);
+FSA_API void backward(const BackwardArgs& args);
+FSA_API void decode(const DecodeArgs& args);
+FSA_API void merge(const MergeArgs& args);
 
 /// Bytes of workspace that the call needs; 0 is possible. docs/semantics.md gives the formulas.
-[[nodiscard]] std::size_t workspace_size(const ForwardArgs& args);
-[[nodiscard]] std::size_t workspace_size(const BackwardArgs& args);
-[[nodiscard]] std::size_t workspace_size(const DecodeArgs& args);
+[[nodiscard]] FSA_API std::size_t workspace_size(const ForwardArgs& args);
+[[nodiscard]] FSA_API std::size_t workspace_size(const BackwardArgs& args);
+[[nodiscard]] FSA_API std::size_t workspace_size(const DecodeArgs& args);
 
 struct Status {
   bool ok = false;
@@ -145,9 +147,9 @@ struct Status {
 };
 
 /// Whether the call would run. Never throws for a bad argument: the reason is the error's message.
-[[nodiscard]] Status supports(const ForwardArgs& args);
-[[nodiscard]] Status supports(const BackwardArgs& args);
-[[nodiscard]] Status supports(const DecodeArgs& args);
+[[nodiscard]] FSA_API Status supports(const ForwardArgs& args);
+[[nodiscard]] FSA_API Status supports(const BackwardArgs& args);
+[[nodiscard]] FSA_API Status supports(const DecodeArgs& args);
 
 struct BackendChoice {
   std::string name;
@@ -156,8 +158,8 @@ struct BackendChoice {
 };
 
 struct Explanation {
-  std::string backend;  ///< Name of the chosen backend.
-  std::string kernel;   ///< What it runs, with the instruction set.
+  std::string backend;                 ///< Name of the chosen backend.
+  std::string kernel;                  ///< What it runs, with the instruction set.
   std::vector<BackendChoice> reasons;  ///< In the order in which backends are asked.
   std::int64_t tile_rows = 0;          ///< The skip tile.
   std::int64_t tile_keys = 0;
@@ -168,9 +170,9 @@ struct Explanation {
   int threads = 1;
 };
 
-[[nodiscard]] Explanation explain(const ForwardArgs& args);
-[[nodiscard]] Explanation explain(const BackwardArgs& args);
-[[nodiscard]] Explanation explain(const DecodeArgs& args);
+[[nodiscard]] FSA_API Explanation explain(const ForwardArgs& args);
+[[nodiscard]] FSA_API Explanation explain(const BackwardArgs& args);
+[[nodiscard]] FSA_API Explanation explain(const DecodeArgs& args);
 
 struct BackendInfo {
   std::string name;
@@ -179,18 +181,18 @@ struct BackendInfo {
 };
 
 /// Every backend of this build in the order in which they are asked.
-[[nodiscard]] std::vector<BackendInfo> backends();
+[[nodiscard]] FSA_API std::vector<BackendInfo> backends();
 
 /// The unit of every skip decision: 64 rows of one head by 128 keys (64 keys when head_dim > 128).
 struct SkipTile {
   std::int64_t rows;
   std::int64_t keys;
 };
-[[nodiscard]] SkipTile skip_tile(std::int64_t head_dim);
+[[nodiscard]] FSA_API SkipTile skip_tile(std::int64_t head_dim);
 
 /// Shape of the skip map that forward writes: [batch, num_heads, ceil(seqlen_q / 64), words], packed
 /// [num_heads, total_q / 64 + batch, words], words = ceil(key_tiles / 32). `out` need not be set.
-[[nodiscard]] std::vector<std::int64_t> skip_map_shape(const ForwardArgs& args);
+[[nodiscard]] FSA_API std::vector<std::int64_t> skip_map_shape(const ForwardArgs& args);
 
 /// Kept and visible tiles of a skip map. Of args, only the shapes of the inputs, the masks' options and
 /// tensors, the lengths and skip_map are read.
@@ -198,11 +200,11 @@ struct TileCounts {
   std::int64_t kept = 0;
   std::int64_t visible = 0;
 };
-[[nodiscard]] TileCounts count_tiles(const ForwardArgs& args);
+[[nodiscard]] FSA_API TileCounts count_tiles(const ForwardArgs& args);
 
 /// Threads that CPU calls use: FSA_NUM_THREADS, else the processors that this process may run on.
-[[nodiscard]] int num_threads();
+[[nodiscard]] FSA_API int num_threads();
 /// Sets it for the process; 1 <= threads <= 1024. Results do not depend on it.
-void set_num_threads(int threads);
+FSA_API void set_num_threads(int threads);
 
 }  // namespace fsa

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "fsa/export.h"
+
 namespace fsa {
 
 enum class ErrorCode {
@@ -18,7 +20,7 @@ enum class ErrorCode {
 /// Thrown by every function of the public API. The message names the argument, its value, the limit
 /// and the way out. Nothing has been read from or written to a tensor's data when it is thrown by a
 /// check of arguments.
-class Error : public std::runtime_error {
+class FSA_API Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
   ErrorCode code() const noexcept { return code_; }

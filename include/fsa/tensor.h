@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "fsa/export.h"
+
 namespace fsa {
 
 enum class DType : std::uint8_t {
@@ -37,7 +39,7 @@ constexpr std::size_t size_of(DType dtype) {
 }
 
 /// "float32", "bfloat16", ...
-const char* name_of(DType dtype);
+FSA_API const char* name_of(DType dtype);
 
 enum class DeviceKind : std::uint8_t { cpu, cuda, other };
 

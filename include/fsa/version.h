@@ -2,11 +2,13 @@
 // The one version number. CMake and the Python package read it from here.
 #pragma once
 
+#include "fsa/export.h"
+
 #define FSA_VERSION_STRING "0.1.0"
 
 namespace fsa {
 
 /// The version of the library that is linked, "major.minor.patch".
-const char* version();
+FSA_API const char* version();
 
 }  // namespace fsa

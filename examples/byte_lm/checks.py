@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the run claims, each claim computed from what was measured; a claim that fails fails the program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .evaluate import ENOUGH_KEPT, SweepRow
+from .generate import TIE, DecodeCheck
+
+FIRST_STEPS = 20
+FIRST_STEPS_LIMIT = 1e-4  # nats per byte
+FINAL_LIMIT = 0.01  # relative
+
+
+@dataclass
+class Check:
+    name: str
+    status: str  # PASS, FAIL or NOT RUN
+    detail: str
+
+
+def judged(name: str, passed: bool, detail: str) -> Check:
+    return Check(name, "PASS" if passed else "FAIL", detail)
+
+
+def follows_torch(losses: dict[str, list[float]], held_out: dict[str, float]) -> list[Check]:
+    """dense against torch: the first steps and the end. NaN passes nothing: every comparison asks for <=."""
+    first = f"dense follows torch's training loss within {FIRST_STEPS_LIMIT:g} for the first {FIRST_STEPS} steps"
+    final = f"dense ends within {FINAL_LIMIT:.0%} of torch's held-out loss"
+    if not {"torch", "dense"} <= set(losses):
+        reason = "needs --attention torch dense"
+        return [Check(first, "NOT RUN", reason), Check(final, "NOT RUN", reason)]
+    pairs = list(zip(losses["torch"], losses["dense"], strict=True))[:FIRST_STEPS]
+    differences = [abs(dense - torch) for torch, dense in pairs]
+    within = all(difference <= FIRST_STEPS_LIMIT for difference in differences)
+    detail = f"largest difference {max(differences):.2g} nats per byte over {len(pairs)} steps"
+    if len(pairs) < FIRST_STEPS:
+        checks = [Check(first, "NOT RUN" if within else "FAIL", f"only {len(pairs)} steps were trained; {detail}")]
+    else:
+        checks = [judged(first, within, detail)]
+    ratio = held_out["dense"] / held_out["torch"] - 1
+    detail = f"dense {held_out['dense']:.4f}, torch {held_out['torch']:.4f} nats per byte: {ratio:+.3%}"
+    return [*checks, judged(final, abs(ratio) <= FINAL_LIMIT, detail)]
+
+
+def thresholds_reach(rows: list[SweepRow], trained_with: str) -> Check:
+    least = min(rows, key=lambda row: row.kept)
+    return judged(
+        f"thresholds on the {trained_with}-trained model reach {ENOUGH_KEPT:.0%} kept tiles or fewer",
+        least.kept <= ENOUGH_KEPT,
+        f"fewest kept: {least.kept:.1%} at threshold {least.threshold:g}, held-out loss {least.held_out:.4f}",
+    )
+
+
+def zero_threshold(equal: bool, trained_with: str) -> Check:
+    return judged(
+        f"threshold 0 gives dense attention bit for bit ({trained_with}-trained model)",
+        equal,
+        "all logits of a held-out window are equal" if equal else "logits of a held-out window differ",
+    )
+
+
+def decode_matches(trained_with: str, function: str, result: DecodeCheck) -> Check:
+    ties = f", {result.ties} further within {TIE:g} of prefill's best logit" if result.ties else ""
+    return judged(
+        f"{function} generates prefill's tokens ({trained_with}-trained model)",
+        result.passed,
+        f"{result.equal} of {result.tokens} tokens equal{ties}; largest difference of a logit {result.logit_error:.2g}",
+    )

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients: ``torch.autograd.Function`` around the operators, entered only when something requires a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx
+
+from . import ops
+from .ops import ALIBI_SLOPES, ALPHA, DELTA, INPUTS, KEY, OPTIONS, QUERY, SINK, VALUE, Inputs, Options
+
+_NUM_INPUTS = len(INPUTS) - 1  # without gather_kv_indices, which only decode takes
+_NUM_OPTIONS = len(OPTIONS)
+_DIFFERENTIABLE = (QUERY, KEY, VALUE, ALPHA, DELTA, SINK)
+
+
+def _split(args: tuple) -> tuple[Inputs, Options, tuple]:
+    end = _NUM_INPUTS + _NUM_OPTIONS
+    return (*args[:_NUM_INPUTS], None), args[_NUM_INPUTS:end], args[end:]
+
+
+class _Attention(torch.autograd.Function):
+    """Arguments: the inputs, the options, whether a skip map is wanted. Returns out, lse, skip map or None."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        inputs, options, (want_map,) = _split(args)
+        return ops.forward(inputs, options, want_map)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+        tensors, ctx.options, _ = _split(inputs)
+        out, lse, skip_map = output
+        ctx.save_for_backward(*tensors[:_NUM_INPUTS], out, lse, skip_map)
+        if skip_map is not None:
+            ctx.mark_non_differentiable(skip_map)
+        if not torch.compiler.is_compiling():  # dynamo knows no such method, and fills in zeros
+            ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_out: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple:
+        *tensors, out, lse, skip_map = ctx.saved_tensors
+        if grad_out is None:  # only lse was used
+            grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
+        needed = ctx.needs_input_grad
+        args = (*tensors, *ctx.options, out, lse, skip_map, grad_out, grad_lse, needed[ALPHA] or needed[DELTA])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _AttentionGradient.apply(*args, needed[SINK])  # create_graph=True
+        else:
+            grads = _AttentionGradient.forward(*args, needed[SINK])
+        by_input = dict(zip(_DIFFERENTIABLE, grads, strict=True))
+        return tuple(by_input.get(i) if needed[i] else None for i in range(len(needed)))
+
+
+class _AttentionGradient(torch.autograd.Function):
+    """The gradient as a step of its own, so that differentiating it once more is an error with a reason."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor | None, ...]:
+        inputs, options, rest = _split(args)
+        return ops.backward(inputs, options, *rest)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Any) -> None:
+        raise NotImplementedError(
+            "attention: double backward is not supported; its gradients cannot be differentiated once more"
+        )
+
+
+class _Decode(torch.autograd.Function):
+    """Decode with inputs that require a gradient: it runs, and backward says that there is none."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        inputs, options, (gather_kv_indices, num_splits, batch_invariant) = _split(args)
+        return ops.decode((*inputs[:-1], gather_kv_indices), options, num_splits, batch_invariant)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Any) -> None:
+        raise NotImplementedError(
+            "decode: the functions over a cache have no backward; use attention() with a sequence of queries"
+        )
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.merge(outs, lses)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor]:
+        # out = sum_p w_p out_p and lse = log sum_p exp(lse_p), with w_p = exp(lse_p - lse).
+        outs, lses, out, lse = ctx.saved_tensors
+        empty = lses == -torch.inf  # parts without a key: weight 0, whatever they hold
+        weights = torch.where(empty, 0, torch.exp(lses - torch.where(lse == -torch.inf, 0, lse)))
+        per_row = weights.transpose(-1, -2).unsqueeze(-1)
+        wide_grad = grad_out.to(lses.dtype)
+        difference = torch.where(per_row == 0, 0, outs.to(lses.dtype) - out.to(lses.dtype))
+        grad_lses = weights * ((wide_grad * difference).sum(-1).transpose(-1, -2) + grad_lse)
+        return (per_row * wide_grad).to(outs.dtype), torch.where(empty, 0, grad_lses)
+
+
+def _require_tensors(inputs: Inputs) -> None:
+    for name, tensor in zip(INPUTS, inputs, strict=True):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+
+
+def _records_gradient(inputs: Inputs) -> bool:
+    if forward_ad._current_level >= 0:
+        return True  # autograd then says that there is no forward mode
+    if not torch.is_grad_enabled():
+        return False
+    slopes = inputs[ALIBI_SLOPES]
+    if slopes is not None and slopes.requires_grad:
+        raise NotImplementedError("alibi_slopes: requires a gradient, but there is none; pass alibi_slopes.detach()")
+    return any(inputs[i] is not None and inputs[i].requires_grad for i in _DIFFERENTIABLE)
+
+
+def _refuse_buffers(**buffers: Tensor | None) -> None:
+    for name, buffer in buffers.items():
+        if buffer is not None:
+            raise ValueError(
+                f"{name}: a buffer was given, but an input requires a gradient, which a result written in place "
+                "cannot carry; leave it out, detach the inputs or use torch.no_grad()"
+            )
+
+
+def _check_buffers(**buffers: Tensor | None) -> None:
+    for name, buffer in buffers.items():
+        if buffer is None:
+            continue
+        if not isinstance(buffer, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(buffer).__name__}")
+        if buffer.is_neg():
+            raise TypeError(f"{name}: a tensor with a pending negation cannot be written; call resolve_neg() first")
+
+
+def attend(
+    inputs: Inputs,
+    options: Options,
+    want_lse: bool,
+    want_map: bool,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """out, lse and skip map; the last two may be None when not wanted. ``out`` and ``lse``: buffers to write."""
+    plain = ops.is_plain(inputs)
+    if not plain:
+        _require_tensors(inputs)
+    if out is not None or lse is not None:
+        _check_buffers(out=out, lse=lse)
+        plain = plain and ops.is_plain((out, lse))
+    if _records_gradient(inputs):
+        _refuse_buffers(out=out, lse=lse)
+        want_map = want_map or ops.skips_tiles(inputs, options)
+        if want_map and not plain:
+            options = ops.with_known_map_shape(inputs, options)
+        return _Attention.apply(*inputs[:_NUM_INPUTS], *options, want_map)
+    if plain:
+        return ops.run_forward(inputs, options, want_lse, want_map, out, lse)
+    if want_map:
+        options = ops.with_known_map_shape(inputs, options)
+    result, result_lse, skip_map = ops.forward(inputs, options, want_map)
+    return _written(out, result, "out"), _written(lse, result_lse, "lse"), skip_map
+
+
+def attend_one(
+    inputs: Inputs,
+    options: Options,
+    num_splits: int | None,
+    batch_invariant: bool,
+    want_lse: bool,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Decode: out and lse of one query per sequence; lse may be None when not wanted."""
+    plain = ops.is_plain(inputs)
+    if not plain:
+        _require_tensors(inputs)
+    if out is not None or lse is not None:
+        _check_buffers(out=out, lse=lse)
+        plain = plain and ops.is_plain((out, lse))
+    if _records_gradient(inputs):
+        _refuse_buffers(out=out, lse=lse)
+        return _Decode.apply(*inputs[:_NUM_INPUTS], *options, inputs[_NUM_INPUTS], num_splits, batch_invariant)
+    if plain:
+        return ops.run_decode(inputs, options, num_splits, batch_invariant, want_lse, out, lse)
+    result, result_lse = ops.decode(inputs, options, num_splits, batch_invariant)
+    return _written(out, result, "out"), _written(lse, result_lse, "lse")
+
+
+def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse over the union of the parts' keys, differentiable."""
+    if torch.is_grad_enabled() and (outs.requires_grad or lses.requires_grad):
+        return _Merge.apply(outs, lses)
+    return ops.merge(outs, lses)
+
+
+def _written(buffer: Tensor | None, result: Tensor, name: str) -> Tensor:
+    """The result, in the caller's buffer when there is one; copy_ would broadcast or cast without a word."""
+    if buffer is None:
+        return result
+    if buffer.shape != result.shape:
+        raise ValueError(f"{name}: shape {list(buffer.shape)}, must be {list(result.shape)}")
+    if buffer.dtype != result.dtype:
+        raise TypeError(f"{name}: dtype {buffer.dtype}, must be {result.dtype}")
+    return buffer.copy_(result)

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators ``torch.ops.fsa.*`` and the direct calls of the extension that they stand on.
+
+Everything here takes the arguments of attention as two tuples: ``inputs``, the tensors in the order of
+``INPUTS``, and ``options``, the scalars in the order of ``OPTIONS``. The ``run_*`` functions allocate the outputs
+and call the extension; they need tensors with data. The functions without the prefix go through the operators
+instead where the tensors have none: under ``torch.compile``, in a dispatch mode, or with a subclass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+INPUTS = (
+    "query",
+    "key",
+    "value",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "page_table",
+    "window_sizes",
+    "alibi_slopes",
+    "sink",
+    "alpha",
+    "delta",
+    "gather_kv_indices",
+)
+QUERY, KEY, VALUE = 0, 1, 2
+CU_SEQLENS_Q, CU_SEQLENS_K, PAGE_TABLE = 3, 4, 7
+ALIBI_SLOPES, SINK, ALPHA, DELTA = 9, 10, 11, 12
+
+OPTIONS = (
+    ("bool", "causal"),
+    ("SymInt", "window_left"),
+    ("SymInt", "window_right"),
+    ("float?", "softmax_scale"),
+    ("float", "softcap"),
+    ("float?", "threshold"),
+    ("float?", "gate_threshold"),
+    ("bool", "log_sigmoid_gate"),
+    ("bool", "adaptive_gate"),
+    ("str", "gate_layout"),
+    ("SymInt?", "max_seqlen_q"),
+    ("SymInt?", "max_seqlen_k"),
+    ("bool", "deterministic"),
+    ("str", "backend"),
+)
+THRESHOLD, GATE_THRESHOLD, MAX_SEQLEN_K = 5, 6, 11
+
+Inputs = tuple[Tensor | None, ...]
+Options = tuple[Any, ...]
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the tensors are ordinary ones that nothing watches, so that their memory can be used directly."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in _PLAIN_TYPES:
+            return False
+    return not (
+        tensors[0].is_meta
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+    )
+
+
+def skips_tiles(inputs: Inputs, options: Options) -> bool:
+    """Whether a forward may skip tiles, so that its backward needs the skip map."""
+    if (options[THRESHOLD] or 0) > 0:
+        return True
+    return inputs[ALPHA] is not None and (options[GATE_THRESHOLD] is None or options[GATE_THRESHOLD] > 0)
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, and float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def lse_shape(inputs: Inputs) -> tuple[int, ...]:
+    """[batch, num_heads, seqlen_q], packed [num_heads, total_q]."""
+    shape = inputs[QUERY].shape
+    return (shape[1], shape[0]) if inputs[CU_SEQLENS_Q] is not None else (shape[0], shape[2], shape[1])
+
+
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised memory on the device of ``like``, contiguous."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def _workspace(like: Tensor, size: int) -> Tensor | None:
+    return empty(like, (size,), torch.uint8) if size else None
+
+
+def run_forward(
+    inputs: Inputs,
+    options: Options,
+    want_lse: bool,
+    want_map: bool,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """out, lse and skip map; the last two None when not wanted. ``out`` and ``lse`` are written when given."""
+    workspace_size = _C.workspace_size_forward(inputs, options)  # checks the arguments, shapes too
+    query = inputs[QUERY]
+    if out is None:
+        out = empty(query, (*query.shape[:-1], inputs[VALUE].shape[-1]))
+    if lse is None and want_lse:
+        lse = empty(query, lse_shape(inputs), lse_dtype(query.dtype))
+    skip_map = empty(query, _C.skip_map_shape(inputs, options), torch.int32) if want_map else None
+    _C.forward(inputs, options, out, lse, skip_map, _workspace(query, workspace_size))
+    return out, lse, skip_map
+
+
+def run_backward(
+    inputs: Inputs,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    skip_map: Tensor | None,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    want_gate: bool,
+    want_sink: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, alpha, delta, sink; the last three None when not wanted."""
+    query = inputs[QUERY]
+    wanted = (True, True, True, want_gate, want_gate, want_sink)
+    grads = tuple(
+        empty(inputs[i], inputs[i].shape) if wants else None
+        for i, wants in zip((QUERY, KEY, VALUE, ALPHA, DELTA, SINK), wanted, strict=True)
+    )
+    workspace = _workspace(query, _C.workspace_size_backward(inputs, options, skip_map, grad_lse))
+    _C.backward(inputs, options, out, lse, skip_map, grad_out, grad_lse, *grads, workspace)
+    return grads
+
+
+def run_decode(
+    inputs: Inputs,
+    options: Options,
+    num_splits: int | None,
+    batch_invariant: bool,
+    want_lse: bool,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """out [batch, num_heads, head_dim_v] and lse [batch, num_heads] of one query per sequence."""
+    workspace_size = _C.workspace_size_decode(inputs, options, num_splits, batch_invariant)
+    query = inputs[QUERY]
+    if out is None:
+        out = empty(query, (*query.shape[:-1], inputs[VALUE].shape[-1]))
+    if lse is None and want_lse:
+        lse = empty(query, query.shape[:-1], lse_dtype(query.dtype))
+    _C.decode(inputs, options, num_splits, batch_invariant, out, lse, _workspace(query, workspace_size))
+    return out, lse
+
+
+def run_merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse over the union of the parts' keys."""
+    out, lse = empty(outs, outs.shape[1:]), empty(lses, lses.shape[1:])
+    _C.merge(outs, lses, out, lse)
+    return out, lse
+
+
+# The operators. Schemas are flat, every output is a fresh tensor, and an output that is not wanted has no element.
+
+_NUM_INPUTS = len(INPUTS) - 1  # gather_kv_indices is decode's alone
+_NUM_OPTIONS = len(OPTIONS)
+_TENSORS = "Tensor query, Tensor key, Tensor value, " + ", ".join(f"Tensor? {n}" for n in INPUTS[3:_NUM_INPUTS])
+_SCALARS = ", ".join(f"{kind} {name}" for kind, name in OPTIONS)
+
+_library = torch.library.Library("fsa", "DEF")
+
+
+def _define(schema: str, implementation: Any, fake: Any) -> None:
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fsa::{name}", fake, lib=_library)
+
+
+def _split(args: tuple) -> tuple[Inputs, Options, tuple]:
+    """inputs, options and what follows them."""
+    end = _NUM_INPUTS + _NUM_OPTIONS
+    return (*args[:_NUM_INPUTS], None), args[_NUM_INPUTS:end], args[end:]
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return empty(like, (0,), dtype) if tensor is None else tensor
+
+
+def _skip_map_shape(inputs: Inputs, options: Options) -> tuple[int, ...]:
+    """As the library's, from shapes alone: max_seqlen_k must be given with packed keys."""
+    query, key, page_table = inputs[QUERY], inputs[KEY], inputs[PAGE_TABLE]
+    if inputs[CU_SEQLENS_K] is not None:
+        keys = options[MAX_SEQLEN_K]
+    elif page_table is not None:
+        keys = page_table.shape[1] * key.shape[1]
+    else:
+        keys = key.shape[1]
+    tile_rows, tile_keys = 64, 128 if query.shape[-1] <= 128 else 64
+    words = (keys + 32 * tile_keys - 1) // (32 * tile_keys)
+    if inputs[CU_SEQLENS_Q] is not None:
+        return query.shape[1], query.shape[0] // tile_rows + inputs[CU_SEQLENS_Q].shape[0] - 1, words
+    return query.shape[0], query.shape[2], (query.shape[1] + tile_rows - 1) // tile_rows, words
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, options, (want_map,) = _split(args)
+    out, lse, skip_map = run_forward(inputs, options, True, want_map)
+    return out, lse, _or_empty(skip_map, out, torch.int32)
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, options, (want_map,) = _split(args)
+    query = inputs[QUERY]
+    out = empty(query, (*query.shape[:-1], inputs[VALUE].shape[-1]))
+    lse = empty(query, lse_shape(inputs), lse_dtype(query.dtype))
+    return out, lse, empty(query, _skip_map_shape(inputs, options) if want_map else (0,), torch.int32)
+
+
+_define(
+    f"forward({_TENSORS}, {_SCALARS}, bool want_skip_map) -> (Tensor out, Tensor lse, Tensor skip_map)",
+    _forward,
+    _forward_fake,
+)
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    inputs, options, rest = _split(args)
+    return tuple(_or_empty(grad, inputs[QUERY]) for grad in run_backward(inputs, options, *rest))
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    inputs, _, (*_, want_gate, want_sink) = _split(args)
+    wanted = (True, True, True, want_gate, want_gate, want_sink)
+    return tuple(
+        empty(inputs[i], inputs[i].shape) if wants else empty(inputs[QUERY], (0,))
+        for i, wants in zip((QUERY, KEY, VALUE, ALPHA, DELTA, SINK), wanted, strict=True)
+    )
+
+
+_define(
+    f"backward({_TENSORS}, {_SCALARS}, Tensor out, Tensor lse, Tensor? skip_map, Tensor grad_out, "
+    "Tensor? grad_lse, bool want_gate, bool want_sink) -> (Tensor grad_query, Tensor grad_key, "
+    "Tensor grad_value, Tensor grad_alpha, Tensor grad_delta, Tensor grad_sink)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _decode(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs, options, (gather_kv_indices, num_splits, batch_invariant) = _split(args)
+    inputs = (*inputs[:-1], gather_kv_indices)
+    return run_decode(inputs, options, num_splits, batch_invariant, True)
+
+
+def _decode_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs, _, _ = _split(args)
+    query = inputs[QUERY]
+    out = empty(query, (*query.shape[:-1], inputs[VALUE].shape[-1]))
+    return out, empty(query, query.shape[:-1], lse_dtype(query.dtype))
+
+
+_define(
+    f"decode({_TENSORS}, {_SCALARS}, Tensor? gather_kv_indices, SymInt? num_splits, bool batch_invariant)"
+    " -> (Tensor out, Tensor lse)",
+    _decode,
+    _decode_fake,
+)
+
+
+def _merge_fake(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    return empty(outs, outs.shape[1:]), empty(lses, lses.shape[1:])
+
+
+_define("merge(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)", run_merge, _merge_fake)
+
+
+def with_known_map_shape(inputs: Inputs, options: Options) -> Options:
+    """The options with max_seqlen_k filled in where the skip map's shape needs it.
+
+    The longest packed sequence is not known without reading memory, which the operators' shapes must not do; the
+    total is a bound.
+    """
+    if inputs[CU_SEQLENS_K] is None or options[MAX_SEQLEN_K] is not None:
+        return options
+    return (*options[:MAX_SEQLEN_K], inputs[KEY].shape[0], *options[MAX_SEQLEN_K + 1 :])
+
+
+def forward(inputs: Inputs, options: Options, want_map: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out, lse and skip map, the last None when not wanted."""
+    if is_plain(inputs):
+        return run_forward(inputs, options, True, want_map)
+    out, lse, skip_map = torch.ops.fsa.forward(*inputs[:_NUM_INPUTS], *options, want_map)
+    return out, lse, skip_map if want_map else None
+
+
+def backward(
+    inputs: Inputs,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    skip_map: Tensor | None,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    want_gate: bool,
+    want_sink: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, alpha, delta, sink; the last three None when not wanted."""
+    rest = (out, lse, skip_map, grad_out, grad_lse)
+    if is_plain((*inputs, *rest)):
+        return run_backward(inputs, options, *rest, want_gate, want_sink)
+    grads = torch.ops.fsa.backward(*inputs[:_NUM_INPUTS], *options, *rest, want_gate, want_sink)
+    return (*grads[:3], *(grads[3:5] if want_gate else (None, None)), grads[5] if want_sink else None)
+
+
+def decode(
+    inputs: Inputs, options: Options, num_splits: int | None, batch_invariant: bool
+) -> tuple[Tensor, Tensor]:
+    """out and lse of one query per sequence."""
+    if is_plain(inputs):
+        return run_decode(inputs, options, num_splits, batch_invariant, True)
+    return torch.ops.fsa.decode(
+        *inputs[:_NUM_INPUTS], *options, inputs[_NUM_INPUTS], num_splits, batch_invariant
+    )
+
+
+def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse over the union of the parts' keys."""
+    return run_merge(outs, lses) if is_plain((outs, lses)) else torch.ops.fsa.merge(outs, lses)

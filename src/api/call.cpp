@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "api/call.h"
+
+#include "core/skip_tile.h"
+
+namespace fsa {
+namespace {
+
+SkipMap make_skip_map(const Problem& problem, const TensorView& view) {
+  const int head_axis = problem.packed_q ? 0 : 1;
+  SkipMap map;
+  map.present = true;
+  map.data = static_cast<std::int32_t*>(view.data);
+  map.stride_batch = problem.packed_q ? 0 : effective_stride(view, 0);
+  map.stride_head = effective_stride(view, head_axis);
+  map.stride_tile = effective_stride(view, head_axis + 1);
+  map.tiles = view.shape[head_axis + 1];
+  map.words = view.shape[head_axis + 2];
+  return map;
+}
+
+}  // namespace
+
+Operand make_operand(const TensorView& view, const Axes& axes) {
+  Operand operand;
+  if (!view.present()) return operand;
+  operand.data = view.data;
+  operand.dtype = view.dtype;
+  operand.stride_batch = effective_stride(view, axes.batch);
+  operand.stride_row = effective_stride(view, axes.row);
+  operand.stride_head = effective_stride(view, axes.head);
+  operand.stride_dim = axes.dim >= 0 && view.shape[axes.dim] > 1 ? view.strides[axes.dim] : 1;
+  return operand;
+}
+
+Shape skip_map_shape(const Problem& problem) {
+  const std::int64_t words = ceil_div(ceil_div(problem.max_seqlen_k, skip_tile_keys(problem.head_dim)), 32);
+  if (problem.packed_q) return {problem.num_heads, problem.total_q / kSkipTileRows + problem.batch, words};
+  return {problem.batch, problem.num_heads, ceil_div(problem.max_seqlen_q, kSkipTileRows), words};
+}
+
+Expected expected_out(const Call& call, const AttentionInputs& inputs) {
+  const Problem& p = call.problem;
+  Shape shape = shape_of(inputs.query);
+  shape.extent[shape.rank - 1] = p.head_dim_v;
+  const char* layout = p.operation == Operation::decode ? "[batch, num_heads, head_dim_v]"
+                       : p.packed_q                     ? "[total_q, num_heads, head_dim_v]"
+                                                        : "[batch, seqlen_q, num_heads, head_dim_v]";
+  return {shape, p.dtype, layout};
+}
+
+Expected expected_lse(const Call& call) {
+  const Problem& p = call.problem;
+  const DType dtype = p.dtype == DType::float64 ? DType::float64 : DType::float32;
+  if (p.operation == Operation::decode) return {{p.batch, p.num_heads}, dtype, "[batch, num_heads]"};
+  if (p.packed_q) return {{p.num_heads, p.total_q}, dtype, "[num_heads, total_q]"};
+  return {{p.batch, p.num_heads, p.max_seqlen_q}, dtype, "[batch, num_heads, seqlen_q]"};
+}
+
+bool accept(Call& call, const char* name, const TensorView& view, Role role, bool required,
+            const Expected& expected, Purpose purpose) {
+  if (required && purpose == Purpose::run) require(name, view);
+  if (!view.present()) return false;
+  check_view(name, view);
+  if (purpose != Purpose::shapes) check_data(name, view);
+  check_device(name, view, call.inputs.begin()->name, call.problem.device);
+  check_dtype(name, view, expected.dtype, "");
+  check_shape(name, view, expected.shape, expected.layout);
+  if (role != Role::reads_any_strides) check_unit_last_stride(name, view);
+  if (role == Role::writes) check_writable(name, view);
+  (role == Role::writes ? call.outputs : call.inputs).add(name, view);
+  return true;
+}
+
+void accept_skip_map(Call& call, const TensorView& view, Role role, Purpose purpose) {
+  const Expected expected{skip_map_shape(call.problem), DType::int32,
+                          call.problem.packed_q ? "[num_heads, total_q / 64 + batch, words]"
+                                                : "[batch, num_heads, ceil(seqlen_q / 64), words]"};
+  if (accept(call, "skip_map", view, role, false, expected, purpose))
+    call.arguments.skip_map = make_skip_map(call.problem, view);
+}
+
+}  // namespace fsa

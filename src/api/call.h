@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// One call on its way to a backend, and how outputs and tensors of earlier calls join it.
+#pragma once
+
+#include "api/checks.h"
+#include "api/overlap.h"
+#include "core/problem.h"
+#include "fsa/attention.h"
+
+namespace fsa {
+
+// Which axis of a tensor is what; -1: it has none.
+struct Axes {
+  int batch = -1;
+  int row = -1;
+  int head = -1;
+  int dim = -1;
+};
+
+struct Call {
+  Problem problem;
+  Arguments arguments;
+  TensorList inputs;
+  TensorList outputs;
+  Axes query_axes, key_axes, lse_axes;  // out as query, value as key
+  Axes alpha_axes, delta_axes;
+};
+
+Operand make_operand(const TensorView& view, const Axes& axes);
+
+Shape skip_map_shape(const Problem& problem);
+
+// How the call uses a tensor that is not one of its inputs: an output, or one of an earlier call.
+enum class Role : std::uint8_t { reads, reads_any_strides, writes };
+
+struct Expected {
+  Shape shape;
+  DType dtype;
+  const char* layout;  // the shape in words
+};
+
+Expected expected_out(const Call& call, const AttentionInputs& inputs);
+Expected expected_lse(const Call& call);
+
+// Checks the tensor and lists it for the overlap test. False when it is absent, which is an error only when it
+// is required and the purpose is to run.
+bool accept(Call& call, const char* name, const TensorView& view, Role role, bool required,
+            const Expected& expected, Purpose purpose);
+
+// Checks and takes the skip map, which may be absent.
+void accept_skip_map(Call& call, const TensorView& view, Role role, Purpose purpose);
+
+}  // namespace fsa

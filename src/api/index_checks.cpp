@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "api/index_checks.h"
+
+#include <algorithm>
+
+#include "api/checks.h"
+#include "core/skip_tile.h"
+
+namespace fsa {
+namespace {
+
+constexpr ErrorCode kInvalid = ErrorCode::invalid_argument;
+
+void check_seqused(const char* name, const IndexTable& table, std::int64_t batch, std::int64_t limit,
+                   const char* unit) {
+  if (!table.present) return;
+  const std::int64_t used = table.at(batch);
+  if (used < 0) fail(kInvalid, name, "[", batch, "]: ", used, ", must not be negative");
+  if (used > limit)
+    fail(kInvalid, name, "[", batch, "]: ", used, ", but sequence ", batch, " has room for ", limit, " ",
+         unit);
+}
+
+}  // namespace
+
+void check_cu_seqlens(const char* name, const IndexTable& table, std::int64_t batch, const char* tensor,
+                      std::int64_t total) {
+  if (table.at(0) != 0) fail(kInvalid, name, "[0]: ", table.at(0), ", must be 0");
+  for (std::int64_t i = 1; i <= batch; ++i)
+    if (table.at(i) < table.at(i - 1))
+      fail(kInvalid, name, "[", i, "]: ", table.at(i), " is below ", name, "[", i - 1,
+           "] = ", table.at(i - 1), "; it must not decrease");
+  if (table.at(batch) > total)
+    fail(kInvalid, name, "[", batch, "]: ", table.at(batch), ", but ", tensor, " has only ", total, " rows");
+}
+
+Lengths check_lengths(const Problem& problem, const Arguments& args) {
+  Lengths lengths;
+  for (std::int64_t b = 0; b < problem.batch; ++b) {
+    const Sequence s = sequence(problem, args, b);
+    check_seqused("seqused_q", args.seqused_q, b, s.rows, "rows");
+    check_seqused("seqused_k", args.seqused_k, b, s.keys, "keys");
+    lengths.max_rows = std::max(lengths.max_rows, s.rows);
+    lengths.max_keys = std::max(lengths.max_keys, s.keys);
+    lengths.max_seqlen_q = std::max(lengths.max_seqlen_q, s.seqlen_q);
+    lengths.max_seqlen_k = std::max(lengths.max_seqlen_k, s.seqlen_k);
+  }
+  return lengths;
+}
+
+void check_page_table(const Problem& problem, const Arguments& args) {
+  for (std::int64_t b = 0; b < problem.batch; ++b) {
+    const std::int64_t pages = ceil_div(args.seqused_k.at(b), problem.page_size);
+    for (std::int64_t i = 0; i < pages; ++i) {
+      const std::int64_t page = args.page_table.at(b, i);
+      if (page < 0 || page >= problem.num_pages)
+        fail(kInvalid, "page_table[", b, ", ", i, "]: ", page, ", must be from 0 to ", problem.num_pages - 1,
+             " (key has ", problem.num_pages, " pages)");
+    }
+  }
+}
+
+void check_gather_indices(const Problem& problem, const Arguments& args) {
+  for (std::int64_t b = 0; b < problem.batch; ++b) {
+    const std::int64_t keys = sequence(problem, args, b).seqlen_k;
+    for (std::int64_t i = 0; i < problem.gather_size; ++i) {
+      const std::int64_t key = args.gather_kv_indices.at(b, i);
+      if (key < -1 || key >= keys)
+        fail(kInvalid, "gather_kv_indices[", b, ", ", i, "]: ", key,
+             ", must be -1 (none) or a key of sequence ", b, ", which has ", keys);
+    }
+  }
+}
+
+void check_window_sizes(const Problem& problem, const Arguments& args) {
+  for (std::int64_t head = 0; head < problem.num_kv_heads; ++head)
+    for (std::int64_t column = 0; column < 4; ++column) {
+      const std::int64_t size = args.window_sizes.at(head, column);
+      if (size < 0)
+        fail(kInvalid, "window_sizes[", head, ", ", column, "]: ", size, ", must not be negative");
+    }
+}
+
+}  // namespace fsa

@@ -1,0 +1,416 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU backend: chooses the instruction set once, cuts a call into work items, and fills what no item owns.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "backend/cpu/merge.h"
+#include "backend/cpu/reference_scalar.h"
+#include "backend/cpu/simd/kernel_table.h"
+#include "backend/cpu/thread_pool.h"
+#include "backend/registry.h"
+#include "core/env.h"
+#include "core/skip_tile.h"
+#include "fsa/attention.h"
+#include "fsa/error.h"
+
+namespace fsa::cpu {
+namespace {
+
+// ---------------------------------------------------------------------------------------------- instruction sets
+
+struct Target {
+  const KernelTable* kernels;
+  bool on_this_machine;
+};
+
+// Best first.
+std::vector<Target> targets() {
+  std::vector<Target> list;
+#if defined(FSA_HAS_AVX512) || defined(FSA_HAS_AVX2) || defined(FSA_HAS_SSE4)
+  __builtin_cpu_init();
+  const bool sse4 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt") &&
+                    __builtin_cpu_supports("aes") && __builtin_cpu_supports("pclmul");
+  const bool avx2 = sse4 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512cd");
+#endif
+#if defined(FSA_HAS_AVX512)
+  list.push_back({&avx512_kernels(), avx512});
+#endif
+#if defined(FSA_HAS_AVX2)
+  list.push_back({&avx2_kernels(), avx2});
+#endif
+#if defined(FSA_HAS_SSE4)
+  list.push_back({&sse4_kernels(), sse4});
+#endif
+#if defined(FSA_HAS_NEON)
+  list.push_back({&neon_kernels(), true});
+#endif
+#if defined(FSA_HAS_GENERIC)
+  list.push_back({&generic_kernels(), true});
+#endif
+  return list;
+}
+
+// Null with a reason when FSA_CPU_TARGET names a set that this machine or build lacks, or none fits.
+const KernelTable* find_kernels(std::string& reason) {
+  const std::string wanted(env::cpu_target());
+  std::string have;
+  for (const Target& target : targets()) {
+    if (!target.on_this_machine) continue;
+    if (wanted.empty() || wanted == target.kernels->target) return target.kernels;
+    have += (have.empty() ? "" : ", ") + std::string(target.kernels->target);
+  }
+  reason = wanted.empty() ? "this processor has none of the instruction sets that the library was built for"
+                          : "FSA_CPU_TARGET: " + wanted + ", but this machine offers " +
+                                (have.empty() ? "none" : have) + "; unset it to take the best one";
+  return nullptr;
+}
+
+struct Choice {
+  const KernelTable* kernels = nullptr;
+  std::string reason;
+};
+
+const Choice& choice() {
+  static const Choice made = [] {
+    Choice c;
+    c.kernels = find_kernels(c.reason);
+    return c;
+  }();
+  return made;
+}
+
+const KernelTable& kernels() {
+  if (choice().kernels == nullptr) throw Error(ErrorCode::invalid_argument, choice().reason);
+  return *choice().kernels;
+}
+
+// ---------------------------------------------------------------------------------------------- memory
+
+// Carves arrays out of the workspace; with a null base it only counts.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(std::int64_t count) {
+    T* result = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return result;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  std::size_t used_ = 0;
+};
+
+// Row tiles of one query head over all sequences, or more.
+std::int64_t row_tiles_bound(const Problem& p) {
+  return p.packed_q ? p.total_q / kSkipTileRows + p.batch : p.batch * ceil_div(p.max_seqlen_q, kSkipTileRows);
+}
+
+// Parts of the key range whose dQ is kept apart. Fixed by the shape, never by the machine: 32 items feed 16 threads
+// with two each, and more than 8 copies of dQ would cost more memory than they bring speed.
+std::int64_t backward_segments(const Problem& p) {
+  const std::int64_t heads = std::max<std::int64_t>(1, p.batch * p.num_kv_heads);
+  const std::int64_t keys = 2 * skip_tile_keys(p.head_dim);
+  return std::clamp<std::int64_t>(ceil_div(32, heads), 1,
+                                  std::clamp<std::int64_t>(ceil_div(p.max_seqlen_k, keys), 1, 8));
+}
+
+BackwardBuffers backward_buffers(const Problem& p, Carver& memory) {
+  BackwardBuffers b;
+  b.tiles_per_head = row_tiles_bound(p);
+  b.segments = backward_segments(p);
+  const std::int64_t tiles = p.num_heads * b.tiles_per_head;
+  b.out_dot_grad = memory.take<float>(tiles * kSkipTileRows);
+  b.lse_log2 = memory.take<float>(tiles * kSkipTileRows);
+  b.sink_partial = memory.take<double>(p.has_sink ? tiles : 0);
+  b.grad_query = memory.take<float>(b.segments * tiles * p.head_dim * kSkipTileRows);
+  b.grad_alpha = memory.take<float>(p.has_gate ? b.segments * tiles * kSkipTileRows : 0);
+  b.touched = memory.take<std::uint8_t>(b.segments * tiles);
+  return b;
+}
+
+// A split of decode covers this many keys whatever the shape, so a result never depends on its neighbours in the
+// batch. 1024 keys are 0.25 to 1 MB of K and V: 30 microseconds and more of work, against 5 to wake a thread.
+constexpr std::int64_t kKeysPerSplit = 1024;
+
+DecodeBuffers decode_buffers(const Problem& p, Carver& memory) {
+  DecodeBuffers b;
+  const std::int64_t tile = skip_tile_keys(p.head_dim);
+  const std::int64_t positions = std::max<std::int64_t>(1, p.gathered ? p.gather_size : p.max_seqlen_k);
+  b.keys_per_split = kKeysPerSplit;
+  if (p.num_splits > 0 && !p.batch_invariant)
+    b.keys_per_split = ceil_div(ceil_div(positions, p.num_splits), tile) * tile;
+  b.splits = ceil_div(positions, b.keys_per_split);
+  b.words = ceil_div(ceil_div(positions, tile), 32);
+  b.pitch = ceil_div(p.head_dim_v, 16) * 16;
+  const std::int64_t rows = p.batch * p.num_heads;
+  b.partial_out = memory.take<float>(rows * b.splits * b.pitch);
+  b.row_max = memory.take<float>(rows * b.splits);
+  b.row_sum = memory.take<float>(rows * b.splits);
+  b.open = memory.take<std::uint32_t>(p.skips_tiles() ? p.batch * p.num_kv_heads * b.words : 0);
+  b.cut = memory.take<float>(p.threshold > 0 ? rows : 0);
+  return b;
+}
+
+char* element(const Operand& o, std::int64_t batch, std::int64_t row, std::int64_t head) {
+  return static_cast<char*>(o.data) +
+         (batch * o.stride_batch + row * o.stride_row + head * o.stride_head) *
+             static_cast<std::int64_t>(size_of(o.dtype));
+}
+
+void zero_rows(const Operand& o, std::int64_t batch, std::int64_t begin, std::int64_t end, std::int64_t heads,
+               std::int64_t dim) {
+  if (!o.present()) return;
+  const std::size_t bytes = static_cast<std::size_t>(dim) * size_of(o.dtype);
+  for (std::int64_t row = begin; row < end; ++row)
+    for (std::int64_t head = 0; head < heads; ++head) std::memset(element(o, batch, row, head), 0, bytes);
+}
+
+// Calls fill(batch, begin, end) for the rows (of queries, or of keys) that no sequence uses: after each used length,
+// and after the last sequence of a packed tensor.
+template <class Fill>
+void for_unused(const Problem& p, const Arguments& args, bool keys, const Fill& fill) {
+  std::int64_t end_of_last = 0;
+  const bool packed = keys ? p.packed_k : p.packed_q;
+  for (std::int64_t b = 0; b < p.batch; ++b) {
+    const Sequence s = sequence(p, args, b);
+    const std::int64_t begin = keys ? s.k_begin : s.q_begin, held = keys ? s.keys : s.rows;
+    fill(b, begin + (keys ? s.seqlen_k : s.seqlen_q), begin + held);
+    end_of_last = begin + held;
+  }
+  if (packed) fill(0, end_of_last, keys ? p.total_k : p.total_q);
+}
+
+// ---------------------------------------------------------------------------------------------- forward
+
+void clear_skip_map(const Problem& p, const SkipMap& map) {
+  if (!map.present) return;
+  const std::int64_t batches = p.packed_q ? 1 : p.batch;
+  for (std::int64_t b = 0; b < batches; ++b)
+    for (std::int64_t h = 0; h < p.num_heads; ++h)
+      for (std::int64_t t = 0; t < map.tiles; ++t)
+        std::memset(map.data + b * map.stride_batch + h * map.stride_head + t * map.stride_tile, 0,
+                    static_cast<std::size_t>(map.words) * sizeof(std::int32_t));
+}
+
+void fill_unused_outputs(const Problem& p, const Arguments& args) {
+  for_unused(p, args, false, [&](std::int64_t batch, std::int64_t begin, std::int64_t end) {
+    zero_rows(args.out, batch, begin, end, p.num_heads, p.head_dim_v);
+    if (!args.lse.present()) return;
+    for (std::int64_t row = begin; row < end; ++row)
+      for (std::int64_t head = 0; head < p.num_heads; ++head)
+        *reinterpret_cast<float*>(element(args.lse, batch, row, head)) = -std::numeric_limits<float>::infinity();
+  });
+}
+
+std::vector<ForwardItem> forward_items(const Problem& p, const Arguments& args) {
+  std::int64_t units = 0;
+  for (std::int64_t b = 0; b < p.batch; ++b)
+    units += ceil_div(sequence(p, args, b).seqlen_q, kSkipTileRows) * p.num_heads;
+  // Four row tiles share one packing of K and V; fewer when that would leave threads without work.
+  const std::int64_t per_item = std::clamp<std::int64_t>(units / (4 * num_threads()), 1, kMaxUnitsPerItem);
+  std::vector<ForwardItem> items;
+  items.reserve(static_cast<std::size_t>(units / per_item + p.batch * p.num_kv_heads));
+  for (std::int64_t b = 0; b < p.batch; ++b) {
+    const Sequence s = sequence(p, args, b);
+    const std::int64_t count = ceil_div(s.seqlen_q, kSkipTileRows) * p.group_size;
+    for (std::int64_t begin = 0; begin < count; begin += per_item)
+      for (std::int64_t head = 0; head < p.num_kv_heads; ++head)
+        items.push_back({s, head, begin, std::min(count, begin + per_item)});
+  }
+  // Longest first, so that no thread is left with a long item at the end. Keys before the last row of the item
+  // measure it well enough under every mask.
+  if (p.causal_lengths() || p.packed_q || args.seqused_k.present)
+    std::stable_sort(items.begin(), items.end(), [&](const ForwardItem& x, const ForwardItem& y) {
+      const auto keys = [&](const ForwardItem& item) {
+        if (!p.causal_lengths()) return item.sequence.seqlen_k;
+        const std::int64_t tiles = ceil_div(item.sequence.seqlen_q, kSkipTileRows);
+        return (tiles - item.unit_begin / p.group_size) * kSkipTileRows + item.sequence.offset();
+      };
+      return keys(x) > keys(y);
+    });
+  return items;
+}
+
+void run_forward(const Problem& p, const Arguments& args) {
+  const KernelTable& k = kernels();
+  clear_skip_map(p, args.skip_map);
+  fill_unused_outputs(p, args);
+  const std::vector<ForwardItem> items = forward_items(p, args);
+  const std::size_t scratch = k.forward_scratch(p);
+  parallel_for(static_cast<std::int64_t>(items.size()), [&](std::int64_t i) {
+    k.forward(p, args, items[static_cast<std::size_t>(i)], thread_scratch(scratch));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------- backward
+
+void fill_unused_grads(const Problem& p, const Arguments& args) {
+  for_unused(p, args, false, [&](std::int64_t batch, std::int64_t begin, std::int64_t end) {
+    zero_rows(args.grad_query, batch, begin, end, p.num_heads, p.head_dim);
+    zero_rows(args.grad_alpha, batch, begin, end, p.num_heads, 1);
+  });
+  // Unused keys of a sequence belong to its items; only the rows after the last sequence belong to none.
+  if (!p.packed_k) return;
+  const std::int64_t begin = p.batch > 0 ? args.cu_seqlens_k.at(p.batch) : 0;
+  zero_rows(args.grad_key, 0, begin, p.total_k, p.num_kv_heads, p.head_dim);
+  zero_rows(args.grad_value, 0, begin, p.total_k, p.num_kv_heads, p.head_dim_v);
+  zero_rows(args.grad_delta, 0, begin, p.total_k, p.num_kv_heads, 1);
+}
+
+struct BackwardPlan {
+  std::vector<RowTileItem> rows;
+  std::vector<BackwardItem> keys;
+};
+
+BackwardPlan backward_plan(const Problem& p, const Arguments& args, std::int64_t segments) {
+  BackwardPlan plan;
+  const std::int64_t tile_keys = skip_tile_keys(p.head_dim);
+  std::int64_t tile_begin = 0;
+  for (std::int64_t b = 0; b < p.batch; ++b) {
+    const Sequence s = sequence(p, args, b);
+    const std::int64_t tiles = ceil_div(s.seqlen_q, kSkipTileRows);
+    for (std::int64_t head = 0; head < p.num_heads; ++head)
+      for (std::int64_t t = 0; t < tiles; ++t) plan.rows.push_back({s, tile_begin, head, t});
+    const std::int64_t per_segment = ceil_div(ceil_div(s.keys, segments), tile_keys) * tile_keys;
+    for (std::int64_t segment = 0; segment * per_segment < s.keys; ++segment)  // left first: with a causal mask
+      for (std::int64_t head = 0; head < p.num_kv_heads; ++head)               // more rows see those keys
+        plan.keys.push_back({s, tile_begin, head, segment, segment * per_segment,
+                             std::min(s.keys, (segment + 1) * per_segment)});
+    tile_begin += tiles;
+  }
+  if (p.packed_k || args.seqused_k.present || args.seqused_q.present)
+    std::stable_sort(plan.keys.begin(), plan.keys.end(), [](const BackwardItem& x, const BackwardItem& y) {
+      const auto pairs = [](const BackwardItem& item) {
+        return item.sequence.seqlen_q * (std::min(item.key_end, item.sequence.seqlen_k) - item.key_begin);
+      };
+      return pairs(x) > pairs(y);
+    });
+  return plan;
+}
+
+void store_grad_sink(const Problem& p, const Arguments& args, const BackwardBuffers& buffers,
+                     const BackwardPlan& plan) {
+  if (!args.grad_sink.present()) return;
+  std::vector<double> sums(static_cast<std::size_t>(p.num_heads), 0.0);
+  for (const RowTileItem& item : plan.rows)
+    sums[static_cast<std::size_t>(item.head)] +=
+        buffers.sink_partial[item.head * buffers.tiles_per_head + item.tile_begin + item.tile];
+  for (std::int64_t head = 0; head < p.num_heads; ++head)
+    store_scalar(args.grad_sink.dtype, element(args.grad_sink, 0, 0, head), 0, sums[static_cast<std::size_t>(head)]);
+}
+
+void run_backward(const Problem& p, const Arguments& args, Workspace workspace) {
+  const KernelTable& k = kernels();
+  Carver memory(workspace.data);
+  const BackwardBuffers buffers = backward_buffers(p, memory);
+  std::fill_n(buffers.touched, buffers.segments * p.num_heads * buffers.tiles_per_head, std::uint8_t{0});
+  fill_unused_grads(p, args);
+  const BackwardPlan plan = backward_plan(p, args, buffers.segments);
+  const std::size_t scratch = k.backward_scratch(p);
+  const auto rows = static_cast<std::int64_t>(plan.rows.size());
+  parallel_for(rows, [&](std::int64_t i) {
+    k.row_statistics(p, args, buffers, plan.rows[static_cast<std::size_t>(i)], thread_scratch(scratch));
+  });
+  parallel_for(static_cast<std::int64_t>(plan.keys.size()), [&](std::int64_t i) {
+    k.backward(p, args, buffers, plan.keys[static_cast<std::size_t>(i)], thread_scratch(scratch));
+  });
+  parallel_for(rows, [&](std::int64_t i) {
+    k.finish_rows(p, args, buffers, plan.rows[static_cast<std::size_t>(i)], thread_scratch(scratch));
+  });
+  store_grad_sink(p, args, buffers, plan);
+}
+
+// ---------------------------------------------------------------------------------------------- decode
+
+void run_decode(const Problem& p, const Arguments& args, Workspace workspace) {
+  const KernelTable& k = kernels();
+  Carver memory(workspace.data);
+  const DecodeBuffers buffers = decode_buffers(p, memory);
+  const std::size_t scratch = k.decode_scratch(p);
+  std::vector<DecodeItem> heads, splits;
+  for (std::int64_t b = 0; b < p.batch; ++b) {
+    const Sequence s = sequence(p, args, b);
+    for (std::int64_t head = 0; head < p.num_kv_heads; ++head) heads.push_back({s, head, 0});
+    for (std::int64_t split = 0; split < buffers.splits; ++split)
+      for (std::int64_t head = 0; head < p.num_kv_heads; ++head) splits.push_back({s, head, split});
+  }
+  const auto each = [&](auto phase, const std::vector<DecodeItem>& items) {
+    parallel_for(static_cast<std::int64_t>(items.size()), [&](std::int64_t i) {
+      phase(p, args, buffers, items[static_cast<std::size_t>(i)], thread_scratch(scratch));
+    });
+  };
+  if (p.skips_tiles()) each(k.decode_plan, heads);
+  each(k.decode, splits);
+  each(k.decode_combine, heads);
+}
+
+class CpuBackend final : public Backend {
+ public:
+  std::string_view name() const override { return "cpu"; }
+
+  Availability availability() const override {
+    if (choice().kernels == nullptr) return {false, choice().reason};
+    return {true, std::string("vectors of ") + std::to_string(choice().kernels->lanes) + " floats (" +
+                      choice().kernels->target + "), " + std::to_string(num_threads()) + " threads"};
+  }
+
+  std::string reject(const Problem& p) const override {
+    if (p.device.kind != DeviceKind::cpu) return "the tensors are not in CPU memory";
+    if (p.dtype == DType::float64) return "float64 is computed by the reference";
+    kernels();  // a forced instruction set that is missing is an error, not a reason to try the next backend
+    return {};
+  }
+
+  std::string kernel(const Problem& p) const override {
+    static constexpr const char* kNames[] = {"forward", "backward", "decode"};
+    return std::string(kNames[static_cast<int>(p.operation)]) + "_" + kernels().target + "_" + name_of(p.dtype) +
+           "_d" + std::to_string(p.head_dim);
+  }
+
+  std::size_t workspace_bytes(const Problem& p) const override {
+    Carver memory(nullptr);
+    if (p.operation == Operation::backward) backward_buffers(p, memory);
+    if (p.operation == Operation::decode) decode_buffers(p, memory);
+    return memory.used();
+  }
+
+  bool merge(const MergeProblem& p) const override {
+    if (p.device.kind != DeviceKind::cpu) return false;
+    merge_states(p);
+    return true;
+  }
+
+  void run(const Problem& p, const Arguments& args, Workspace workspace) const override {
+    switch (p.operation) {
+      case Operation::forward:
+        return run_forward(p, args);
+      case Operation::backward:
+        return run_backward(p, args, workspace);
+      case Operation::decode:
+        return run_decode(p, args, workspace);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fsa::cpu
+
+namespace fsa {
+
+const Backend& cpu_backend() {
+  static const cpu::CpuBackend backend;
+  return backend;
+}
+
+}  // namespace fsa

@@ -1,0 +1,360 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward: one item owns a range of keys of one key head and walks the row tiles of every query head of the group.
+//
+//   for each block of key tiles:
+//     for each head of the group, each row tile that sees the block (and kept a tile of it):
+//       for each such key tile:
+//         S = K Q^T -> logit, mask -> P = 2^(S - lse)
+//         dP = V dO^T,  dS = P (dP - out_dot_grad) [(1 - tanh^2) with softcap]
+//         dV += P dO,   dK += dS Q,   dQ^T += K^T dS
+//     dK, dV of the block are complete: the whole group was summed in float
+//
+// Five products, one pass. dQ of an item goes to the buffer of its key segment; finish_rows adds the segments in order,
+// so the bits do not depend on which thread computed what. With a skip map only the kept tiles are visited.
+#pragma once
+
+#include "backend/cpu/simd/gemm-inl.h"
+#include "backend/cpu/simd/kernel_table.h"
+#include "backend/cpu/simd/skip-inl.h"
+
+namespace fsa::cpu::FSA_SIMD_TARGET {
+
+// Key tiles that share one packing of a row tile: as many as leave K, V, dK and dV in a 1 MB second-level cache.
+HWY_INLINE std::int64_t block_tiles(const Problem& p) {
+  const std::int64_t pitch = packed_pitch(p.head_dim) + packed_pitch(p.head_dim_v);
+  const std::int64_t bytes_per_tile = 2 * pitch * skip_tile_keys(p.head_dim) * 4;
+  return max_of<std::int64_t>(1, min_of<std::int64_t>(4, (1 << 20) / bytes_per_tile));
+}
+
+struct BackwardScratch {
+  std::int64_t key_pitch, value_pitch, block_keys;
+  float *key, *value, *grad_key, *grad_value, *delta, *grad_delta;  // of the block
+  float *query, *query_t, *grad_out, *grad_out_t;                   // of the row tile
+  float *scores, *grad_scores, *tanh, *staging;
+
+  HWY_INLINE std::size_t carve(const Problem& p, char* base) {
+    Arena arena{base};
+    const std::int64_t keys = skip_tile_keys(p.head_dim);
+    block_keys = block_tiles(p) * keys;
+    key_pitch = packed_pitch(p.head_dim);
+    value_pitch = packed_pitch(p.head_dim_v);
+    key = arena.floats(block_keys * key_pitch);
+    value = arena.floats(block_keys * value_pitch);
+    grad_key = arena.floats(block_keys * key_pitch);
+    grad_value = arena.floats(block_keys * value_pitch);
+    delta = arena.floats(block_keys);
+    grad_delta = arena.floats(block_keys);
+    query = arena.floats(kRows * key_pitch);
+    query_t = arena.floats(round_up(p.head_dim, 4) * kRows);
+    grad_out = arena.floats(kRows * value_pitch);
+    grad_out_t = arena.floats(round_up(p.head_dim_v, 4) * kRows);
+    scores = arena.floats(keys * kRows);
+    grad_scores = arena.floats(keys * kRows);
+    tanh = p.softcap > 0 ? arena.floats(keys * kRows) : nullptr;
+    staging = arena.floats(kRows * round_up(max_of(p.head_dim, p.head_dim_v), 16));
+    return arena.used;
+  }
+};
+
+// Row r of grad_out as float; any strides.
+HWY_INLINE void load_grad_out_row(const Problem& p, const Arguments& args, const Sequence& sequence, std::int64_t head,
+                                  std::int64_t row, float* target) {
+  const Operand& g = args.grad_out;
+  const RowSource source = row_source(g, sequence.batch, sequence.q_begin, head);
+  if (g.stride_dim == 1) {
+    pack_rows(source, row, 1, p.head_dim_v, target, 0);
+    return;
+  }
+  const std::int64_t padded = round_up(p.head_dim_v, kLanes);
+  for (std::int64_t c = 0; c < padded; ++c)
+    target[c] = c < p.head_dim_v ? load_scalar(source.row(row), g.dtype, c * g.stride_dim) : 0.0f;
+}
+
+HWY_INLINE std::int64_t buffer_tile(const BackwardBuffers& b, std::int64_t head, std::int64_t tile_begin,
+                                    std::int64_t tile) {
+  return head * b.tiles_per_head + tile_begin + tile;
+}
+
+// Phase 1, per row tile: rowsum(out * grad_out) - grad_lse, the base-2 lse, and the sink's share of its gradient.
+HWY_INLINE void row_statistics(const Problem& p, const Arguments& args, const BackwardBuffers& buffers,
+                               const RowTileItem& item, void* memory) {
+  const Sequence& sequence = item.sequence;
+  float* out_row = static_cast<float*>(memory);
+  float* grad_row = out_row + round_up(p.head_dim_v, 16);
+  const std::int64_t slot = buffer_tile(buffers, item.head, item.tile_begin, item.tile);
+  float* dots = buffers.out_dot_grad + slot * kRows;
+  float* lse_log2 = buffers.lse_log2 + slot * kRows;
+  const std::int64_t begin = item.tile * kRows;
+  const std::int64_t rows = min_of(kRows, sequence.seqlen_q - begin);
+  const RowSource out = row_source(args.out, sequence.batch, sequence.q_begin, item.head);
+  double sink = 0, sink_grad = 0;
+  if (p.has_sink)
+    sink = static_cast<double>(load_scalar(args.sink.data, args.sink.dtype, item.head * args.sink.stride_head));
+  for (std::int64_t r = 0; r < kRows; ++r) {
+    dots[r] = 0;
+    lse_log2[r] = __builtin_inff();  // 2^(S - inf) = 0: rows beyond the tile contribute nothing
+    if (r >= rows) continue;
+    const std::int64_t row = begin + r;
+    const auto at = [&](const Operand& o) HWY_ATTR {
+      return sequence.batch * o.stride_batch + item.head * o.stride_head + (sequence.q_begin + row) * o.stride_row;
+    };
+    const float lse = static_cast<const float*>(args.lse.data)[at(args.lse)];
+    if (lse == kNegativeInfinity) continue;  // a row without a key has no gradient
+    pack_rows(out, row, 1, p.head_dim_v, out_row, 0);
+    load_grad_out_row(p, args, sequence, item.head, row, grad_row);
+    Float sum = hn::Zero(kFloat);
+    for (std::int64_t c = 0; c < p.head_dim_v; c += kLanes)
+      sum = hn::MulAdd(hn::Load(kFloat, out_row + c), hn::Load(kFloat, grad_row + c), sum);
+    dots[r] = hn::GetLane(hn::SumOfLanes(kFloat, sum));
+    if (args.grad_lse.present()) dots[r] -= static_cast<const float*>(args.grad_lse.data)[at(args.grad_lse)];
+    lse_log2[r] = static_cast<float>(static_cast<double>(lse) * kLog2E);
+    if (p.has_sink)
+      sink_grad -= __builtin_exp(sink - static_cast<double>(lse)) * static_cast<double>(dots[r]);
+  }
+  if (p.has_sink) buffers.sink_partial[slot] = sink_grad;
+}
+
+struct BackwardRowTile {
+  RowTile tile;
+  const float* dots;
+  const float* lse_log2;
+  float* grad_query;  // [head_dim][64] of this segment
+  float* grad_alpha;  // [64] of this segment, or null
+  bool touched;       // grad_query holds something
+};
+
+// P = 2^(S - lse) over the scores; dS over the products dP.
+HWY_INLINE void grad_scores_of(const BackwardRowTile& t, std::int64_t keys, const float* tanh, float* scores,
+                               float* grad_scores) {
+  for (std::int64_t r = 0; r < t.tile.lanes; r += kLanes) {
+    const Float lse = hn::Load(kFloat, t.lse_log2 + r);
+    const Float dot = hn::Load(kFloat, t.dots + r);
+    for (std::int64_t j = 0; j < keys; ++j) {
+      float* s = scores + j * kRows + r;
+      float* g = grad_scores + j * kRows + r;
+      const Float p = exp2(hn::Sub(hn::Load(kFloat, s), lse));
+      Float ds = hn::Mul(p, hn::Sub(hn::Load(kFloat, g), dot));
+      if (tanh != nullptr) {
+        const Float th = hn::Load(kFloat, tanh + j * kRows + r);
+        ds = hn::Mul(ds, hn::NegMulAdd(th, th, hn::Set(kFloat, 1.0f)));
+      }
+      hn::Store(p, kFloat, s);
+      hn::Store(ds, kFloat, g);
+    }
+  }
+}
+
+// d alpha_i += sum_j dS g'(alpha_i delta_j) delta_j,  d delta_j += sum_i dS g'(alpha_i delta_j) alpha_i.
+HWY_INLINE void add_gate_grads(const LogitPolicies& logit, const BackwardRowTile& t, std::int64_t keys,
+                               const float* delta, const float* grad_scores, float* grad_delta) {
+  for (std::int64_t j = 0; j < keys; ++j) {
+    const Float delta_j = hn::Set(kFloat, delta[j]);
+    Float sum = hn::Zero(kFloat);
+    for (std::int64_t r = 0; r < t.tile.lanes; r += kLanes) {
+      const Float alpha = hn::LoadU(kFloat, t.tile.alpha + r);
+      Float ds = hn::Load(kFloat, grad_scores + j * kRows + r);
+      if (logit.log_sigmoid) ds = hn::Mul(ds, sigmoid_of_minus(hn::Mul(alpha, delta_j)));
+      sum = hn::MulAdd(ds, alpha, sum);
+      float* a = t.grad_alpha + r;
+      hn::Store(hn::MulAdd(ds, delta_j, hn::Load(kFloat, a)), kFloat, a);
+    }
+    grad_delta[j] += hn::GetLane(hn::SumOfLanes(kFloat, sum));
+  }
+}
+
+// The keys of one block and what is accumulated for them.
+struct KeyBlock {
+  std::int64_t begin = 0;  // keys, in the sequence; all in use
+  std::int64_t end = 0;
+};
+
+HWY_INLINE void zero(float* data, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) data[i] = 0;
+}
+
+HWY_INLINE void backward_tile(const Problem& p, const LogitPolicies& logit, const Visibility& visibility,
+                              const BackwardScratch& s, BackwardRowTile& t, std::int64_t key_begin,
+                              std::int64_t keys, std::int64_t in_block, bool masked) {
+  const float* key = s.key + in_block * s.key_pitch;
+  const float* value = s.value + in_block * s.value_pitch;
+  gemm<Init::zero>({s.query_t, kRows, key, s.key_pitch, 1, p.head_dim, s.scores, kRows}, keys, t.tile.lanes);
+  if (logit.any())
+    apply_logit(logit, t.tile, s.delta + in_block, visibility.offset, key_begin, keys, s.scores, s.tanh);
+  if (masked) apply_mask(visibility, t.tile, key_begin, keys, s.scores);
+  gemm<Init::zero>({s.grad_out_t, kRows, value, s.value_pitch, 1, p.head_dim_v, s.grad_scores, kRows}, keys,
+                   t.tile.lanes);
+  grad_scores_of(t, keys, s.tanh, s.scores, s.grad_scores);
+  if (logit.pair_gate)
+    add_gate_grads(logit, t, keys, s.delta + in_block, s.grad_scores, s.grad_delta + in_block);
+  gemm<Init::add>({s.grad_out, s.value_pitch, s.scores, kRows, 1, t.tile.rows,
+                   s.grad_value + in_block * s.value_pitch, s.value_pitch},
+                  keys, p.head_dim_v);
+  gemm<Init::add>({s.query, s.key_pitch, s.grad_scores, kRows, 1, t.tile.rows,
+                   s.grad_key + in_block * s.key_pitch, s.key_pitch},
+                  keys, p.head_dim);
+  const Gemm grad_query{s.grad_scores, kRows, key, 1, s.key_pitch, keys, t.grad_query, kRows};
+  if (t.touched)
+    gemm<Init::add>(grad_query, p.head_dim, t.tile.lanes);
+  else
+    gemm<Init::zero>(grad_query, p.head_dim, t.tile.lanes);
+  t.touched = true;
+}
+
+// One row tile against the tiles of a block that it sees and kept.
+HWY_INLINE void backward_row_tile(const Problem& p, const Arguments& args, const BackwardBuffers& buffers,
+                                  const BackwardItem& item, const LogitPolicies& logit, const Visibility& visibility,
+                                  const KeyBlock& block, std::int64_t head, std::int64_t m, const BackwardScratch& s) {
+  const Sequence& sequence = item.sequence;
+  const std::int64_t tile_keys = skip_tile_keys(p.head_dim);
+  const std::int64_t row_begin = m * kRows, row_end = min_of(sequence.seqlen_q, row_begin + kRows);
+  const std::int32_t* map = nullptr;
+  if (args.skip_map.present)
+    map = args.skip_map.data + sequence.batch * args.skip_map.stride_batch + head * args.skip_map.stride_head +
+          (sequence.row_tile_begin + m) * args.skip_map.stride_tile;
+  BackwardRowTile t;
+  bool packed = false;
+  const std::int64_t slot = buffer_tile(buffers, head, item.tile_begin, m);
+  const std::int64_t segment_slot = item.segment * p.num_heads * buffers.tiles_per_head + slot;
+  for (std::int64_t key_begin = block.begin; key_begin < block.end; key_begin += tile_keys) {
+    const std::int64_t n = key_begin / tile_keys;
+    if (map != nullptr && (static_cast<std::uint32_t>(map[n >> 5]) >> (n & 31) & 1u) == 0) continue;
+    const std::int64_t keys = min_of(tile_keys, block.end - key_begin);
+    const TileVisibility seen = classify_tile(visibility, row_begin, row_end, key_begin, key_begin + keys);
+    if (seen == TileVisibility::none) continue;
+    if (!packed) {
+      t.tile = make_row_tile(p, args, sequence, head, m);
+      t.dots = buffers.out_dot_grad + slot * kRows;
+      t.lse_log2 = buffers.lse_log2 + slot * kRows;
+      t.grad_query = buffers.grad_query + segment_slot * p.head_dim * kRows;
+      t.grad_alpha = p.has_gate ? buffers.grad_alpha + segment_slot * kRows : nullptr;
+      t.touched = buffers.touched[segment_slot] != 0;
+      if (p.has_gate && !t.touched) zero(t.grad_alpha, kRows);
+      const RowSource query = row_source(args.query, sequence.batch, sequence.q_begin, head);
+      pack_rows(query, row_begin, t.tile.rows, p.head_dim, s.query, s.key_pitch);
+      pack_transposed(query, row_begin, t.tile.rows, p.head_dim, logit.pre_scale, s.staging, s.query_t);
+      for (std::int64_t r = 0; r < t.tile.rows; ++r) {
+        float* row = s.grad_out + r * s.value_pitch;
+        // A row without a key may carry any garbage in grad_out: its P is 0, and 0 times that must be 0.
+        if (t.lse_log2[r] == __builtin_inff())
+          zero(row, round_up(p.head_dim_v, kLanes));
+        else
+          load_grad_out_row(p, args, sequence, head, row_begin + r, row);
+      }
+      RowSource packed_rows;
+      packed_rows.base = reinterpret_cast<const char*>(s.grad_out);
+      packed_rows.row_bytes = s.value_pitch * 4;
+      pack_transposed(packed_rows, 0, t.tile.rows, p.head_dim_v, 1.0f, s.staging, s.grad_out_t);
+      packed = true;
+    }
+    backward_tile(p, logit, visibility, s, t, key_begin, keys, key_begin - block.begin,
+                  seen == TileVisibility::partial);
+  }
+  if (packed) buffers.touched[segment_slot] = 1;
+}
+
+HWY_INLINE void store_key_grads(const Problem& p, const Arguments& args, const BackwardItem& item,
+                                const KeyBlock& block, const BackwardScratch& s) {
+  const Sequence& sequence = item.sequence;
+  const auto store = [&](const Operand& operand, const float* grads, std::int64_t pitch, std::int64_t dim,
+                         float factor) HWY_ATTR {
+    const RowSource target = row_source(operand, sequence.batch, sequence.k_begin, item.kv_head);
+    with_element_type(operand.dtype, [&](auto* type) HWY_ATTR {
+      using T = std::remove_pointer_t<decltype(type)>;
+      for (std::int64_t j = block.begin; j < block.end; ++j)
+        narrow_row(grads + (j - block.begin) * pitch, dim, factor,
+                   reinterpret_cast<T*>(const_cast<char*>(target.row(j))));
+    });
+  };
+  const float scale = static_cast<float>(p.softmax_scale);
+  store(args.grad_key, s.grad_key, s.key_pitch, p.head_dim, scale);
+  store(args.grad_value, s.grad_value, s.value_pitch, p.head_dim_v, 1.0f);
+  if (!args.grad_delta.present()) return;
+  const RowSource target = row_source(args.grad_delta, sequence.batch, sequence.k_begin, item.kv_head);
+  for (std::int64_t j = block.begin; j < block.end; ++j)
+    store_scalar(s.grad_delta[j - block.begin] * scale, const_cast<char*>(target.row(j)), args.grad_delta.dtype, 0);
+}
+
+HWY_INLINE void backward(const Problem& p, const Arguments& args, const BackwardBuffers& buffers,
+                         const BackwardItem& item, void* memory) {
+  const Sequence& sequence = item.sequence;
+  const LogitPolicies logit = logit_policies(p);
+  const Visibility visibility = visibility_of(p, args, sequence, item.kv_head);
+  BackwardScratch s;
+  s.carve(p, static_cast<char*>(memory));
+  for (std::int64_t begin = item.key_begin; begin < item.key_end; begin += s.block_keys) {
+    const KeyBlock block{begin, min_of(item.key_end, begin + s.block_keys)};
+    const std::int64_t keys = block.end - block.begin;
+    zero(s.grad_key, keys * s.key_pitch);
+    zero(s.grad_value, keys * s.value_pitch);
+    zero(s.grad_delta, keys);
+    const std::int64_t used = min_of(block.end, sequence.seqlen_k);  // keys beyond it get zeros and are never read
+    if (block.begin < used) {
+      const KeyBlock in_use{block.begin, used};
+      pack_rows(row_source(args.key, sequence.batch, sequence.k_begin, item.kv_head), begin, used - begin, p.head_dim,
+                s.key, s.key_pitch);
+      pack_rows(row_source(args.value, sequence.batch, sequence.k_begin, item.kv_head), begin, used - begin,
+                p.head_dim_v, s.value, s.value_pitch);
+      if (p.has_gate)
+        pack_scalars(row_source(args.delta, sequence.batch, sequence.k_begin, item.kv_head), begin, used - begin,
+                     s.delta);
+      const TileRanges row_tiles = visible_row_tiles(visibility, sequence.seqlen_q, begin, used, kRows);
+      for (std::int64_t g = 0; g < p.group_size; ++g)
+        for (int range = 0; range < row_tiles.count; ++range)
+          for (std::int64_t m = row_tiles.range[range].begin; m < row_tiles.range[range].end; ++m)
+            backward_row_tile(p, args, buffers, item, logit, visibility, in_use, item.kv_head * p.group_size + g, m,
+                              s);
+    }
+    store_key_grads(p, args, item, block, s);
+  }
+}
+
+// Last phase, per row tile: dq and d alpha, the segments added in order.
+HWY_INLINE void finish_rows(const Problem& p, const Arguments& args, const BackwardBuffers& buffers,
+                            const RowTileItem& item, void* memory) {
+  const Sequence& sequence = item.sequence;
+  const std::int64_t slot = buffer_tile(buffers, item.head, item.tile_begin, item.tile);
+  const std::int64_t begin = item.tile * kRows;
+  const std::int64_t rows = min_of(kRows, sequence.seqlen_q - begin);
+  const std::int64_t size = p.head_dim * kRows;
+  const std::int64_t pitch = round_up(p.head_dim, 4);
+  float* sum = static_cast<float*>(memory);
+  float* staging = sum + pitch * kRows;
+  float grad_alpha[kRows];
+  zero(sum, size);
+  zero(grad_alpha, kRows);
+  for (std::int64_t segment = 0; segment < buffers.segments; ++segment) {
+    const std::int64_t segment_slot = segment * p.num_heads * buffers.tiles_per_head + slot;
+    if (buffers.touched[segment_slot] == 0) continue;
+    const float* part = buffers.grad_query + segment_slot * size;
+    for (std::int64_t c = 0; c < p.head_dim; ++c)
+      for (std::int64_t r = 0; r < round_up(rows, kLanes); r += kLanes) {
+        const std::int64_t i = c * kRows + r;
+        hn::Store(hn::Add(hn::Load(kFloat, sum + i), hn::Load(kFloat, part + i)), kFloat, sum + i);
+      }
+    if (p.has_gate)
+      for (std::int64_t r = 0; r < rows; ++r) grad_alpha[r] += buffers.grad_alpha[segment_slot * kRows + r];
+  }
+  transpose(sum, kRows, pitch, round_up(rows, 4), staging, pitch);
+  const float scale = static_cast<float>(p.softmax_scale);
+  const RowSource target = row_source(args.grad_query, sequence.batch, sequence.q_begin, item.head);
+  with_element_type(args.grad_query.dtype, [&](auto* type) HWY_ATTR {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (std::int64_t r = 0; r < rows; ++r)
+      narrow_row(staging + r * pitch, p.head_dim, scale,
+                 reinterpret_cast<T*>(const_cast<char*>(target.row(begin + r))));
+  });
+  if (!args.grad_alpha.present()) return;
+  const RowSource alpha = row_source(args.grad_alpha, sequence.batch, sequence.q_begin, item.head);
+  for (std::int64_t r = 0; r < rows; ++r)
+    store_scalar(grad_alpha[r] * scale, const_cast<char*>(alpha.row(begin + r)), args.grad_alpha.dtype, 0);
+}
+
+HWY_INLINE std::size_t backward_scratch(const Problem& p) {
+  BackwardScratch scratch;
+  const std::size_t items = scratch.carve(p, nullptr);
+  const std::size_t rows = static_cast<std::size_t>(
+      max_of(2 * round_up(p.head_dim_v, 16), 2 * round_up(p.head_dim, 4) * kRows) * 4);
+  return max_of(items, rows);
+}
+
+}  // namespace fsa::cpu::FSA_SIMD_TARGET

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// What one instruction set's copy of the kernels offers: work items that any thread may compute in any order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/problem.h"
+
+namespace fsa::cpu {
+
+// A unit is one row tile of one query head; units of a (sequence, key head) pair are numbered row tiles descending,
+// then heads of the group: neighbours see nearly the same keys, and the longest causal rows come first.
+struct ForwardItem {
+  Sequence sequence;
+  std::int64_t kv_head = 0;
+  std::int64_t unit_begin = 0;
+  std::int64_t unit_end = 0;
+};
+
+inline constexpr std::int64_t kMaxUnitsPerItem = 4;  // row tiles that share one packing of a key tile
+
+// Row tiles of all (sequence, head) pairs, numbered for the per-row buffers of backward: tile t of head h of the
+// sequence is (head_stride * h + tile_begin + t).
+struct BackwardBuffers {
+  std::int64_t tiles_per_head = 0;  // row tiles of all sequences of one query head
+  std::int64_t segments = 1;
+  float* out_dot_grad = nullptr;    // [num_heads, tiles_per_head, 64]: rowsum(out * grad_out) - grad_lse
+  float* lse_log2 = nullptr;        // [num_heads, tiles_per_head, 64]: +inf for rows without a key
+  double* sink_partial = nullptr;   // [num_heads, tiles_per_head]
+  float* grad_query = nullptr;      // [segments, num_heads, tiles_per_head, head_dim, 64], unscaled
+  float* grad_alpha = nullptr;      // [segments, num_heads, tiles_per_head, 64], unscaled
+  std::uint8_t* touched = nullptr;  // [segments, num_heads, tiles_per_head]: the two above were written
+};
+
+struct RowTileItem {
+  Sequence sequence;
+  std::int64_t tile_begin = 0;  // of the sequence in the buffers
+  std::int64_t head = 0;
+  std::int64_t tile = 0;
+};
+
+struct BackwardItem {
+  Sequence sequence;
+  std::int64_t tile_begin = 0;
+  std::int64_t kv_head = 0;
+  std::int64_t segment = 0;
+  std::int64_t key_begin = 0;  // keys of the tensors, the unused ones at the end included
+  std::int64_t key_end = 0;
+};
+
+// Partial results of decode, one per (sequence, query head, split).
+struct DecodeBuffers {
+  std::int64_t splits = 1;
+  std::int64_t keys_per_split = 0;
+  std::int64_t words = 0;         // per (sequence, key head)
+  float* partial_out = nullptr;   // [batch, num_heads, splits, pitch], unnormalised
+  std::int64_t pitch = 0;         // head_dim_v in whole vectors
+  float* row_max = nullptr;       // [batch, num_heads, splits], log2 units
+  float* row_sum = nullptr;       // [batch, num_heads, splits]
+  std::uint32_t* open = nullptr;  // [batch, num_kv_heads, words]: candidate tiles; only with a threshold or a gate
+  float* cut = nullptr;           // [batch, num_heads]: R + log2 thr; only with a threshold
+};
+
+struct DecodeItem {
+  Sequence sequence;
+  std::int64_t kv_head = 0;
+  std::int64_t split = 0;
+};
+
+struct KernelTable {
+  const char* target;
+  std::int64_t lanes;
+
+  std::size_t (*forward_scratch)(const Problem&);
+  void (*forward)(const Problem&, const Arguments&, const ForwardItem&, void* scratch);
+
+  std::size_t (*backward_scratch)(const Problem&);
+  void (*row_statistics)(const Problem&, const Arguments&, const BackwardBuffers&, const RowTileItem&, void* scratch);
+  void (*backward)(const Problem&, const Arguments&, const BackwardBuffers&, const BackwardItem&, void* scratch);
+  void (*finish_rows)(const Problem&, const Arguments&, const BackwardBuffers&, const RowTileItem&, void* scratch);
+
+  std::size_t (*decode_scratch)(const Problem&);
+  void (*decode_plan)(const Problem&, const Arguments&, const DecodeBuffers&, const DecodeItem&, void* scratch);
+  void (*decode)(const Problem&, const Arguments&, const DecodeBuffers&, const DecodeItem&, void* scratch);
+  void (*decode_combine)(const Problem&, const Arguments&, const DecodeBuffers&, const DecodeItem&, void* scratch);
+};
+
+const KernelTable& sse4_kernels();
+const KernelTable& avx2_kernels();
+const KernelTable& avx512_kernels();
+const KernelTable& neon_kernels();
+const KernelTable& generic_kernels();
+
+}  // namespace fsa::cpu

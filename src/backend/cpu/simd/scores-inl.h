@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+// The score tile and the policies that act on it: Logit (pair gate, softcap, ALiBi) and Mask.
+//
+// A score tile is stored key by key, one lane per row: scores[key][row]. Row statistics are then vectors and need no
+// horizontal sums, and both products that follow read the tile as it is.
+//
+// Units: the product with the packed query leaves pre_scale * (q . k). Without softcap pre_scale is
+// softmax_scale * log2 e and the scores are base-2 logits at once; with softcap it is softmax_scale / softcap, the
+// argument of tanh.
+#pragma once
+
+#include "backend/cpu/simd/kv_source-inl.h"
+#include "backend/cpu/simd/math-inl.h"
+#include "core/problem.h"
+#include "core/skip_tile.h"
+#include "core/visibility.h"
+
+namespace fsa::cpu::FSA_SIMD_TARGET {
+
+inline constexpr double kLog2E = 1.4426950408889634074;
+inline constexpr double kLn2 = 0.69314718055994530942;
+
+// What the scores of one row tile need beyond q and k.
+struct RowTile {
+  std::int64_t begin = 0;  // first row, in the sequence
+  std::int64_t rows = 0;   // 1 to 64
+  std::int64_t lanes = 0;  // rows in whole vectors
+  float slope = 0;         // ALiBi, times log2 e
+  float alpha[kRows];      // pair gate, query side; 0 beyond rows
+};
+
+struct LogitPolicies {
+  float pre_scale = 1;
+  float softcap_log2 = 0;  // softcap * log2 e; 0 = off
+  bool pair_gate = false;
+  bool log_sigmoid = true;
+  bool alibi = false;
+
+  HWY_INLINE bool any() const { return pair_gate || softcap_log2 != 0 || alibi; }
+};
+
+HWY_INLINE LogitPolicies logit_policies(const Problem& problem) {
+  LogitPolicies p;
+  p.pre_scale = static_cast<float>(problem.softcap > 0 ? problem.softmax_scale / problem.softcap
+                                                       : problem.softmax_scale * kLog2E);
+  p.softcap_log2 = static_cast<float>(problem.softcap * kLog2E);
+  p.pair_gate = problem.has_gate;
+  p.log_sigmoid = problem.log_sigmoid_gate;
+  p.alibi = problem.has_alibi;
+  return p;
+}
+
+// scores += pre_scale * g(alpha_i * delta_j)
+HWY_INLINE void add_pair_gate(const LogitPolicies& p, const RowTile& tile, const float* delta, std::int64_t keys,
+                              float* scores) {
+  const Float pre_scale = hn::Set(kFloat, p.pre_scale);
+  for (std::int64_t j = 0; j < keys; ++j) {
+    const Float delta_j = hn::Set(kFloat, delta[j]);
+    for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
+      const Float product = hn::Mul(hn::LoadU(kFloat, tile.alpha + r), delta_j);
+      const Float gate = p.log_sigmoid ? log_sigmoid(product) : product;
+      float* s = scores + j * kRows + r;
+      hn::Store(hn::MulAdd(gate, pre_scale, hn::Load(kFloat, s)), kFloat, s);
+    }
+  }
+}
+
+// scores = tanh(scores) * softcap * log2 e; the tanh is kept for the backward when `tanh_out` is given.
+HWY_INLINE void apply_softcap(const LogitPolicies& p, const RowTile& tile, std::int64_t keys, float* scores,
+                              float* tanh_out) {
+  const Float cap = hn::Set(kFloat, p.softcap_log2);
+  for (std::int64_t j = 0; j < keys; ++j) {
+    for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
+      float* s = scores + j * kRows + r;
+      const Float t = tanh(hn::Load(kFloat, s));
+      if (tanh_out != nullptr) hn::Store(t, kFloat, tanh_out + j * kRows + r);
+      hn::Store(hn::Mul(t, cap), kFloat, s);
+    }
+  }
+}
+
+// scores -= slope * |i + offset - j|. The distance of row 0 is an exact integer; lanes add at most 63.
+HWY_INLINE void add_alibi(const RowTile& tile, std::int64_t offset, std::int64_t key_begin, std::int64_t keys,
+                          float* scores) {
+  const Float slope = hn::Set(kFloat, -tile.slope);
+  for (std::int64_t j = 0; j < keys; ++j) {
+    const Float first = hn::Set(kFloat, static_cast<float>(tile.begin + offset - key_begin - j));
+    for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
+      float* s = scores + j * kRows + r;
+      const Float distance = hn::Abs(hn::Add(first, hn::Iota(kFloat, static_cast<float>(r))));
+      hn::Store(hn::MulAdd(distance, slope, hn::Load(kFloat, s)), kFloat, s);
+    }
+  }
+}
+
+HWY_INLINE void apply_logit(const LogitPolicies& p, const RowTile& tile, const float* delta, std::int64_t offset,
+                            std::int64_t key_begin, std::int64_t keys, float* scores, float* tanh_out) {
+  if (p.pair_gate) add_pair_gate(p, tile, delta, keys, scores);
+  if (p.softcap_log2 != 0) apply_softcap(p, tile, keys, scores, tanh_out);
+  if (p.alibi) add_alibi(tile, offset, key_begin, keys, scores);
+}
+
+// scores = -inf where the row does not see the key. For one key every band is a range of rows.
+HWY_INLINE void apply_mask(const Visibility& v, const RowTile& tile, std::int64_t key_begin, std::int64_t keys,
+                           float* scores) {
+  const Float hidden = hn::Set(kFloat, kNegativeInfinity);
+  for (std::int64_t j = 0; j < keys; ++j) {
+    const std::int64_t key = key_begin + j;
+    std::int32_t first[3], last[3];  // rows of the tile that see the key through band 0, band 1, the sink
+    int count = 0;
+    bool all = false;
+    const auto add = [&](std::int64_t low, std::int64_t high) {
+      low = max_of<std::int64_t>(key - v.offset + low - tile.begin, 0);
+      high = min_of<std::int64_t>(key - v.offset + high - tile.begin, tile.rows - 1);
+      if (low > high) return;
+      all = all || (low == 0 && high == tile.rows - 1);
+      first[count] = static_cast<std::int32_t>(low - 1);  // exclusive: vectors compare with < and >
+      last[count++] = static_cast<std::int32_t>(high + 1);
+    };
+    for (const Band& band : v.bands)
+      if (band.low <= band.high) add(band.low, band.high);
+    if (key < v.sink) add(0, kFarAway);
+    if (all) continue;
+    for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
+      const auto row = hn::Iota(kInt, static_cast<std::int32_t>(r));
+      auto seen = hn::Lt(row, row);
+      for (int c = 0; c < count; ++c)
+        seen = hn::Or(seen, hn::And(hn::Gt(row, hn::Set(kInt, first[c])), hn::Lt(row, hn::Set(kInt, last[c]))));
+      float* s = scores + j * kRows + r;
+      hn::Store(hn::IfThenElse(hn::RebindMask(kFloat, seen), hn::Load(kFloat, s), hidden), kFloat, s);
+    }
+  }
+}
+
+HWY_INLINE Visibility visibility_of(const Problem& problem, const Arguments& args, const Sequence& sequence,
+                                    std::int64_t kv_head) {
+  if (!problem.has_window_sizes)
+    return make_visibility(sequence.seqlen_q, sequence.seqlen_k, problem.causal, problem.window_left,
+                           problem.window_right, nullptr);
+  std::int64_t sizes[4];
+  for (int c = 0; c < 4; ++c)
+    sizes[c] = args.window_sizes.data[kv_head * args.window_sizes.stride_row + c * args.window_sizes.stride_column];
+  return make_visibility(sequence.seqlen_q, sequence.seqlen_k, true, -1, -1, sizes);
+}
+
+HWY_INLINE RowTile make_row_tile(const Problem& problem, const Arguments& args, const Sequence& sequence,
+                                 std::int64_t head, std::int64_t tile_index) {
+  RowTile tile;
+  tile.begin = tile_index * kRows;
+  tile.rows = min_of(kRows, sequence.seqlen_q - tile.begin);
+  tile.lanes = round_up(tile.rows, kLanes);
+  if (problem.has_alibi)
+    tile.slope = static_cast<float>(
+        static_cast<double>(load_scalar(args.alibi_slopes.data, args.alibi_slopes.dtype,
+                                        sequence.batch * args.alibi_slopes.stride_batch +
+                                            head * args.alibi_slopes.stride_head)) *
+        kLog2E);
+  if (problem.has_gate) {
+    for (float& a : tile.alpha) a = 0;
+    pack_scalars(row_source(args.alpha, sequence.batch, sequence.q_begin, head), tile.begin, tile.rows, tile.alpha);
+  }
+  return tile;
+}
+
+// Walks key tiles from the right-most one leftwards.
+struct TileCursor {
+  TileRanges ranges;
+  int index = -1;
+  std::int64_t tile = -1;  // -1: no more
+
+  HWY_INLINE void start() {
+    index = ranges.count - 1;
+    tile = index >= 0 ? ranges.range[index].end - 1 : -1;
+  }
+  HWY_INLINE void advance() {
+    if (--tile >= ranges.range[index].begin) return;
+    --index;
+    tile = index >= 0 ? ranges.range[index].end - 1 : -1;
+  }
+};
+
+// Carves aligned arrays out of a thread's scratch memory; with base null it only counts.
+struct Arena {
+  char* base;
+  std::size_t used = 0;
+
+  HWY_INLINE float* floats(std::int64_t count) {
+    float* result = base == nullptr ? nullptr : reinterpret_cast<float*>(base + used);
+    used += static_cast<std::size_t>(round_up(count * 4, 64));
+    return result;
+  }
+};
+
+// rows [begin, begin + count) of `source`, times `factor`, transposed: target[dim][row], zero beyond the rows.
+// `staging` holds 64 rows at pitch round_up(dim, kLanes).
+HWY_INLINE void pack_transposed(const RowSource& source, std::int64_t begin, std::int64_t count, std::int64_t dim,
+                                float factor, float* staging, float* target) {
+  const std::int64_t pitch = round_up(dim, kLanes);
+  pack_rows(source, begin, count, dim, staging, pitch);
+  if (factor != 1.0f) {
+    const Float scale = hn::Set(kFloat, factor);
+    for (std::int64_t i = 0; i < count * pitch; i += kLanes)
+      hn::Store(hn::Mul(hn::Load(kFloat, staging + i), scale), kFloat, staging + i);
+  }
+  const std::int64_t lanes = round_up(count, kLanes);
+  for (std::int64_t i = count * pitch; i < lanes * pitch; i += kLanes)
+    hn::Store(hn::Zero(kFloat), kFloat, staging + i);
+  transpose(staging, pitch, lanes, round_up(dim, 4), target, kRows);
+}
+
+}  // namespace fsa::cpu::FSA_SIMD_TARGET

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of float, element types, and the moves between them. Compiled once per instruction set; everything lives
+// in a namespace named after it.
+#pragma once
+
+#include <hwy/highway.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "fsa/tensor.h"
+
+namespace fsa::cpu::FSA_SIMD_TARGET {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using FloatTag = hn::ScalableTag<float>;
+using IntTag = hn::RebindToSigned<FloatTag>;
+using Float = hn::Vec<FloatTag>;
+using Mask = hn::Mask<FloatTag>;
+
+inline constexpr FloatTag kFloat;
+inline constexpr IntTag kInt;
+inline constexpr std::int64_t kLanes = hn::MaxLanes(FloatTag());
+
+// The row side of every score tile: 64 rows, one lane per row, whatever the vector length.
+inline constexpr std::int64_t kRows = 64;
+static_assert(kRows % kLanes == 0, "a row tile is a whole number of vectors");
+
+inline constexpr float kNegativeInfinity = -__builtin_inff();
+
+template <class T>
+HWY_INLINE T min_of(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+HWY_INLINE T max_of(T a, T b) {
+  return a > b ? a : b;
+}
+HWY_INLINE std::int64_t round_up(std::int64_t value, std::int64_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
+
+// Row pitch, in floats, of a packed matrix with `columns` columns: whole vectors, and an odd number of cache lines,
+// so that walking down a column touches every set of the first-level cache (a pitch of 512 bytes would use 8 of 64).
+HWY_INLINE std::int64_t packed_pitch(std::int64_t columns) {
+  const std::int64_t lines = (columns + 15) / 16;
+  return (lines % 2 == 0 ? lines + 1 : lines) * 16;
+}
+
+// ---------------------------------------------------------------------------------------------- elements
+
+HWY_INLINE Float widen(const float* source) { return hn::LoadU(kFloat, source); }
+HWY_INLINE Float widen(const hwy::float16_t* source) {
+  return hn::PromoteTo(kFloat, hn::LoadU(hn::Rebind<hwy::float16_t, FloatTag>(), source));
+}
+HWY_INLINE Float widen(const hwy::bfloat16_t* source) {
+  return hn::PromoteTo(kFloat, hn::LoadU(hn::Rebind<hwy::bfloat16_t, FloatTag>(), source));
+}
+
+HWY_INLINE void narrow(Float value, float* target) { hn::StoreU(value, kFloat, target); }
+HWY_INLINE void narrow(Float value, hwy::float16_t* target) {
+  const hn::Rebind<hwy::float16_t, FloatTag> tag;
+  hn::StoreU(hn::DemoteTo(tag, value), tag, target);
+}
+// Round to nearest even; Highway 1.0's own conversion truncates. A NaN keeps its sign and stays a NaN.
+HWY_INLINE void narrow(Float value, hwy::bfloat16_t* target) {
+  const hn::RebindToUnsigned<FloatTag> bits_tag;
+  const auto bits = hn::BitCast(bits_tag, value);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(bits_tag, 1u));
+  const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(bits_tag, 0x7FFFu)));
+  const auto quiet = hn::Or(bits, hn::Set(bits_tag, 0x00400000u));
+  const auto is_nan = hn::RebindMask(bits_tag, hn::IsNaN(value));
+  const auto high = hn::ShiftRight<16>(hn::IfThenElse(is_nan, quiet, rounded));
+  const hn::Rebind<std::uint16_t, FloatTag> half_tag;
+  hn::StoreU(hn::DemoteTo(half_tag, hn::BitCast(kInt, high)), half_tag,
+             reinterpret_cast<std::uint16_t*>(target));
+}
+
+// target[0, round_up(count, kLanes)) = source[0, count), then zeros.
+template <class T>
+HWY_INLINE void widen_row(const T* source, std::int64_t count, float* target) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) hn::StoreU(widen(source + i), kFloat, target + i);
+  if (i == count) return;
+  T tail[kLanes];
+  std::memset(tail, 0, sizeof(tail));
+  std::memcpy(tail, source + i, static_cast<std::size_t>(count - i) * sizeof(T));
+  hn::StoreU(widen(tail), kFloat, target + i);
+}
+
+template <class T>
+HWY_INLINE void narrow_row(const float* source, std::int64_t count, float factor, T* target) {
+  const Float scale = hn::Set(kFloat, factor);
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) narrow(hn::Mul(hn::LoadU(kFloat, source + i), scale), target + i);
+  if (i == count) return;
+  float wide[kLanes] = {};
+  std::memcpy(wide, source + i, static_cast<std::size_t>(count - i) * sizeof(float));
+  T tail[kLanes];
+  narrow(hn::Mul(hn::LoadU(kFloat, wide), scale), tail);
+  std::memcpy(target + i, tail, static_cast<std::size_t>(count - i) * sizeof(T));
+}
+
+// Calls function(pointer of the element type) for the three types that vectors serve.
+template <class Function>
+HWY_INLINE void with_element_type(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::bfloat16:
+      return function(static_cast<hwy::bfloat16_t*>(nullptr));
+    case DType::float16:
+      return function(static_cast<hwy::float16_t*>(nullptr));
+    default:
+      return function(static_cast<float*>(nullptr));
+  }
+}
+
+// One element of any float type, for the per-row and per-key scalars (alpha, delta, sink, slopes, lse).
+HWY_INLINE float load_scalar(const void* data, DType dtype, std::int64_t index) {
+  switch (dtype) {
+    case DType::float64:
+      return static_cast<float>(static_cast<const double*>(data)[index]);
+    case DType::bfloat16: {
+      float lanes[kLanes];
+      widen_row(static_cast<const hwy::bfloat16_t*>(data) + index, 1, lanes);
+      return lanes[0];
+    }
+    case DType::float16: {
+      float lanes[kLanes];
+      widen_row(static_cast<const hwy::float16_t*>(data) + index, 1, lanes);
+      return lanes[0];
+    }
+    default:
+      return static_cast<const float*>(data)[index];
+  }
+}
+
+HWY_INLINE void store_scalar(float value, void* data, DType dtype, std::int64_t index) {
+  switch (dtype) {
+    case DType::float64:
+      static_cast<double*>(data)[index] = static_cast<double>(value);
+      return;
+    case DType::bfloat16:
+      return narrow_row(&value, 1, 1.0f, static_cast<hwy::bfloat16_t*>(data) + index);
+    case DType::float16:
+      return narrow_row(&value, 1, 1.0f, static_cast<hwy::float16_t*>(data) + index);
+    default:
+      static_cast<float*>(data)[index] = value;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- transposition
+
+HWY_INLINE void transpose_4x4(const float* source, std::int64_t source_pitch, float* target,
+                              std::int64_t target_pitch) {
+  const hn::Full128<float> tag;
+  const hn::Full128<double> pair;
+  const auto a = hn::LoadU(tag, source), b = hn::LoadU(tag, source + source_pitch);
+  const auto c = hn::LoadU(tag, source + 2 * source_pitch), d = hn::LoadU(tag, source + 3 * source_pitch);
+  const auto ab_low = hn::BitCast(pair, hn::InterleaveLower(tag, a, b));
+  const auto cd_low = hn::BitCast(pair, hn::InterleaveLower(tag, c, d));
+  const auto ab_high = hn::BitCast(pair, hn::InterleaveUpper(tag, a, b));
+  const auto cd_high = hn::BitCast(pair, hn::InterleaveUpper(tag, c, d));
+  hn::StoreU(hn::BitCast(tag, hn::InterleaveLower(pair, ab_low, cd_low)), tag, target);
+  hn::StoreU(hn::BitCast(tag, hn::InterleaveUpper(pair, ab_low, cd_low)), tag, target + target_pitch);
+  hn::StoreU(hn::BitCast(tag, hn::InterleaveLower(pair, ab_high, cd_high)), tag, target + 2 * target_pitch);
+  hn::StoreU(hn::BitCast(tag, hn::InterleaveUpper(pair, ab_high, cd_high)), tag, target + 3 * target_pitch);
+}
+
+// target[column][row] = source[row][column]; both extents rounded up to four, which both buffers must hold.
+HWY_INLINE void transpose(const float* source, std::int64_t source_pitch, std::int64_t rows, std::int64_t columns,
+                          float* target, std::int64_t target_pitch) {
+  for (std::int64_t column = 0; column < columns; column += 4)
+    for (std::int64_t row = 0; row < rows; row += 4)
+      transpose_4x4(source + row * source_pitch + column, source_pitch, target + column * target_pitch + row,
+                    target_pitch);
+}
+
+}  // namespace fsa::cpu::FSA_SIMD_TARGET

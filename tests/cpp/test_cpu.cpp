@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector kernels against the reference, on random problems: every dtype, mask, logit policy, skip rule, layout.
+// One seed is one problem; a failure names it: fsa_tests --gtest_filter='Cpu.*' with FSA_TEST_SEED=<seed> runs it alone.
+#include <cstdlib>
+
+#include "backend/cpu/thread_pool.h"
+#include "core/skip_tile.h"
+#include "test_util.h"
+
+namespace fsa::test {
+namespace {
+
+DType any_dtype(Random& random) {
+  static constexpr DType kTypes[] = {DType::float32, DType::bfloat16, DType::float16};
+  return kTypes[random.below(3)];
+}
+
+double tolerance(DType dtype) { return dtype == DType::float32 ? 3e-5 : dtype == DType::float16 ? 4e-3 : 3e-2; }
+
+std::int64_t any_of(Random& random, std::initializer_list<std::int64_t> values) {
+  return values.begin()[random.below(static_cast<std::int64_t>(values.size()))];
+}
+
+AttentionSetup random_setup(Random& random, bool is_decode) {
+  AttentionSetup s;
+  s.dtype = any_dtype(random);
+  s.batch = 1 + random.below(3);
+  s.num_kv_heads = 1 + random.below(3);
+  s.num_heads = s.num_kv_heads * any_of(random, {1, 1, 2, 3, 7});
+  s.head_dim = any_of(random, {1, 3, 8, 16, 31, 64, 80, 128, 130, 200});
+  s.head_dim_v = random.below(3) == 0 ? any_of(random, {1, 5, 17, 64, 136}) : s.head_dim;
+  s.seqlen_q = any_of(random, {1, 2, 17, 63, 64, 65, 100, 200, 300});
+  s.seqlen_k = any_of(random, {1, 15, 64, 127, 128, 129, 200, 391, 700});
+  s.options.causal = random.below(2) == 0;
+  if (random.below(4) == 0) {
+    s.options.window_left = random.below(150) - 1;
+    s.options.window_right = random.below(150) - 1;
+  } else if (random.below(5) == 0) {
+    s.window_sizes.clear();
+    for (std::int64_t h = 0; h < s.num_kv_heads; ++h)
+      s.window_sizes.push_back({static_cast<std::int32_t>(random.below(20)), static_cast<std::int32_t>(random.below(90)),
+                                static_cast<std::int32_t>(random.below(90)),
+                                static_cast<std::int32_t>(random.below(90))});
+  }
+  if (random.below(4) == 0) s.options.softcap = 2 + random.uniform() * 20;
+  s.alibi = random.below(4) == 0;
+  s.sink = random.below(4) == 0;
+  s.gate = random.below(3) == 0;
+  if (s.gate) {
+    s.options.log_sigmoid_gate = random.below(2) == 0;
+    s.options.adaptive_gate = random.below(2) == 0;
+    if (random.below(3) != 0) s.options.gate_threshold = random.uniform();
+  }
+  if (random.below(2) == 0) s.options.threshold = random.uniform() * 3;
+  if (!is_decode && random.below(3) == 0) {
+    for (std::vector<std::int32_t>* cu : {&s.cu_seqlens_q, &s.cu_seqlens_k}) {
+      cu->push_back(0);
+      const std::int64_t limit = cu == &s.cu_seqlens_q ? s.seqlen_q : s.seqlen_k;
+      for (std::int64_t b = 0; b < s.batch; ++b)
+        cu->push_back(cu->back() + static_cast<std::int32_t>(random.below(limit + 1)));
+    }
+    s.spare = random.below(4);
+  }
+  if (random.below(3) == 0) {
+    for (std::int64_t b = 0; b < s.batch; ++b) {
+      const auto extent = [&](const std::vector<std::int32_t>& cu, std::int64_t seqlen) {
+        return cu.empty() ? seqlen : cu[b + 1] - cu[b];
+      };
+      if (!is_decode) s.seqused_q.push_back(static_cast<std::int32_t>(random.below(extent(s.cu_seqlens_q, s.seqlen_q) + 1)));
+      s.seqused_k.push_back(static_cast<std::int32_t>(random.below(extent(s.cu_seqlens_k, s.seqlen_k) + 1)));
+    }
+  }
+  s.seed = random.bits();
+  return s;
+}
+
+// Logits that differ by about 30 nats between stretches of keys, so that the vote has something to skip: all keys of
+// a stretch point along one direction or against it, and so do the rows of a stretch.
+void give_topics(Attention& a, Random& random) {
+  const std::int64_t dim = a.setup.head_dim;
+  std::vector<double> direction(static_cast<std::size_t>(dim));
+  for (double& x : direction) x = 4 * (random.below(2) == 0 ? 1 : -1) / std::pow(static_cast<double>(dim), 0.25);
+  const std::uint64_t signs = random.bits();
+  const auto shift = [&](Buffer& buffer, std::int64_t stretch) {
+    const std::int64_t per_row = dim * buffer.shape(buffer.view().rank - 2);
+    for (std::int64_t i = 0; i < buffer.numel(); ++i) {
+      const double sign = (signs >> (i / per_row / stretch % 64) & 1) != 0 ? 1 : -1;
+      buffer.put(i, 0.3 * buffer.get(i) + sign * direction[static_cast<std::size_t>(i % dim)]);
+    }
+  };
+  shift(a.key, 128);
+  shift(a.query, 64);
+}
+
+// Elementwise |a - b| <= tolerance * (1 + largest |b|), with infinities and NaN in the same places.
+void expect_close(const Buffer& a, const Buffer& b, double tolerance, const char* name, std::uint64_t seed) {
+  double largest = 0;
+  for (std::int64_t i = 0; i < b.numel(); ++i)
+    if (std::isfinite(b.get(i))) largest = std::max(largest, std::abs(b.get(i)));
+  EXPECT_LE(max_difference(a, b), tolerance * (1 + largest)) << name << ", seed " << seed;
+}
+
+std::vector<std::uint64_t> seeds(std::uint64_t first, std::uint64_t count) {
+  if (const char* alone = std::getenv("FSA_TEST_SEED")) return {std::strtoull(alone, nullptr, 10)};
+  std::vector<std::uint64_t> list;
+  for (std::uint64_t i = 0; i < count; ++i) list.push_back(first + i);
+  return list;
+}
+
+Attention with_backend(Attention a, const char* backend) {
+  a.setup.options.backend = backend;
+  return a;
+}
+
+TEST(Cpu, ForwardAndBackwardMatchReference) {
+  int skipping = 0, compared = 0;
+  for (const std::uint64_t seed : seeds(1000, 150)) {
+    Random random(seed);
+    Attention cpu = Attention::prefill(random_setup(random, false));
+    if (random.below(2) == 0) give_topics(cpu, random);
+    if (random.below(4) == 0 && !cpu.packed_k()) {
+      // Paged keys: forward only.
+      Attention paged = with_backend(cpu.paged(any_of(random, {1, 5, 16, 128, 256}), random), "cpu");
+      Attention reference = with_backend(paged, "reference");
+      paged.forward();
+      reference.forward();
+      if (!same_bytes(paged.skip_map, reference.skip_map)) continue;
+      expect_close(paged.out, reference.out, tolerance(paged.setup.dtype), "paged out", seed);
+      continue;
+    }
+    cpu.setup.options.backend = "cpu";
+    Attention reference = with_backend(cpu, "reference");
+    cpu.forward();
+    reference.forward();
+    if (!same_bytes(cpu.skip_map, reference.skip_map)) continue;  // a decision on the edge; counted below
+    ++compared;
+    expect_close(cpu.out, reference.out, tolerance(cpu.setup.dtype), "out", seed);
+    expect_close(cpu.lse, reference.lse, 1e-5, "lse", seed);
+    TileCounts tiles = count_tiles(cpu.forward_args());
+    skipping += tiles.kept < tiles.visible ? 1 : 0;
+
+    cpu.make_gradients(random, random.below(2) == 0);
+    reference.grad_out = cpu.grad_out;
+    reference.grad_lse = cpu.grad_lse;
+    reference.out = cpu.out;
+    reference.lse = cpu.lse;
+    cpu.backward();
+    reference.backward();
+    const double limit = 4 * tolerance(cpu.setup.dtype);
+    expect_close(cpu.grad_query, reference.grad_query, limit, "grad_query", seed);
+    expect_close(cpu.grad_key, reference.grad_key, limit, "grad_key", seed);
+    expect_close(cpu.grad_value, reference.grad_value, limit, "grad_value", seed);
+    if (cpu.setup.gate) {
+      expect_close(cpu.grad_alpha, reference.grad_alpha, limit, "grad_alpha", seed);
+      expect_close(cpu.grad_delta, reference.grad_delta, limit, "grad_delta", seed);
+    }
+    if (cpu.setup.sink) expect_close(cpu.grad_sink, reference.grad_sink, limit, "grad_sink", seed);
+  }
+  if (std::getenv("FSA_TEST_SEED") != nullptr) return;
+  EXPECT_GE(compared, 100) << "too many maps differ from the reference's";
+  EXPECT_GE(skipping, 15) << "the sparse cases skip nothing";
+}
+
+TEST(Cpu, DecodeMatchesReference) {
+  for (const std::uint64_t seed : seeds(5000, 100)) {
+    Random random(seed);
+    AttentionSetup setup = random_setup(random, true);
+    setup.seqlen_k = any_of(random, {1, 128, 391, 700, 1500});
+    for (std::int32_t& used : setup.seqused_k) used = static_cast<std::int32_t>(random.below(setup.seqlen_k + 1));
+    const bool gather = setup.window_sizes.empty() && setup.options.window_left < 0 && setup.options.window_right < 0 &&
+                        random.below(4) == 0;
+    if (gather) {
+      const std::int64_t top_k = 1 + random.below(400);
+      for (std::int64_t b = 0; b < setup.batch; ++b)
+        for (std::int64_t i = 0; i < top_k; ++i) {
+          const std::int64_t used = setup.seqused_k.empty() ? setup.seqlen_k : setup.seqused_k[b];
+          setup.gather_kv_indices.push_back(
+              used == 0 || random.below(5) == 0 ? -1 : static_cast<std::int32_t>(random.below(used)));
+        }
+    }
+    Attention cpu = Attention::for_decode(setup);
+    if (random.below(2) == 0) give_topics(cpu, random);
+    if (!gather && random.below(3) == 0) cpu = cpu.paged(any_of(random, {1, 7, 16, 256}), random);
+    cpu.setup.options.backend = "cpu";
+    Attention reference = with_backend(cpu, "reference");
+    cpu.decode();
+    reference.decode();
+    expect_close(cpu.out, reference.out, tolerance(setup.dtype), "out", seed);
+    expect_close(cpu.lse, reference.lse, 2e-5, "lse", seed);
+  }
+}
+
+TEST(Cpu, ResultsDoNotDependOnThreads) {
+  const int before = num_threads();
+  for (const std::uint64_t seed : seeds(9000, 12)) {
+    Random random(seed);
+    Attention one = with_backend(Attention::prefill(random_setup(random, false)), "cpu");
+    give_topics(one, random);
+    one.make_gradients(random, true);
+    Attention many = one;
+    set_num_threads(1);
+    one.forward();
+    one.backward();
+    set_num_threads(5);
+    many.forward();
+    many.backward();
+    for (Buffer Attention::*buffer : {&Attention::out, &Attention::lse, &Attention::skip_map, &Attention::grad_query,
+                                      &Attention::grad_key, &Attention::grad_value, &Attention::grad_alpha,
+                                      &Attention::grad_delta, &Attention::grad_sink})
+      EXPECT_TRUE(same_bytes(one.*buffer, many.*buffer)) << "seed " << seed;
+  }
+  set_num_threads(before);
+}
+
+TEST(Cpu, ThresholdOffIsDenseBitForBit) {
+  for (const std::uint64_t seed : seeds(9100, 10)) {
+    Random random(seed);
+    AttentionSetup setup = random_setup(random, false);
+    setup.options.threshold.reset();
+    Attention dense = with_backend(Attention::prefill(setup), "cpu");
+    Attention off = dense;
+    off.setup.options.threshold = -1.0;
+    dense.forward();
+    off.forward();
+    EXPECT_TRUE(same_bytes(dense.out, off.out)) << "seed " << seed;
+    EXPECT_TRUE(same_bytes(dense.lse, off.lse)) << "seed " << seed;
+  }
+}
+
+TEST(ThreadPool, RunsEveryItemOnceAndNests) {
+  const int before = num_threads();
+  set_num_threads(4);
+  std::vector<int> runs(1000, 0);
+  cpu::parallel_for(1000, [&](std::int64_t i) {
+    cpu::parallel_for(1, [&](std::int64_t) { ++runs[static_cast<std::size_t>(i)]; });
+  });
+  EXPECT_EQ(std::count(runs.begin(), runs.end(), 1), 1000);
+  EXPECT_THROW(cpu::parallel_for(10, [](std::int64_t i) {
+                 if (i == 7) throw Error(ErrorCode::internal, "item 7");
+               }),
+               Error);
+  set_num_threads(before);
+}
+
+}  // namespace
+}  // namespace fsa::test

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a problem through the library and compares everything that comes back with the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import flash_sparse_attention as fsa
+import oracle
+import torch
+from cases import Problem
+from torch import Tensor
+
+GUARD = 64  # elements before and after every output buffer
+
+
+def tolerance_of_decisions(dtype: torch.dtype) -> float:
+    """log2 units by which a decision may lie on the wrong side of its threshold."""
+    return 1e-9 if dtype == torch.float64 else 1e-2
+
+
+def assert_within_twice(
+    name: str, ours: Tensor, truth: Tensor, naive: list[Tensor], dtype: torch.dtype, rtol: float = 2.0
+) -> None:
+    """FlashAttention's rule: max|ours - truth| <= rtol * max|naive - truth| + 2 * max|(truth + 0.3 - 0.3) - truth|,
+    truth in float64, naive computed in `dtype`, the last term in `dtype`: the rounding noise of one addition.
+
+    float64 has no finer truth: there the bound is 1e-10 of the largest element.
+    """
+    assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(truth.shape)}"
+    if truth.numel() == 0:
+        return
+    assert not ours.isnan().any(), f"{name}: {int(ours.isnan().sum())} of {ours.numel()} elements are NaN"
+    error = float((ours.double() - truth).abs().max())
+    if dtype == torch.float64:
+        allowed = 1e-10 * max(1.0, float(truth.abs().max()))
+    else:
+        rounded = truth.to(dtype)
+        noise = 2 * float(((rounded + 0.3 - 0.3) - rounded).abs().max())
+        allowed = rtol * max(float((x.double() - truth).abs().max()) for x in naive) + noise
+    if error > allowed:
+        at = int((ours.double() - truth).abs().argmax())
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), truth.shape))
+        raise AssertionError(
+            f"{name}: error {error:.3g} > {allowed:.3g} allowed (ratio {error / max(allowed, 1e-300):.2f}), "
+            f"at {where}: {float(ours.flatten()[at]):.9g}, truth {float(truth.flatten()[at]):.9g}"
+        )
+
+
+def assert_lse(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """lse within 1e-5 * max(1, |lse|) (1e-12 in float64); -inf exactly where the truth has it."""
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert ours.dtype == expected, f"lse: dtype {ours.dtype}"
+    assert ours.shape == truth.shape, f"lse: shape {tuple(ours.shape)}, not {tuple(truth.shape)}"
+    assert not ours.isnan().any(), "lse: NaN"
+    infinite = truth == -math.inf
+    assert torch.equal(ours == -math.inf, infinite), "lse: -inf at other rows than those without a key"
+    error = (ours.double() - truth)[~infinite].abs() / truth[~infinite].abs().clamp(min=1)
+    if error.numel():
+        limit = 1e-12 if dtype == torch.float64 else 1e-5
+        assert error.max() <= limit, f"lse: error {float(error.max()):.3g} of max(1, |lse|), limit {limit}"
+
+
+class Buffer:
+    """An output buffer full of NaN inside a larger one; check() finds a write outside of it."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, gap: int = 0) -> None:
+        """gap: unused elements after each last dimension."""
+        padded = (*shape[:-1], shape[-1] + gap)
+        self._memory = torch.full((math.prod(padded) + 2 * GUARD,), math.nan, dtype=dtype)
+        self._memory[:GUARD] = self._memory[-GUARD:] = 12345.0
+        inner = self._memory[GUARD : self._memory.numel() - GUARD].view(padded)
+        inner[..., shape[-1] :] = 12345.0
+        self.view = inner[..., : shape[-1]]
+        self._gap = inner[..., shape[-1] :]
+
+    def check(self, name: str) -> None:
+        outside = torch.cat([self._memory[:GUARD], self._memory[-GUARD:], self._gap.flatten()])
+        assert (outside == 12345.0).all(), f"{name}: written outside the buffer"
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's bit pattern, so that NaN equals itself."""
+    size = {8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()]
+    return tensor.detach().clone().contiguous().view(size)
+
+
+def assert_same_bits(name: str, a: Tensor, b: Tensor) -> None:
+    assert a.shape == b.shape and a.dtype == b.dtype, f"{name}: {a.shape} {a.dtype}, {b.shape} {b.dtype}"
+    different = int((bits(a) != bits(b)).sum())
+    assert different == 0, f"{name}: {different} of {a.numel()} elements differ in their bits"
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What the library returned."""
+
+    out: Tensor
+    lse: Tensor
+    skip_map: Tensor
+    grads: dict[str, Tensor]
+
+
+def call(
+    problem: Problem,
+    grad_out: Tensor | None = None,
+    grad_lse: Tensor | None = None,
+    **changes: Any,
+) -> Outcome:
+    """attention() of the problem with every output, and the gradients when grad_out or grad_lse is given."""
+    arguments = {**problem.arguments(), "return_lse": True, "return_skip_map": True, **changes}
+    names = [n for n in oracle.GRADIENTS if n in problem.tensors]
+    wants_grads = grad_out is not None or grad_lse is not None
+    if wants_grads:
+        for n in names:
+            arguments[n] = arguments[n].detach().requires_grad_()
+    out, lse, skip_map = fsa.attention(**arguments)
+    grads = {}
+    if wants_grads:
+        pairs = [(o, g) for o, g in ((out, grad_out), (lse, grad_lse)) if g is not None]
+        outputs, grad_outputs = zip(*pairs, strict=True)
+        values = torch.autograd.grad(outputs, [arguments[n] for n in names], grad_outputs)
+        grads = dict(zip(names, values, strict=True))
+    return Outcome(out.detach(), lse.detach(), skip_map, grads)
+
+
+def poison_unused_rows(problem: Problem, grad: Tensor, is_lse: bool) -> Tensor:
+    """A copy of grad with NaN at the rows beyond the used lengths."""
+    poisoned = torch.full_like(grad, math.nan)
+    everything = range(problem.tensors["query"].shape[-2])
+    for s in oracle.sequences(problem):
+        if is_lse:
+            part = oracle._lse_rows(problem, grad, s, everything)
+            oracle._lse_rows(problem, poisoned, s, everything)[...] = part
+        else:
+            oracle._rows_of_query(problem, poisoned, s)[...] = oracle._rows_of_query(problem, grad, s)
+    return poisoned
+
+
+def verify(problem: Problem, seed: int = 0, grad_kind: str = "normal", lse_grad: bool = True) -> oracle.Tiles:
+    """Forward and backward of a problem against the oracle, and everything around them. Returns its tiles.
+
+    grad_kind: normal | expanded (all strides 0, as of out.sum()) | transposed | gapped.
+    """
+    if problem.decode:
+        return verify_decode(problem)
+    dtype = problem.dtype
+    before = {n: bits(t) for n, t in problem.tensors.items()}
+    grad_out = grad_lse = None
+    if "page_table" not in problem.tensors:
+        grad_out, grad_lse = draw_grads(problem, seed, grad_kind)
+        if not lse_grad:
+            grad_lse = None
+    ours = call(problem, grad_out, grad_lse)
+
+    # The same through a buffer of the caller, full of NaN, between guards.
+    buffer = Buffer(tuple(ours.out.shape), dtype, gap=seed % 3)
+    with torch.no_grad():
+        plain = fsa.attention(**problem.arguments(), out=buffer.view)
+    assert plain.data_ptr() == buffer.view.data_ptr() or plain.numel() == 0, "out: not written in place"
+    buffer.check("out")
+    assert_same_bits("out with and without gradients", buffer.view, ours.out)
+    for name, tensor in problem.tensors.items():
+        assert torch.equal(bits(tensor), before[name]), f"{name}: the input was changed"
+
+    assert ours.skip_map.dtype == torch.int32
+    assert tuple(ours.skip_map.shape) == oracle.skip_map_shape(problem), f"skip_map: {tuple(ours.skip_map.shape)}"
+    tiles = oracle.replay(problem, ours.skip_map, tolerance_of_decisions(dtype))
+    kept = oracle.skip_map_bits(problem, ours.skip_map)
+    truth = oracle.attend(problem, grad_out=grad_out, grad_lse=grad_lse, kept=kept)
+    naive = []
+    if dtype != torch.float64:
+        naive = [oracle.attend(problem, dtype, grad_out, grad_lse, kept, reorder=True)]
+        if grad_out is not None:
+            naive.append(oracle.attend(problem, dtype, grad_out, grad_lse, kept, by_hand=True))
+    rtol = 3.0 if problem.options.get("softcap") else 2.0
+    assert ours.out.dtype == dtype
+    assert_within_twice("out", ours.out, truth.out, [x.out for x in naive], dtype, rtol)
+    assert_lse(ours.lse, truth.lse, dtype)
+    for name, grad in ours.grads.items():
+        tensor = problem.tensors[name]
+        assert grad.dtype == tensor.dtype and grad.shape == tensor.shape, f"d{name}: {grad.dtype} {grad.shape}"
+        assert_within_twice(f"d{name}", grad, truth.grads[name], [x.grads[name] for x in naive], dtype, rtol)
+    return tiles
+
+
+def draw_grads(problem: Problem, seed: int, kind: str = "normal") -> tuple[Tensor, Tensor]:
+    """grad_out and grad_lse, NaN beyond the used rows except where all elements share one address."""
+    g = torch.Generator().manual_seed(seed + 1000)
+    query, value = problem.tensors["query"], problem.tensors["value"]
+    shape = (*query.shape[:-1], value.shape[-1])
+    lse_shape = (*query.shape[:-3], query.shape[-2], query.shape[-3])
+    lse_dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    if kind == "expanded":
+        return torch.ones((), dtype=problem.dtype).expand(shape), torch.ones((), dtype=lse_dtype).expand(lse_shape)
+    grad_out = torch.randn(shape, generator=g).to(problem.dtype)
+    grad_lse = torch.randn(lse_shape, generator=g).to(lse_dtype)
+    grad_out = poison_unused_rows(problem, grad_out, is_lse=False)
+    grad_lse = poison_unused_rows(problem, grad_lse, is_lse=True)
+    if kind == "transposed":
+        grad_out = grad_out.transpose(-1, -2).contiguous().transpose(-1, -2)
+        grad_lse = grad_lse.transpose(-1, -2).contiguous().transpose(-1, -2)
+    elif kind == "gapped":
+        wide = torch.full((*shape[:-1], 2 * shape[-1] + 1), math.nan, dtype=problem.dtype)
+        wide[..., 1::2] = grad_out
+        grad_out = wide[..., 1::2]
+    elif kind != "normal":
+        raise ValueError(f"grad_kind: {kind}")
+    return grad_out, grad_lse
+
+
+def call_decode(problem: Problem, **changes: Any) -> tuple[Tensor, Tensor]:
+    """out and lse of the decode function that fits the problem."""
+    name, arguments = problem.decode_call()
+    return getattr(fsa, name)(**{**arguments, "return_lse": True, **changes})
+
+
+def verify_decode(problem: Problem) -> oracle.Tiles:
+    """A decode problem against the oracle, with decisions by the order-free rule."""
+    dtype = problem.dtype
+    before = {n: bits(t) for n, t in problem.tensors.items()}
+    query, value = problem.tensors["query"], problem.tensors["value"]
+    buffer = Buffer((*query.shape[:-1], value.shape[-1]), dtype)
+    lse_buffer = Buffer(tuple(query.shape[:-1]), torch.float64 if dtype == torch.float64 else torch.float32)
+    out, lse = call_decode(problem, out=buffer.view, lse=lse_buffer.view)
+    if out.numel():
+        assert out.data_ptr() == buffer.view.data_ptr(), "out: not written in place"
+        assert lse.data_ptr() == lse_buffer.view.data_ptr(), "lse: not written in place"
+    buffer.check("out")
+    lse_buffer.check("lse")
+    for name, tensor in problem.tensors.items():
+        assert torch.equal(bits(tensor), before[name]), f"{name}: the input was changed"
+
+    kept, close = oracle.decode_decisions(problem)
+    assert len(close) <= 4, f"{len(close)} decisions too close to call"
+    group = query.shape[-2] // problem.tensors["key"].shape[-2]
+    failures = []
+    for turned in itertools.product((False, True), repeat=len(close)):
+        decisions = {i: b.clone() for i, b in kept.items()}
+        for (sequence, head, tile), turn in zip(close, turned, strict=True):
+            if turn:
+                decisions[sequence][head * group : (head + 1) * group, 0, tile] ^= True
+        try:
+            compare_decode(problem, out, lse, decisions)
+            break
+        except AssertionError as error:
+            failures.append(error)
+    else:
+        raise failures[0]
+    possible = oracle.Tiles()
+    for s in oracle.sequences(problem):
+        if s.keys and s.seqlen_k:
+            for head in range(query.shape[-2]):
+                seen = oracle.visible(problem, s, head)[0]
+                possible.visible += sum(int(part.any()) for part in seen.split(oracle.tile_keys(query.shape[-1])))
+    possible.kept = sum(int(b.sum()) for b in kept.values())
+    return possible
+
+
+def compare_decode(problem: Problem, out: Tensor, lse: Tensor, kept: dict[int, Tensor]) -> None:
+    truth = oracle.attend(problem, kept=kept)
+    naive = [oracle.attend(problem, problem.dtype, kept=kept, reorder=r).out for r in (True, False)]
+    assert_within_twice("out", out, truth.out, naive, problem.dtype)
+    assert_lse(lse, truth.lse, problem.dtype)

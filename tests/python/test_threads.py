@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads, fork and instruction sets: results do not depend on them, or the library says no."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import checks
+import flash_sparse_attention as fsa
+import pytest
+from cases import build, case_named
+from flash_sparse_attention import _C
+
+NAMES = ("plain", "causal_more_rows", "packed_seqused", "window_sizes_bands", "sink_softcap_alibi_window",
+         "threshold_causal", "gate_and_threshold", "threshold_packed", "gqa_ratio_7", "head_dim_511_v_512")  # fmt: skip
+DECODE = ("decode_contiguous", "decode_threshold", "decode_gate_packed", "decode_paged")
+TARGETS = ("sse4", "avx2", "avx512")
+
+
+def everything(names=NAMES, decode=DECODE, dtypes=("float32", "bfloat16")):
+    """All outputs and gradients of some problems, as bits."""
+    results = {}
+    for dtype in dtypes:
+        for name in names:
+            problem = build(case_named(name), dtype, seed=101)
+            ours = checks.call(problem, *checks.draw_grads(problem, 101))
+            parts = {"out": ours.out, "lse": ours.lse, "skip_map": ours.skip_map, **ours.grads}
+            results.update({f"{name} {dtype} {part}": checks.bits(tensor) for part, tensor in parts.items()})
+        for name in decode:
+            out, lse = checks.call_decode(build(case_named(name), dtype, seed=102))
+            results[f"{name} {dtype} out"], results[f"{name} {dtype} lse"] = checks.bits(out), checks.bits(lse)
+    return results
+
+
+def assert_equal(results, expected, what):
+    assert results.keys() == expected.keys()
+    different = [name for name in expected if not results[name].equal(expected[name])]
+    assert not different, f"{what}: other bits in {', '.join(different)}"
+
+
+@pytest.fixture
+def restore_threads():
+    threads = _C.num_threads()
+    yield
+    _C.set_num_threads(threads)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(restore_threads):
+    _C.set_num_threads(1)
+    expected = everything()
+    for threads in (2, 3, 7):
+        _C.set_num_threads(threads)
+        assert _C.num_threads() == threads
+        assert_equal(everything(), expected, f"{threads} threads")
+
+
+def test_repeated_calls_give_the_same_bits(restore_threads):
+    _C.set_num_threads(3)
+    small = ("threshold_causal", "packed_seqused")
+    expected = everything(small, DECODE[:2], ("float32",))
+    for _ in range(10):
+        assert_equal(everything(small, DECODE[:2], ("float32",)), expected, "a repeated call")
+
+
+def test_calls_from_several_python_threads(restore_threads):
+    _C.set_num_threads(2)
+    small = ("plain", "gate_and_threshold", "packed_seqused")
+    expected = everything(small, DECODE[:2], ("float32",))
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(lambda _: everything(small, DECODE[:2], ("float32",)), range(8)):
+            assert_equal(results, expected, "concurrent calls")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(here), str(here.parent), *sys.path])
+    env = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
+
+
+def test_after_fork():
+    """The threads of the pool do not survive a fork; the child starts its own and computes the same."""
+    code = """
+import os, sys
+import test_threads as t
+from flash_sparse_attention import _C
+_C.set_num_threads(3)
+names = ("plain", "threshold_causal")
+expected = t.everything(names, t.DECODE[:1], ("float32",))
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        t.assert_equal(t.everything(names, t.DECODE[:1], ("float32",)), expected, "the child")
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    t.assert_equal(t.everything(names, t.DECODE[:1], ("float32",)), expected, "the parent")
+print("forked")
+"""
+    done = run_python(code)
+    assert done.returncode == 0 and "forked" in done.stdout, done.stdout + done.stderr
+
+
+def test_number_of_threads_from_the_environment():
+    code = "from flash_sparse_attention import _C; print(_C.num_threads())"
+    assert run_python(code, FSA_NUM_THREADS="5").stdout.strip() == "5"
+    allowed = len(os.sched_getaffinity(0))
+    assert run_python(code, FSA_NUM_THREADS="").stdout.strip() == str(allowed)
+    done = run_python(f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}}); {code}", FSA_NUM_THREADS="")
+    assert done.stdout.strip() == "1", done.stderr
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1025", "2.5"])
+def test_bad_number_of_threads_in_the_environment(value):
+    code = """
+import torch, flash_sparse_attention as fsa
+x = torch.zeros(1, 1, 1, 8)
+try:
+    fsa.attention(x, x, x)
+except ValueError as error:
+    print(error)
+"""
+    done = run_python(code, FSA_NUM_THREADS=value)
+    assert "FSA_NUM_THREADS" in done.stdout and value in done.stdout, done.stdout + done.stderr
+
+
+KERNEL = "import torch, flash_sparse_attention as f; x = torch.zeros(1, 70, 1, 8); print(f.explain(x, x, x)['kernel'])"
+
+
+def machine_has(target: str) -> bool:
+    done = run_python(KERNEL, FSA_CPU_TARGET=target, FSA_BACKEND="cpu")
+    return done.returncode == 0 and target in done.stdout
+
+
+def test_unknown_instruction_set_fails_loudly():
+    for target in ("neon", "avx1024"):
+        code = KERNEL.replace("print(f.explain(x, x, x)['kernel'])", "f.attention(x, x, x)")
+        done = run_python(code, FSA_CPU_TARGET=target)
+        assert done.returncode != 0, "computed with another instruction set, without a word"
+        assert "FSA_CPU_TARGET" in done.stderr and target in done.stderr, done.stderr
+
+
+@pytest.mark.skipif("FSA_BACKEND" in os.environ, reason="one backend was asked for")
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_instruction_set_of_the_machine(target, capsys):
+    """The forced set serves a subset of the table and names itself in explain()."""
+    if not machine_has(target):
+        with capsys.disabled():
+            print(f"\n{target}: not on this machine")
+        test = run_python(KERNEL.replace("print(f.explain(x, x, x)['kernel'])", "f.attention(x, x, x)"), FSA_CPU_TARGET=target)
+        assert test.returncode != 0 and "FSA_CPU_TARGET" in test.stderr, test.stderr
+        return
+    code = f"""
+import checks, flash_sparse_attention as fsa, test_threads as t
+from cases import build, case_named
+for dtype in ("float32", "bfloat16", "float16"):
+    for name in t.NAMES + t.DECODE:
+        problem = build(case_named(name), dtype, seed=103)
+        checks.verify(problem, seed=103)
+        if not problem.decode:
+            kernel = fsa.explain(**problem.arguments())["kernel"]
+            assert {target!r} in kernel, kernel
+print("checked", kernel)
+"""
+    done = run_python(code, FSA_CPU_TARGET=target)
+    assert done.returncode == 0 and "checked" in done.stdout, done.stdout + done.stderr
+    with capsys.disabled():
+        print(f"\n{target}: {done.stdout.strip()}")
+
+
+def test_public_names_of_threads_are_in_the_binding():
+    assert _C.num_threads() >= 1
+    for threads in (0, -1, 1025):
+        with pytest.raises(ValueError, match="threads"):
+            _C.set_num_threads(threads)
+    assert fsa.__version__ == _C.version()

@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Runs every check of the project and ends with a table of totals. `make test` calls it inside .venv.
+
+Usage: run_tests.py [PART...]   (none = all)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build"
+CPP_FOLDERS = ("include", "src", "python/bindings", "tests", "examples", "benchmarks")
+PYTHON_FOLDERS = ("python", "tests", "examples", "benchmarks", "tools")
+
+
+@dataclass
+class Totals:
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def add(self, ok: bool) -> None:
+        self.passed += ok
+        self.failed += not ok
+
+
+def run(*command: str | Path, **environment: str) -> bool:
+    print("+", " ".join(str(part) for part in command), flush=True)
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode == 0
+
+
+def cpp_files() -> list[Path]:
+    return [
+        path
+        for folder in CPP_FOLDERS
+        for suffix in ("*.h", "*.cpp")
+        for path in sorted((ROOT / folder).rglob(suffix))
+    ]
+
+
+def format_and_lint() -> Totals:
+    totals = Totals()
+    totals.add(run("clang-format", "--dry-run", "-Werror", *(path.relative_to(ROOT) for path in cpp_files())))
+    totals.add(run("ruff", "check", *PYTHON_FOLDERS))
+    totals.add(run("ruff", "format", "--check", *PYTHON_FOLDERS))
+    return totals
+
+
+def layers() -> Totals:
+    totals = Totals()
+    totals.add(run(sys.executable, "tools/check_layers.py", "--self-test"))
+    totals.add(run(sys.executable, "tools/check_layers.py"))
+    return totals
+
+
+def read_junit(report: Path, ok: bool) -> Totals:
+    """Totals of a JUnit file. A run that failed without a failed test, or ran nothing, is one failure."""
+    totals = Totals()
+    if report.exists():
+        for suite in ET.parse(report).getroot().iter("testsuite"):
+            count = {name: int(suite.get(name) or 0) for name in ("tests", "failures", "errors", "skipped")}
+            totals.failed += count["failures"] + count["errors"]
+            totals.skipped += count["skipped"]
+            totals.passed += count["tests"] - count["failures"] - count["errors"] - count["skipped"]
+    if totals.failed == 0 and (not ok or totals.passed == 0):
+        totals.failed = 1
+    return totals
+
+
+def build(preset: str) -> bool:
+    return run("cmake", "--preset", preset) and run("cmake", "--build", "--preset", preset)
+
+
+def ctest(preset: str, **environment: str) -> Totals:
+    if not build(preset):
+        return Totals(failed=1)
+    report = BUILD / preset / "ctest.xml"
+    report.unlink(missing_ok=True)
+    ok = run("ctest", "--preset", preset, "--quiet", "--output-junit", report, **environment)
+    return read_junit(report, ok)
+
+
+def cpp() -> Totals:
+    return ctest("release")
+
+
+def sanitizers() -> Totals:
+    return ctest(
+        "asan",
+        ASAN_OPTIONS="detect_stack_use_after_return=1:strict_string_checks=1",
+        UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
+    )
+
+
+def kernel_objects() -> Totals:
+    totals = Totals()
+    totals.add(run(sys.executable, "tools/check_weak_symbols.py", "--self-test"))
+    built = build("release")
+    totals.add(built and run(sys.executable, "tools/check_weak_symbols.py", BUILD / "release"))
+    totals.add(built and run(sys.executable, "tools/kernel_budget.py", BUILD / "release"))
+    return totals
+
+
+def python() -> Totals:
+    report = BUILD / "pytest.xml"
+    report.parent.mkdir(exist_ok=True)
+    report.unlink(missing_ok=True)
+    return read_junit(report, run(sys.executable, "-m", "pytest", "-q", f"--junitxml={report}"))
+
+
+def consumer() -> Totals:
+    """Installs the library, moves the install tree, and builds a project of its own against it."""
+    totals = Totals()
+    staged, prefix, folder = BUILD / "staged", BUILD / "installed", BUILD / "consumer"
+    for path in (staged, prefix, folder):
+        shutil.rmtree(path, ignore_errors=True)
+    installed = build("release") and run("cmake", "--install", BUILD / "release", "--prefix", staged)
+    totals.add(installed)
+    if installed:
+        staged.rename(prefix)
+        configure = ["cmake", "-S", "tests/consumer", "-B", folder, "-G", "Ninja"]
+        totals.add(
+            run(*configure, f"-DCMAKE_PREFIX_PATH={prefix}")
+            and run("cmake", "--build", folder)
+            and run(folder / "consumer")
+        )
+    return totals
+
+
+PARTS: dict[str, tuple[str, Callable[[], Totals]]] = {
+    "format": ("format and lint", format_and_lint),
+    "layers": ("include layers", layers),
+    "cpp": ("C++ tests and example", cpp),
+    "symbols": ("symbols, kernel budget", kernel_objects),
+    "consumer": ("consumer project", consumer),
+    "python": ("Python tests", python),
+    "asan": ("C++ tests, asan + ubsan", sanitizers),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    names = parser.parse_args().parts or list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"unknown part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
+
+    rows = []
+    for name in names:
+        title, part = PARTS[name]
+        print(f"\n== {title} ==", flush=True)
+        start = time.monotonic()
+        rows.append((title, part(), time.monotonic() - start))
+
+    print(f"\n{'part':<26}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}")
+    for title, totals, seconds in rows:
+        print(f"{title:<26}{totals.passed:>8}{totals.failed:>8}{totals.skipped:>9}{seconds:>9.0f}")
+    passed, failed, skipped = (
+        sum(getattr(totals, field) for _, totals, _ in rows) for field in ("passed", "failed", "skipped")
+    )
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
