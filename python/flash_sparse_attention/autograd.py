@@ -161,23 +161,24 @@ def attend(
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """out, lse and skip map; the last two may be None when not wanted. ``out`` and ``lse``: buffers to write."""
-    plain = ops.is_plain(inputs)
+    plain = ops.is_plain(inputs if out is None and lse is None else (*inputs, out, lse))
     if not plain:
         _require_tensors(inputs)
     if out is not None or lse is not None:
         _check_buffers(out=out, lse=lse)
-        plain = plain and ops.is_plain((out, lse))
-    if _records_gradient(inputs):
-        _refuse_buffers(out=out, lse=lse)
-        want_map = want_map or ops.skips_tiles(inputs, options)
-        if want_map and not plain:
-            options = ops.with_known_map_shape(inputs, options)
-        return _Attention.apply(*inputs[:_NUM_INPUTS], *options, want_map)
-    if plain:
+    records_gradient = _records_gradient(inputs)
+    if plain and not records_gradient:
         return ops.run_forward(inputs, options, want_lse, want_map, out, lse)
-    if want_map:
+    keep_map = want_map or (records_gradient and ops.skips_tiles(inputs, options))
+    if keep_map and not plain:
         options = ops.with_known_map_shape(inputs, options)
-    result, result_lse, skip_map = ops.forward(inputs, options, want_map)
+    if records_gradient:
+        _refuse_buffers(out=out, lse=lse)
+        result, result_lse, skip_map = _Attention.apply(*inputs[:_NUM_INPUTS], *options, keep_map)
+    else:
+        result, result_lse, skip_map = ops.forward(inputs, options, keep_map)
+    if want_map and not plain:
+        skip_map = skip_map.view(ops.skip_map_shape(inputs, options))
     return _written(out, result, "out"), _written(lse, result_lse, "lse"), skip_map
 
 
@@ -191,12 +192,11 @@ def attend_one(
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Decode: out and lse of one query per sequence; lse may be None when not wanted."""
-    plain = ops.is_plain(inputs)
+    plain = ops.is_plain(inputs if out is None and lse is None else (*inputs, out, lse))
     if not plain:
         _require_tensors(inputs)
     if out is not None or lse is not None:
         _check_buffers(out=out, lse=lse)
-        plain = plain and ops.is_plain((out, lse))
     if _records_gradient(inputs):
         _refuse_buffers(out=out, lse=lse)
         return _Decode.apply(*inputs[:_NUM_INPUTS], *options, inputs[_NUM_INPUTS], num_splits, batch_invariant)

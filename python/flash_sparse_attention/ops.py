@@ -9,6 +9,7 @@ instead where the tensors have none: under ``torch.compile``, in a dispatch mode
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,6 +137,8 @@ def run_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, alpha, delta, sink; the last three None when not wanted."""
     query = inputs[QUERY]
+    if skip_map is not None:
+        skip_map = skip_map.view(_C.skip_map_shape(inputs, options))
     wanted = (True, True, True, want_gate, want_gate, want_sink)
     grads = tuple(
         empty(inputs[i], inputs[i].shape) if wants else None
@@ -174,6 +177,7 @@ def run_merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # The operators. Schemas are flat, every output is a fresh tensor, and an output that is not wanted has no element.
+# A skip map has one dimension here: each of its own may be 1 or not, which torch.compile would specialise on.
 
 _NUM_INPUTS = len(INPUTS) - 1  # gather_kv_indices is decode's alone
 _NUM_OPTIONS = len(OPTIONS)
@@ -196,11 +200,7 @@ def _split(args: tuple) -> tuple[Inputs, Options, tuple]:
     return (*args[:_NUM_INPUTS], None), args[_NUM_INPUTS:end], args[end:]
 
 
-def _or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return empty(like, (0,), dtype) if tensor is None else tensor
-
-
-def _skip_map_shape(inputs: Inputs, options: Options) -> tuple[int, ...]:
+def skip_map_shape(inputs: Inputs, options: Options) -> tuple[int, ...]:
     """As the library's, from shapes alone: max_seqlen_k must be given with packed keys."""
     query, key, page_table = inputs[QUERY], inputs[KEY], inputs[PAGE_TABLE]
     if inputs[CU_SEQLENS_K] is not None:
@@ -219,7 +219,7 @@ def _skip_map_shape(inputs: Inputs, options: Options) -> tuple[int, ...]:
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, options, (want_map,) = _split(args)
     out, lse, skip_map = run_forward(inputs, options, True, want_map)
-    return out, lse, _or_empty(skip_map, out, torch.int32)
+    return out, lse, empty(out, (0,), torch.int32) if skip_map is None else skip_map.flatten()
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +227,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     query = inputs[QUERY]
     out = empty(query, (*query.shape[:-1], inputs[VALUE].shape[-1]))
     lse = empty(query, lse_shape(inputs), lse_dtype(query.dtype))
-    return out, lse, empty(query, _skip_map_shape(inputs, options) if want_map else (0,), torch.int32)
+    return out, lse, empty(query, (math.prod(skip_map_shape(inputs, options)),) if want_map else (0,), torch.int32)
 
 
 _define(
@@ -239,7 +239,8 @@ _define(
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, options, rest = _split(args)
-    return tuple(_or_empty(grad, inputs[QUERY]) for grad in run_backward(inputs, options, *rest))
+    grads = run_backward(inputs, options, *rest)
+    return tuple(empty(inputs[QUERY], (0,)) if grad is None else grad for grad in grads)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -300,7 +301,7 @@ def with_known_map_shape(inputs: Inputs, options: Options) -> Options:
 
 
 def forward(inputs: Inputs, options: Options, want_map: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """out, lse and skip map, the last None when not wanted."""
+    """out, lse and skip map; the last None when not wanted, and in one or in its own dimensions."""
     if is_plain(inputs):
         return run_forward(inputs, options, True, want_map)
     out, lse, skip_map = torch.ops.fsa.forward(*inputs[:_NUM_INPUTS], *options, want_map)

@@ -47,7 +47,8 @@ TensorView random_view(Random& random, char* buffer) {
     shape.push_back(random.below(12) == 0 ? 0 : 1 + random.below(4));
     strides.push_back(random.below(12) == 0 ? -random.below(5) : random.below(14));
   }
-  return strided(buffer + static_cast<std::int64_t>(size_of(dtype)) * random.below(30), dtype, shape, strides);
+  return strided(buffer + static_cast<std::int64_t>(size_of(dtype)) * random.below(30), dtype, shape,
+                 strides);
 }
 
 TEST(Overlap, AgreesWithEnumeration) {
@@ -55,7 +56,8 @@ TEST(Overlap, AgreesWithEnumeration) {
   std::vector<char> buffer(1 << 12);
   int shared = 0, apart = 0;
   for (int trial = 0; trial < 4000; ++trial) {
-    const TensorView a = random_view(random, buffer.data() + 1024), b = random_view(random, buffer.data() + 1024);
+    const TensorView a = random_view(random, buffer.data() + 1024),
+                     b = random_view(random, buffer.data() + 1024);
     const std::multiset<std::intptr_t> bytes_a = bytes_of(a), bytes_b = bytes_of(b);
     const bool expected = std::any_of(bytes_a.begin(), bytes_a.end(),
                                       [&](std::intptr_t byte) { return bytes_b.contains(byte); });
@@ -112,7 +114,8 @@ TEST(Overlap, SlicesOfDenseTensorsAreWritable) {
 TEST(MemoryLayouts, PackedQkvAndItsGradient) {
   constexpr std::int64_t kBatch = 2, kSeqlen = 6, kHeads = 3, kDim = 4;
   constexpr std::int64_t kToken = 3 * kHeads * kDim;
-  Buffer qkv(DType::float32, {kBatch, kSeqlen, 3, kHeads, kDim}), grad(DType::float32, {kBatch, kSeqlen, 3, kHeads, kDim});
+  Buffer qkv(DType::float32, {kBatch, kSeqlen, 3, kHeads, kDim}),
+      grad(DType::float32, {kBatch, kSeqlen, 3, kHeads, kDim});
   Random random(4);
   qkv.fill_normal(random);
   const auto part = [&](Buffer& buffer, std::int64_t index) {
@@ -125,8 +128,13 @@ TEST(MemoryLayouts, PackedQkvAndItsGradient) {
 
   Buffer ones(DType::float32, {kBatch, kSeqlen, kHeads, kDim});
   ones.fill(1);
-  BackwardArgs args{.inputs = inputs, .options = {.backend = "reference"}, .out = out.view(), .lse = lse.view(),
-                    .grad_out = ones.view(), .grad_query = part(grad, 0), .grad_key = part(grad, 1),
+  BackwardArgs args{.inputs = inputs,
+                    .options = {.backend = "reference"},
+                    .out = out.view(),
+                    .lse = lse.view(),
+                    .grad_out = ones.view(),
+                    .grad_query = part(grad, 0),
+                    .grad_key = part(grad, 1),
                     .grad_value = part(grad, 2)};
   backward(args);
   for (std::int64_t i = 0; i < grad.numel(); ++i) ASSERT_FALSE(std::isnan(grad.get(i))) << "element " << i;
@@ -145,7 +153,8 @@ TEST(MemoryLayouts, PackedQkvAndItsGradient) {
     backward(args);
     ADD_FAILURE() << "gradients that share a column were accepted";
   } catch (const Error& error) {
-    EXPECT_STREQ(error.what(), "grad_key: shares memory with grad_query; pass a tensor with memory of its own");
+    EXPECT_STREQ(error.what(),
+                 "grad_key: shares memory with grad_query; pass a tensor with memory of its own");
   }
 }
 
@@ -161,7 +170,8 @@ TEST(MemoryLayouts, InputsMayBeOneTensor) {
 // torch gives size-1 dimensions any stride it likes, the last one and outputs included.
 TEST(MemoryLayouts, SizeOneDimensionsMayHaveAnyStride) {
   constexpr std::int64_t kFar = std::int64_t{1} << 60;
-  Buffer q(DType::float32, {1, 3, 1, 1}), kv(DType::float32, {1, 4, 1, 1}), plain(DType::float32, {1, 3, 1, 1});
+  Buffer q(DType::float32, {1, 3, 1, 1}), kv(DType::float32, {1, 4, 1, 1}),
+      plain(DType::float32, {1, 3, 1, 1});
   Buffer odd(DType::float32, {1, 3, 1, 1}), lse(DType::float32, {1, 1, 3});
   Random random(6);
   q.fill_normal(random);
@@ -173,10 +183,13 @@ TEST(MemoryLayouts, SizeOneDimensionsMayHaveAnyStride) {
     view.strides[3] = kFar;
     return view;
   };
-  forward({.inputs = {.query = q.view(), .key = kv.view(), .value = kv.view()}, .options = {.backend = "reference"},
+  forward({.inputs = {.query = q.view(), .key = kv.view(), .value = kv.view()},
+           .options = {.backend = "reference"},
            .out = plain.view()});
   forward({.inputs = {.query = absurd(q), .key = absurd(kv), .value = absurd(kv)},
-           .options = {.backend = "reference"}, .out = absurd(odd), .lse = lse.view()});
+           .options = {.backend = "reference"},
+           .out = absurd(odd),
+           .lse = lse.view()});
   EXPECT_TRUE(same_bytes(plain, odd));
 }
 
@@ -194,7 +207,9 @@ TEST(MemoryLayouts, ExpandedKeysAndStridedIndexTensors) {
   every_second.strides[0] = 2;
   Buffer lse(DType::float32, {4, 2});
   decode({.inputs = {.query = q.view(), .key = expanded, .value = expanded, .seqused_k = every_second},
-          .options = {.backend = "reference"}, .out = out.view(), .lse = lse.view()});
+          .options = {.backend = "reference"},
+          .out = out.view(),
+          .lse = lse.view()});
   EXPECT_EQ(lse.at(2, 1), -kInf);
   EXPECT_EQ(out.at(2, 0, 3), 0);
   EXPECT_NEAR(out.at(1, 1, 4), kv.at(0, 0, 0, 4), 1e-6);
@@ -202,14 +217,18 @@ TEST(MemoryLayouts, ExpandedKeysAndStridedIndexTensors) {
 
 TEST(MemoryLayouts, EmptyTensorsNeedNoMemory) {
   const TensorView nothing = TensorView::contiguous(nullptr, DType::float32, {2, 0, 3, 4});
-  Buffer query(DType::float32, {2, 5, 3, 4}), out(DType::float32, {2, 5, 3, 4}), lse(DType::float32, {2, 3, 5});
+  Buffer query(DType::float32, {2, 5, 3, 4}), out(DType::float32, {2, 5, 3, 4}),
+      lse(DType::float32, {2, 3, 5});
   query.fill(1);
-  forward({.inputs = {.query = query.view(), .key = nothing, .value = nothing}, .options = {.backend = "reference"},
-           .out = out.view(), .lse = lse.view()});
+  forward({.inputs = {.query = query.view(), .key = nothing, .value = nothing},
+           .options = {.backend = "reference"},
+           .out = out.view(),
+           .lse = lse.view()});
   EXPECT_EQ(out.at(1, 4, 2, 3), 0);
   EXPECT_EQ(lse.at(1, 2, 4), -kInf);
   EXPECT_NO_THROW(forward({.inputs = {.query = nothing, .key = query.view(), .value = query.view()},
-                           .options = {.backend = "reference"}, .out = nothing}));
+                           .options = {.backend = "reference"},
+                           .out = nothing}));
 }
 
 }  // namespace

@@ -10,12 +10,19 @@ namespace fsa::test {
 namespace {
 
 AttentionSetup setup() {
-  return {.batch = 2, .seqlen_q = 70, .seqlen_k = 150, .num_heads = 4, .num_kv_heads = 2, .head_dim = 8,
-          .head_dim_v = 6, .dtype = DType::float32};
+  return {.batch = 2,
+          .seqlen_q = 70,
+          .seqlen_k = 150,
+          .num_heads = 4,
+          .num_kv_heads = 2,
+          .head_dim = 8,
+          .head_dim_v = 6,
+          .dtype = DType::float32};
 }
 
 // Visible pairs of one head, element by element, with the masks as docs/semantics.md writes them.
-double visible_pairs(const AttentionSetup& s, std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t kv_head) {
+double visible_pairs(const AttentionSetup& s, std::int64_t seqlen_q, std::int64_t seqlen_k,
+                     std::int64_t kv_head) {
   double pairs = 0;
   for (std::int64_t i = 0; i < seqlen_q; ++i)
     for (std::int64_t j = 0; j < seqlen_k; ++j) {
@@ -80,8 +87,8 @@ TEST(Explain, CountsDecode) {
   s.options.window_left = -1;
   s.gather_kv_indices = {4, -1, 0, 36, 36, -1, -1, 2};
   const Explanation gathered = explain(Attention::for_decode(s).decode_args());
-  EXPECT_EQ(gathered.flops, 6 * 4 * 2 * 14.0);
-  EXPECT_EQ(gathered.bytes, 4.0 * (2 * 4 * 8 + 6 * 2 * 14 + 2 * 4 * 6 + 2 * 4));
+  EXPECT_EQ(gathered.flops, 5 * 4 * 2 * 14.0);
+  EXPECT_EQ(gathered.bytes, 4.0 * (2 * 4 * 8 + 5 * 2 * 14 + 2 * 4 * 6 + 2 * 4));
 }
 
 TEST(Explain, NamesTheBackendAndWhyNotTheOthers) {
@@ -115,7 +122,9 @@ TEST(Explain, Float64GoesToTheReference) {
   const Explanation explanation = explain(Attention::prefill(s).forward_args());
   EXPECT_EQ(explanation.backend, "reference");
   for (const BackendChoice& choice : explanation.reasons)
-    if (choice.name == "cpu") EXPECT_NE(choice.reason.find("float64"), std::string::npos) << choice.reason;
+    if (choice.name == "cpu") {
+      EXPECT_NE(choice.reason.find("float64"), std::string::npos) << choice.reason;
+    }
 }
 
 TEST(Backends, AreListedWithTheReferenceLast) {
@@ -129,7 +138,8 @@ TEST(Backends, AreListedWithTheReferenceLast) {
     EXPECT_FALSE(all.front().available);
     const std::string& reason = all.front().reason;
     EXPECT_TRUE(reason.find("libcuda") != std::string::npos || reason.find("cuInit") != std::string::npos ||
-                reason.find("no device") != std::string::npos || reason.find("no CUDA kernels") != std::string::npos)
+                reason.find("no device") != std::string::npos ||
+                reason.find("no CUDA kernels") != std::string::npos)
         << reason;
   }
 }
@@ -152,22 +162,31 @@ TEST(Questions, NeedNoOutputsAndNoData) {
 }
 
 TEST(Questions, ShapesOfSkipMaps) {
+  using Shape = std::vector<std::int64_t>;
+  const auto batched = [](std::int64_t seqlen_k, std::int64_t head_dim) {
+    return skip_map_shape(
+        {.inputs = {.query = TensorView::contiguous(nullptr, DType::float32, {2, 70, 4, head_dim}),
+                    .key = TensorView::contiguous(nullptr, DType::float32, {2, seqlen_k, 2, head_dim}),
+                    .value = TensorView::contiguous(nullptr, DType::float32, {2, seqlen_k, 2, 8})}});
+  };
+  EXPECT_EQ(batched(128 * 32, 128), (Shape{2, 4, 2, 1}));
+  EXPECT_EQ(batched(128 * 32 + 1, 128), (Shape{2, 4, 2, 2}));
+  EXPECT_EQ(batched(64 * 32, 129), (Shape{2, 4, 2, 1}));
+  EXPECT_EQ(batched(64 * 32 + 1, 129), (Shape{2, 4, 2, 2}));
+  EXPECT_EQ(batched(0, 64), (Shape{2, 4, 2, 0}));
+
   AttentionSetup s = setup();
-  s.seqlen_k = 128 * 32 + 1;
-  EXPECT_EQ(skip_map_shape(Attention::prefill(s).forward_args()), (std::vector<std::int64_t>{2, 4, 2, 2}));
   s.head_dim = 129;
-  s.seqlen_k = 64 * 32;
-  EXPECT_EQ(skip_map_shape(Attention::prefill(s).forward_args()), (std::vector<std::int64_t>{2, 4, 2, 1}));
   s.cu_seqlens_q = {0, 100, 130};
   s.cu_seqlens_k = {0, 0, 5};
-  EXPECT_EQ(skip_map_shape(Attention::prefill(s).forward_args()), (std::vector<std::int64_t>{4, 2 + 2, 1}));
+  EXPECT_EQ(skip_map_shape(Attention::prefill(s).forward_args()), (Shape{4, 2 + 2, 1}));
   s.options.max_seqlen_k = 64 * 32 + 1;
-  EXPECT_EQ(skip_map_shape(Attention::prefill(s).forward_args()), (std::vector<std::int64_t>{4, 2 + 2, 2}));
+  EXPECT_EQ(skip_map_shape(Attention::prefill(s).forward_args()), (Shape{4, 2 + 2, 2}));
   EXPECT_EQ(skip_tile(128).keys, 128);
   EXPECT_EQ(skip_tile(129).keys, 64);
   EXPECT_EQ(skip_tile(1).rows, 64);
-  EXPECT_THROW(skip_tile(0), Error);
-  EXPECT_THROW(skip_tile(513), Error);
+  EXPECT_THROW((void)skip_tile(0), Error);
+  EXPECT_THROW((void)skip_tile(513), Error);
 }
 
 // Visible tiles element by element; the map's bits are random over them and 0 elsewhere.
@@ -183,7 +202,8 @@ void check_counts(const AttentionSetup& s) {
       for (std::int64_t row = 0; row < a.used_q(b); row += 64)
         for (std::int64_t key = 0; key < a.used_k(b); key += 128) {
           bool visible = false;
-          const std::int64_t row_end = std::min(row + 64, a.used_q(b)), key_end = std::min(key + 128, a.used_k(b));
+          const std::int64_t row_end = std::min(row + 64, a.used_q(b)),
+                             key_end = std::min(key + 128, a.used_k(b));
           const std::int64_t offset = a.used_k(b) - a.used_q(b);
           for (std::int64_t i = row; i < row_end; ++i)
             for (std::int64_t j = key; j < key_end; ++j) {
@@ -193,8 +213,9 @@ void check_counts(const AttentionSetup& s) {
                                       (s.options.window_left < 0 || d <= s.options.window_left));
               } else {
                 const auto [sink, left, right, near] = s.window_sizes[head / a.group_size()];
-                visible = visible ||
-                          (d >= 0 && (d < near || (d >= near + right && d < near + right + left) || j < sink));
+                visible =
+                    visible ||
+                    (d >= 0 && (d < near || (d >= near + right && d < near + right + left) || j < sink));
               }
             }
           if (!visible) continue;
@@ -205,8 +226,8 @@ void check_counts(const AttentionSetup& s) {
           const std::int64_t word = tile / 32, bit = tile % 32;
           const std::int64_t row_tile = row / 64 + (a.packed_q() ? s.cu_seqlens_q[b] / 64 + b : 0);
           const double old = a.packed_q() ? map.at(head, row_tile, word) : map.at(b, head, row_tile, word);
-          const auto bits = static_cast<std::int32_t>(static_cast<std::uint32_t>(static_cast<std::int32_t>(old)) |
-                                                      (1u << bit));
+          const auto bits = static_cast<std::int32_t>(
+              static_cast<std::uint32_t>(static_cast<std::int32_t>(old)) | (1u << bit));
           if (a.packed_q())
             map.set(bits, head, row_tile, word);
           else
@@ -268,7 +289,8 @@ TEST(ForwardMap, DenseKeepsEveryVisibleTile) {
   a.forward();
   const TileCounts counts = count_tiles(a.forward_args());
   EXPECT_EQ(counts.kept, counts.visible);
-  EXPECT_EQ(counts.visible, 2 * 4 * (1 + 2 + 1));  // rows end at key 144 of 150, then at 150: both see two tiles
+  EXPECT_EQ(counts.visible,
+            2 * 4 * (1 + 2 + 1));  // rows end at key 144 of 150, then at 150: both see two tiles
 }
 
 // What a backend gets.
@@ -381,7 +403,8 @@ TEST_F(EnvironmentDeathTest, BackendIsHonoured) {
         setenv("FSA_BACKEND", "tpu", 1);
         std::exit(forward_on_stderr());
       },
-      testing::ExitedWithCode(0), "error 0: FSA_BACKEND: \"tpu\" is not a backend of this build; known: .*cpu, reference");
+      testing::ExitedWithCode(0),
+      "error 0: FSA_BACKEND: \"tpu\" is not a backend of this build; known: .*cpu, reference");
   EXPECT_EXIT(
       {
         setenv("FSA_BACKEND", "tpu", 1);
@@ -401,7 +424,8 @@ TEST_F(EnvironmentDeathTest, DispatchIsLogged) {
         std::exit(forward_on_stderr());
       },
       testing::ExitedWithCode(0),
-      "fsa: forward float32 batch 2 heads 4/2 seqlen 70x150 head_dim 8/6 -> reference, .*; cpu was passed over");
+      "fsa: forward float32 batch 2 heads 4/2 seqlen 70x150 head_dim 8/6 -> reference, .*; cpu was passed "
+      "over");
   EXPECT_EXIT(
       {
         setenv("FSA_LOG", "everything", 1);

@@ -34,13 +34,21 @@ class ForbiddenMemory {
   std::size_t next_ = 1;
 };
 
+// Another contiguous shape at the same address.
+inline TensorView reshaped(const TensorView& view, std::initializer_list<std::int64_t> shape) {
+  return TensorView::contiguous(view.data, view.dtype, shape);
+}
+
 // One call: its arguments, and memory for what a test puts in their place.
 template <class Args>
 class Trial {
  public:
   explicit Trial(const Args& given) : args(given) {}
+  Trial(const Trial&) = delete;
+  Trial& operator=(const Trial&) = delete;
 
   Args args;
+  AttentionInputs& in = args.inputs;
 
   TensorView ints(const std::vector<std::int32_t>& values, const std::vector<std::int64_t>& shape = {}) {
     owned_.push_back(Buffer::ints(values, shape));
@@ -72,8 +80,9 @@ inline std::vector<TensorView*> large_tensors(ForwardArgs& args) {
 }
 inline std::vector<TensorView*> large_tensors(BackwardArgs& args) {
   std::vector<TensorView*> all = large_tensors(args.inputs);
-  all.insert(all.end(), {&args.out, &args.lse, &args.skip_map, &args.grad_out, &args.grad_lse, &args.grad_query,
-                         &args.grad_key, &args.grad_value, &args.grad_alpha, &args.grad_delta, &args.grad_sink});
+  all.insert(all.end(),
+             {&args.out, &args.lse, &args.skip_map, &args.grad_out, &args.grad_lse, &args.grad_query,
+              &args.grad_key, &args.grad_value, &args.grad_alpha, &args.grad_delta, &args.grad_sink});
   return all;
 }
 inline std::vector<TensorView*> large_tensors(DecodeArgs& args) {
@@ -150,7 +159,8 @@ void expect_accepted(const BadInput<Args>& bad, const Args& given) {
   Trial<Args> trial(given);
   if (bad.twin) bad.twin(trial);
   try {
-    if (trial.args.workspace.data == nullptr) trial.args.workspace = trial.workspace(workspace_size(trial.args));
+    if (trial.args.workspace.data == nullptr)
+      trial.args.workspace = trial.workspace(workspace_size(trial.args));
     call(trial.args);
     EXPECT_TRUE(supports(trial.args).ok) << bad.name;
   } catch (const Error& error) {

@@ -469,9 +469,10 @@ TEST(ReferenceThreshold, TilesGoFromRightToLeft) {
 }
 
 TEST(ReferenceThreshold, TheThresholdIsClampedToOne) {
-  Attention a = one_row({0, 0, 0}, 1e9);  // thr = 1: after the first tile nothing can hold a probability of 1
+  // thr = 1: a tile survives only when one of its keys outweighs all that was kept, here 128 keys of logit 0.
+  Attention a = one_row({std::log(128.0) + 0.5, 0, 0}, 1e9);
   a.forward();
-  EXPECT_EQ(kept_tiles(a), "..x");
+  EXPECT_EQ(kept_tiles(a), "x.x");
 }
 
 TEST(ReferenceThreshold, EachRowVotesAndOneIsEnough) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What C++ tests share: tensors between guard bands, poison, seeded random numbers, and one attention call
-// with all its tensors, described by a AttentionSetup and run through the public API.
+// with all its tensors, described by an AttentionSetup and run through the public API.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -10,8 +10,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <numbers>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -105,8 +107,8 @@ class Buffer {
   }
 
   // The i-th element in row-major order, whatever the strides are.
-  double get(std::int64_t i) const { return load(offset(unravel(i))); }
-  void put(std::int64_t i, double value) { store(offset(unravel(i)), value); }
+  double get(std::int64_t i) const { return load(offset_of_element(i)); }
+  void put(std::int64_t i, double value) { store(offset_of_element(i), value); }
 
   void fill(double value) {
     for (std::int64_t i = 0; i < numel(); ++i) put(i, value);
@@ -118,7 +120,7 @@ class Buffer {
     if (!present()) return;
     for (std::int64_t i = 0; i < numel(); ++i)
       if (dtype() == DType::int32)
-        store(offset(unravel(i)), 0x5a5a5a5a);
+        store(offset_of_element(i), 0x5a5a5a5a);
       else
         put(i, kNan);
   }
@@ -130,18 +132,20 @@ class Buffer {
   }
 
  private:
-  std::vector<std::int64_t> unravel(std::int64_t i) const {
-    std::vector<std::int64_t> index(view_.rank);
+  std::int64_t offset_of_element(std::int64_t i) const {
+    std::int64_t result = 0;
     for (int axis = view_.rank - 1; axis >= 0; --axis) {
-      index[axis] = i % view_.shape[axis];
+      result += i % view_.shape[axis] * view_.strides[axis];
       i /= view_.shape[axis];
     }
-    return index;
+    return result;
   }
-  std::int64_t offset(const std::vector<std::int64_t>& index) const {
-    EXPECT_EQ(static_cast<std::int32_t>(index.size()), view_.rank);
+  std::int64_t offset(std::initializer_list<std::int64_t> index) const {
+    if (static_cast<std::int32_t>(index.size()) != view_.rank)
+      throw std::logic_error("wrong number of indices");
     std::int64_t result = 0;
-    for (std::size_t axis = 0; axis < index.size(); ++axis) result += index[axis] * view_.strides[axis];
+    int axis = 0;
+    for (std::int64_t i : index) result += i * view_.strides[axis++];
     return result;
   }
   double load(std::int64_t i) const {
@@ -440,9 +444,9 @@ struct Attention {
   }
 };
 
-// Gives queries and keys topics: keys come in runs of `run` positions with a random topic each, a query row
-// asks for the topic of a random earlier run, and a pair of one topic has a logit of about `strength`, others
-// about 0. Needs head_dim >= 4. With strength > 10 whole tiles fall below any sensible threshold.
+// Gives queries and keys topics: each run of `run` keys and of 64 query tokens has a random one of up to 8,
+// a pair of one topic has a logit of about `strength`, others about 0. With strength > 10 whole tiles fall
+// below any sensible threshold.
 inline void fill_topics(Attention& a, Random& random, std::int64_t run = 128, double strength = 16) {
   const std::int64_t dims = a.setup.head_dim;
   const double scale = a.setup.options.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(dims)));

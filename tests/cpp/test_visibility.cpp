@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // core/visibility.h against the mask written out as in docs/semantics.md, one element at a time.
-#include "core/visibility.h"
-
 #include <optional>
 #include <set>
 
+#include "core/visibility.h"
 #include "test_util.h"
 
 namespace fsa::test {
@@ -27,16 +26,16 @@ struct Mask {
     if (window_sizes) {
       const auto [sink, left, right, near] = *window_sizes;
       const std::int64_t distance = position - key;
-      return distance >= 0 && (distance < near || (distance >= near + right && distance < near + right + left) ||
-                               key < sink);
+      return distance >= 0 &&
+             (distance < near || (distance >= near + right && distance < near + right + left) || key < sink);
     }
     return (!causal || key <= position) && (window_left < 0 || key >= position - window_left) &&
            (window_right < 0 || key <= position + window_right);
   }
 
   friend std::ostream& operator<<(std::ostream& stream, const Mask& m) {
-    stream << "seqlen " << m.seqlen_q << "x" << m.seqlen_k << " causal " << m.causal << " window (" << m.window_left
-           << ", " << m.window_right << ")";
+    stream << "seqlen " << m.seqlen_q << "x" << m.seqlen_k << " causal " << m.causal << " window ("
+           << m.window_left << ", " << m.window_right << ")";
     if (m.window_sizes)
       for (std::int64_t size : *m.window_sizes) stream << " " << size;
     return stream;
@@ -79,7 +78,8 @@ struct TileFacts {
   bool any = false, all = true;
 };
 
-TileFacts look(const Mask& mask, std::int64_t row, std::int64_t row_end, std::int64_t key, std::int64_t key_end) {
+TileFacts look(const Mask& mask, std::int64_t row, std::int64_t row_end, std::int64_t key,
+               std::int64_t key_end) {
   TileFacts facts;
   for (std::int64_t i = row; i < row_end; ++i)
     for (std::int64_t j = key; j < key_end; ++j) {

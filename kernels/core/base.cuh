@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Small device-side basics.
+#pragma once
+
+#include "core/types.h"
+
+#define FSA_DEVICE __device__ __forceinline__
+
+namespace fsa::kernels {
+
+inline constexpr int32 kWarpThreads = 32;
+inline constexpr int32 kWarpgroupThreads = 128;
+inline constexpr float kInfinity = __builtin_huge_valf();
+inline constexpr float kLn2 = 0.693147180559945309f;
+
+template <class T>
+FSA_DEVICE constexpr T min_of(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+FSA_DEVICE constexpr T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+FSA_DEVICE constexpr int32 ceil_div(int32 a, int32 b) { return (a + b - 1) / b; }
+
+// The same in every lane, in a form that the compiler can keep in uniform registers.
+FSA_DEVICE int32 warp_uniform(int32 value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+FSA_DEVICE int32 lane_id() { return static_cast<int32>(threadIdx.x) % kWarpThreads; }
+
+FSA_DEVICE uint32 shared_address(const void* pointer) {
+  return static_cast<uint32>(__cvta_generic_to_shared(pointer));
+}
+
+}  // namespace fsa::kernels

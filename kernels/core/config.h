@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// What host and device must agree on before a kernel is compiled. Read by both compilers: constexpr PODs only.
+#pragma once
+
+#include "core/types.h"
+
+namespace fsa::kernels {
+
+enum class ElementType : uint8 { bf16, fp16 };
+
+inline constexpr int32 kElementBytes = 2;
+inline constexpr int32 kRowsPerWarpgroup = 64;   // rows of one WGMMA, and of one skip tile
+inline constexpr int32 kChunkColumns = 64;       // 128 bytes: the widest swizzled TMA box
+inline constexpr int32 kMaxSegments = 8;         // runs of key tiles that one work tile may visit
+inline constexpr int32 kWorkSlots = 2;           // work tiles announced ahead of the consumers
+inline constexpr int32 kSharedAlignment = 1024;  // of a 128-byte swizzled tile
+
+// The shape of one forward kernel. Padded head dimensions: the tensor maps fill the columns beyond the real ones
+// with zeros, so one kernel serves every head_dim up to its own.
+struct ForwardTile {
+  int32 head_dim;      // of query and key, multiple of 64
+  int32 head_dim_v;    // of value and out, multiple of 64
+  int32 block_m;       // query rows, 64 per consumer warpgroup
+  int32 block_n;       // keys, multiple of 16
+  int32 query_stages;  // 2: the next query tile loads under the current one
+  int32 stages;        // of key and value each
+};
+
+constexpr int32 round_up(int32 value, int32 multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+constexpr int32 forward_query_bytes(const ForwardTile& t) { return t.block_m * t.head_dim * kElementBytes; }
+constexpr int32 forward_key_bytes(const ForwardTile& t) { return t.block_n * t.head_dim * kElementBytes; }
+constexpr int32 forward_value_bytes(const ForwardTile& t) { return t.block_n * t.head_dim_v * kElementBytes; }
+
+inline constexpr int32 kWorkTileBytes = 144;
+
+// Dynamic shared memory of the forward kernel; the kernel asserts that its SharedStorage has this size.
+constexpr int32 forward_shared_bytes(const ForwardTile& t) {
+  const int32 tiles =
+      t.query_stages * forward_query_bytes(t) + t.stages * (forward_key_bytes(t) + forward_value_bytes(t));
+  const int32 barriers = 8 * (2 * t.query_stages + 4 * t.stages + 2 * kWorkSlots);
+  return round_up(tiles + kWorkSlots * kWorkTileBytes + barriers, kSharedAlignment);
+}
+
+// One producer warpgroup beside the consumers.
+constexpr int32 forward_threads(const ForwardTile& t) { return 128 * (t.block_m / kRowsPerWarpgroup + 1); }
+
+}  // namespace fsa::kernels

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// Named barriers, proxy fences, register redistribution.
+#pragma once
+
+#include "core/base.cuh"
+
+namespace fsa::kernels::ptx {
+
+// Named barrier `id` (1..15; 0 is __syncthreads) of `threads` threads.
+FSA_DEVICE void barrier_sync(int32 id, int32 threads) {
+  asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+FSA_DEVICE void barrier_arrive(int32 id, int32 threads) {
+  asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// True in every thread when `vote` is true in one of them.
+FSA_DEVICE bool barrier_any(int32 id, int32 threads, bool vote) {
+  uint32 any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, all;\n"
+      "setp.ne.b32 mine, %1, 0;\n"
+      "barrier.cta.red.or.pred.aligned all, %2, %3, mine;\n"
+      "selp.b32 %0, 1, 0, all;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(static_cast<uint32>(vote)), "r"(id), "r"(threads)
+      : "memory");
+  return any != 0;
+}
+
+// Orders this thread's ordinary shared-memory writes before later reads by WGMMA and the copy engine.
+FSA_DEVICE void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+template <int32 kRegisters>
+FSA_DEVICE void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int32 kRegisters>
+FSA_DEVICE void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+}  // namespace fsa::kernels::ptx
