@@ -48,7 +48,7 @@ struct ForwardParams {
 
 inline constexpr int32 kOpenWindow = 1 << 30;
 
-static_assert(sizeof(ForwardParams) == 4 * 128 + 12 * 8 + 12 * 4 - 8 || sizeof(ForwardParams) % 64 == 0,
+static_assert(sizeof(ForwardParams) == 704 && alignof(ForwardParams) == 64,
               "ForwardParams must have the same layout on both compilers");
 
 }  // namespace fsa::kernels

@@ -5,7 +5,7 @@
 namespace fsa {
 namespace {
 
-// "forward float32 batch 2 heads 8/2 seqlen 128x256 head_dim 64/64 -> cpu, ...; cuda ..."
+// "forward float32 batch 2 heads 8/2 seqlen 128x256 head_dim 64/64 -> cpu, ...; cuda: ..."
 void log_choice(const Problem& problem, const Backend& chosen) {
   const char* operation = problem.operation == Operation::forward    ? "forward"
                           : problem.operation == Operation::backward ? "backward"
@@ -17,8 +17,7 @@ void log_choice(const Problem& problem, const Backend& chosen) {
   for (const Backend* backend : registry()) {
     if (backend == &chosen) break;
     const std::string reason = backend->reject(problem);
-    line += text_of("; ", backend->name(), " ",
-                    reason.empty() ? "was passed over for the one asked for" : reason);
+    line += text_of("; ", backend->name(), ": ", reason.empty() ? "another backend was asked for" : reason);
   }
   write_log(line);
 }

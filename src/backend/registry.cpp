@@ -55,8 +55,9 @@ const Backend& named_backend(const Problem& problem, std::string_view wanted, co
                                                 place(problem.device) + "; move them to the CPU first");
     const std::string reason = backend->reject(problem);
     if (!reason.empty())
-      throw Error(ErrorCode::unsupported,
-                  quoted + " " + reason + "; leave the backend out to let the library choose");
+      throw Error(ErrorCode::unsupported, quoted + " cannot compute this " + name_of(problem.operation) +
+                                              ": " + reason +
+                                              "; leave the backend out to let the library choose");
     return *backend;
   }
   throw Error(ErrorCode::invalid_argument,
@@ -83,7 +84,7 @@ const Backend& choose_backend(const Problem& problem, std::string_view wanted) {
   for (const Backend* backend : registry()) {
     const std::string reason = reason_against(*backend, problem);
     if (reason.empty()) return *backend;
-    reasons += "\n  " + std::string(backend->name()) + " " + reason;
+    reasons += "\n  " + std::string(backend->name()) + ": " + reason;
   }
   throw Error(ErrorCode::unsupported, "no backend computes this " + std::string(name_of(problem.operation)) +
                                           " with tensors on " + place(problem.device) + ":" + reasons);

@@ -190,7 +190,7 @@ TEST(ForwardRefuses, CudaTensors) {
       {
           {"no backend",
            kUnsupported,
-           {"cuda:2", "reference computes on the CPU"},
+           {"cuda:2", "reference: computes on the CPU"},
            [](F& f) { move_to_gpu(f.args, 2); }},
           {"cpu backend",
            kType,

@@ -174,8 +174,7 @@ def verify(problem: Problem, seed: int = 0, grad_kind: str = "normal", lse_grad:
     naive = []
     if dtype != torch.float64:
         naive = [oracle.attend(problem, dtype, grad_out, grad_lse, kept, reorder=True)]
-        if grad_out is not None:
-            naive.append(oracle.attend(problem, dtype, grad_out, grad_lse, kept, by_hand=True))
+        naive.append(oracle.attend(problem, dtype, grad_out, grad_lse, kept, by_hand=True))
     rtol = 3.0 if problem.options.get("softcap") else 2.0
     assert ours.out.dtype == dtype
     assert_within_twice("out", ours.out, truth.out, [x.out for x in naive], dtype, rtol)
@@ -262,6 +261,6 @@ def verify_decode(problem: Problem) -> oracle.Tiles:
 
 def compare_decode(problem: Problem, out: Tensor, lse: Tensor, kept: dict[int, Tensor]) -> None:
     truth = oracle.attend(problem, kept=kept)
-    naive = [oracle.attend(problem, problem.dtype, kept=kept, reorder=r).out for r in (True, False)]
+    naive = [oracle.attend(problem, problem.dtype, kept=kept, **way).out for way in ({"reorder": True}, {"by_hand": True})]
     assert_within_twice("out", out, truth.out, naive, problem.dtype)
     assert_lse(lse, truth.lse, problem.dtype)

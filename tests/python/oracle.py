@@ -225,8 +225,9 @@ def attend(
 
     kept: per sequence bool [num_heads, row_tiles, key_tiles], from skip_map_bits(); None keeps every tile.
     reorder: scales the keys instead of the scores, as FlashAttention's comparator does.
-    by_hand: gradients by the formulas of the FlashAttention paper (rowsum(out * grad_out) and so on) in
-    `dtype`, instead of autograd.
+    by_hand: out by a softmax in powers of two, and gradients by the formulas of docs/semantics.md with
+    P = 2^(S log2 e - lse log2 e) of the rounded lse, instead of torch.softmax and autograd. float64 to the last
+    digits the same; in lower precision another naive computation with errors of its own.
     """
     names = [n for n in GRADIENTS if n in problem.tensors]
     wants_grads = grad_out is not None or grad_lse is not None
@@ -287,17 +288,36 @@ def _attend_autograd(problem, s, leaves, heads, mask, g_out, g_lse, result, reor
         loss.backward()
 
 
+def _probabilities_base_2(logits: Tensor, mask: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As _probabilities, in powers of two with statistics in at least float32: out's P, then P and the sink's
+    share as a backward finds them from the rounded lse, and lse."""
+    dtype = logits.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    scaled = logits.to(wide).masked_fill(~mask, -math.inf) * LOG2_E
+    sink = torch.full(logits.shape[:1], -math.inf, dtype=wide) if sink is None else sink.to(wide) * LOG2_E
+    sink = sink[:, None]
+    largest = torch.maximum(scaled.amax(2), sink) if logits.shape[2] else sink.expand(logits.shape[:2])
+    safe = largest.masked_fill(largest == -math.inf, 0.0)
+    weights = torch.exp2(scaled - safe[:, :, None])
+    total = weights.sum(2) + torch.exp2(sink - safe)
+    lse = (largest + torch.log2(total)) * math.log(2)
+    back = lse.masked_fill(lse == -math.inf, 0.0) * LOG2_E
+    p_out = weights / total.masked_fill(total == 0, 1.0)[:, :, None]
+    p = torch.exp2(scaled - back[:, :, None])
+    return p_out.to(dtype), p.to(dtype), torch.exp2(sink - back).to(dtype), lse
+
+
 def _attend_by_hand(problem, s, leaves, heads, mask, g_out, g_lse, result) -> None:
     group = leaves["query"].shape[-2] // leaves["key"].shape[-2]
     kv = [h // group for h in heads]
     scale, softcap = softmax_scale(problem), problem.options.get("softcap", 0.0)
     logits = scores(problem, s, leaves, heads, reorder=False)
     sink = leaves["sink"][heads.start : heads.stop] if "sink" in leaves else None
-    p, p_sink, lse = _probabilities(logits, mask, sink)
+    p_out, p, p_sink, lse = _probabilities_base_2(logits, mask, sink)
     values = _values(problem, s, leaves, heads)
-    out = p @ values
+    out = p_out @ values
     _rows_of_query(problem, result.out, s)[:, heads.start : heads.stop] = out.transpose(0, 1)
-    _lse_rows(problem, result.lse, s, heads)[...] = lse
+    _lse_rows(problem, result.lse, s, heads)[...] = lse.to(result.lse.dtype)
     if g_out is None and g_lse is None:
         return
     out_dot_grad = out.new_zeros(out.shape[:2])

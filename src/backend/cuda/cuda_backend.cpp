@@ -26,7 +26,7 @@ class CudaBackend final : public Backend {
   // survive a fork.
   std::string reject(const Problem& problem) const override {
     if (problem.device.kind == DeviceKind::cpu) return "takes no tensors on the CPU";
-    return "is not available: " + describe(cuda::driver());
+    return describe(cuda::driver());
   }
 
   std::string kernel(const Problem&) const override { return "none"; }

@@ -7,17 +7,20 @@
 
 namespace fsa::cpu::FSA_SIMD_TARGET {
 
-struct Extremes {
+struct Extremes {  // both NaN when one of the values is
   float low = 0;
   float high = 0;
 };
 
 HWY_INLINE Extremes extremes_of(const float* values, std::int64_t count) {
   Extremes e{values[0], values[0]};
-  for (std::int64_t i = 1; i < count; ++i) {
+  bool poisoned = false;
+  for (std::int64_t i = 0; i < count; ++i) {
     e.low = min_of(e.low, values[i]);
     e.high = max_of(e.high, values[i]);
+    poisoned = poisoned || values[i] != values[i];
   }
+  if (poisoned) e.low = e.high = __builtin_nanf("");
   return e;
 }
 
@@ -30,12 +33,15 @@ struct GateTest {
   bool log_sigmoid = true;
   double best = -__builtin_inf();
 
-  // True when the tile stays open.
+  // True when the tile stays open. A NaN opens it and says nothing about later tiles.
   HWY_INLINE bool open(const Extremes& delta) {
     double product = -__builtin_inf();
     for (const float a : {alpha.low, alpha.high})
-      for (const float d : {delta.low, delta.high})
-        product = max_of(product, static_cast<double>(a) * static_cast<double>(d));
+      for (const float d : {delta.low, delta.high}) {
+        const double corner = static_cast<double>(a) * static_cast<double>(d);
+        if (corner != corner) return true;
+        product = max_of(product, corner);
+      }
     const double gate =
         log_sigmoid ? min_of(product, 0.0) - __builtin_log1p(__builtin_exp(-__builtin_fabs(product))) : product;
     if (__builtin_isfinite(best) && (gate - best) * scale_log2 < log2_gamma) return false;

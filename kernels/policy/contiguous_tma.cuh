@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles of tensors whose rows lie at a constant stride (batched or packed), fetched by the copy engine.
+#pragma once
+
+#include "policy/work_tile.cuh"
+#include "ptx/tma.cuh"
+#include "tile/swizzle.cuh"
+
+namespace fsa::kernels {
+
+struct ContiguousTma {
+  static constexpr bool kUsesTma = true;
+
+  FSA_DEVICE static void prefetch(const ForwardParams& params) {
+    ptx::prefetch(params.query_map);
+    ptx::prefetch(params.key_map);
+    ptx::prefetch(params.value_map);
+    ptx::prefetch(params.out_map);
+  }
+
+  // Query boxes have 64 rows, so that one map serves every block_m.
+  template <int32 kRows, int32 kColumns>
+  FSA_DEVICE static void load_query(const ForwardParams& params, const WorkTile& work, uint8* shared,
+                                    ptx::Mbarrier& full) {
+    using Tile = SwizzledTile<kRows, kColumns>;
+    ptx::arrive_expect_bytes(full, Tile::kBytes);
+#pragma unroll
+    for (int32 row = 0; row < kRows; row += kRowsPerWarpgroup)
+#pragma unroll
+      for (int32 chunk = 0; chunk < Tile::kChunks; ++chunk)
+        ptx::load_box(
+            shared + chunk * Tile::kChunkBytes + row * kLineBytes, params.query_map,
+            {chunk * kChunkColumns, work.q_begin + work.m_begin + row, work.head, work.map_batch}, full);
+  }
+
+  template <int32 kRows, int32 kColumns>
+  FSA_DEVICE static void load_key(const ForwardParams& params, const WorkTile& work, int32 tile, uint8* shared,
+                                  ptx::Mbarrier& full) {
+    load<SwizzledTile<kRows, kColumns>>(params.key_map, work, tile * kRows, shared, full);
+  }
+
+  template <int32 kRows, int32 kColumns>
+  FSA_DEVICE static void load_value(const ForwardParams& params, const WorkTile& work, int32 tile, uint8* shared,
+                                    ptx::Mbarrier& full) {
+    load<SwizzledTile<kRows, kColumns>>(params.value_map, work, tile * kRows, shared, full);
+  }
+
+ private:
+  template <class Tile>
+  FSA_DEVICE static void load(const TensorMap& map, const WorkTile& work, int32 key, uint8* shared,
+                              ptx::Mbarrier& full) {
+    ptx::arrive_expect_bytes(full, Tile::kBytes);
+#pragma unroll
+    for (int32 chunk = 0; chunk < Tile::kChunks; ++chunk)
+      ptx::load_box(shared + chunk * Tile::kChunkBytes, map,
+                    {chunk * kChunkColumns, work.k_begin + key, work.kv_head, work.map_batch}, full);
+  }
+};
+
+}  // namespace fsa::kernels

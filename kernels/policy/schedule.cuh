@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which CTA computes which work tile: a counter in global memory hands them out, longest first.
+//
+// Heads are taken in waves whose keys and values fit the L2 together; within a wave row tiles run from the last
+// (the longest when causal) to the first, and heads fastest, so CTAs that run at one time share what they read.
+#pragma once
+
+#include "policy/work_tile.cuh"
+
+namespace fsa::kernels {
+
+template <int32 kBlockM>
+class LongestFirst {
+ public:
+  FSA_DEVICE explicit LongestFirst(const ForwardParams& params)
+      : blocks_(ceil_div(params.max_seqlen_q, kBlockM)), heads_(params.batch * params.num_heads), index_(blockIdx.x) {}
+
+  // False when there is no more; otherwise everything but the segments is filled in.
+  FSA_DEVICE bool next(const ForwardParams& params, WorkTile& work) {
+    while (index_ < blocks_ * heads_) {
+      const int32 index = index_;
+      // Needed only at the next call: the latency hides behind this tile.
+      index_ = static_cast<int32>(gridDim.x) + atomicAdd(params.work_counter, 1);
+      if (describe(params, index, work)) return true;
+    }
+    return false;
+  }
+
+  // The last CTA leaves the counters as it found them: zero.
+  FSA_DEVICE static void finish(const ForwardParams& params) {
+    if (atomicAdd(params.work_counter + 1, 1) == static_cast<int32>(gridDim.x) - 1) {
+      params.work_counter[0] = 0;
+      params.work_counter[1] = 0;
+    }
+  }
+
+ private:
+  FSA_DEVICE bool describe(const ForwardParams& params, int32 index, WorkTile& work) const {
+    const int32 wave = index / (params.heads_per_wave * blocks_);
+    const int32 first_head = wave * params.heads_per_wave;
+    const int32 wave_heads = min_of(params.heads_per_wave, heads_ - first_head);
+    const int32 in_wave = index - first_head * blocks_;
+    const int32 m_block = blocks_ - 1 - in_wave / wave_heads;
+    const int32 batch_head = first_head + in_wave % wave_heads;
+    const int32 sequence = batch_head / params.num_heads;
+
+    work.sequence = sequence;
+    work.head = batch_head - sequence * params.num_heads;
+    work.kv_head = work.head / params.group_size;
+    work.map_batch = params.cu_seqlens_q ? 0 : sequence;
+    work.q_begin = params.cu_seqlens_q ? params.cu_seqlens_q[sequence] : 0;
+    work.k_begin = params.cu_seqlens_k ? params.cu_seqlens_k[sequence] : 0;
+    work.rows = params.cu_seqlens_q ? params.cu_seqlens_q[sequence + 1] - work.q_begin : params.max_seqlen_q;
+    const int32 keys = params.cu_seqlens_k ? params.cu_seqlens_k[sequence + 1] - work.k_begin : params.max_seqlen_k;
+    work.seqlen_q = params.seqused_q ? params.seqused_q[sequence] : work.rows;
+    work.seqlen_k = params.seqused_k ? params.seqused_k[sequence] : keys;
+    work.m_begin = m_block * kBlockM;
+    return work.m_begin < work.rows;
+  }
+
+  int32 blocks_;
+  int32 heads_;
+  int32 index_;
+};
+
+}  // namespace fsa::kernels

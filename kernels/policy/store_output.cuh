@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// Output tile and lse of one warpgroup: 64 rows.
+#pragma once
+
+#include "policy/online_softmax.cuh"
+#include "policy/work_tile.cuh"
+#include "ptx/sync.cuh"
+#include "ptx/tma.cuh"
+#include "tile/swizzle.cuh"
+
+namespace fsa::kernels {
+
+struct StoreOutput {
+  // Where a warpgroup stages its rows: `shared` is the first of its rows in a tile of kTileRows rows.
+  template <ElementType kElement, int32 kTileRows, int32 kColumns>
+  FSA_DEVICE static void finish(const ForwardParams& params, const WorkTile& work, int32 row_begin, uint8* shared,
+                                int32 barrier, float (&rO)[kColumns / 2], OnlineSoftmax& softmax, float scale) {
+    using Tile = SwizzledTile<kTileRows, kColumns>;
+    const int32 thread = static_cast<int32>(threadIdx.x) % kWarpgroupThreads;
+    softmax.finish();
+    write_lse(params, work, row_begin, thread, softmax, scale);
+    normalise(work, row_begin, thread, rO, softmax);
+
+    // No thread may overwrite query rows that another warp's multiply still reads.
+    ptx::barrier_sync(barrier, kWarpgroupThreads);
+    const int32 lane = thread % kWarpThreads;
+    const int32 row = thread / kWarpThreads * 16 + lane % 16;
+    const uint32 base = shared_address(shared);
+#pragma unroll
+    for (int32 i = 0; i < kColumns / 2; i += 8)
+      ptx::store_matrices(base + Tile::unit_offset(row, i / 4 + lane / 16), ptx::pack<kElement>(rO[i], rO[i + 1]),
+                          ptx::pack<kElement>(rO[i + 2], rO[i + 3]), ptx::pack<kElement>(rO[i + 4], rO[i + 5]),
+                          ptx::pack<kElement>(rO[i + 6], rO[i + 7]));
+    ptx::fence_shared_for_async();
+    ptx::barrier_sync(barrier, kWarpgroupThreads);
+
+    const int32 rows = work.rows - (work.m_begin + row_begin);
+    if (rows >= kRowsPerWarpgroup) {
+      if (thread == 0) {
+#pragma unroll
+        for (int32 chunk = 0; chunk < Tile::kChunks; ++chunk)
+          ptx::store_box(
+              params.out_map,
+              {chunk * kChunkColumns, work.q_begin + work.m_begin + row_begin, work.head, work.map_batch},
+              shared + chunk * Tile::kChunkBytes);
+        ptx::commit_stores();
+        ptx::wait_stores_read();
+      }
+    } else {  // a box would overrun into the next sequence
+      constexpr int32 kUnits = kColumns / 8;
+      const int32 units = params.head_dim_v / 8;
+      for (int32 item = thread; item < rows * kUnits; item += kWarpgroupThreads) {
+        const int32 unit = item % kUnits;
+        if (unit >= units) continue;
+        *reinterpret_cast<uint4*>(out_row(params, work, row_begin + item / kUnits) + unit * 8) =
+            *reinterpret_cast<const uint4*>(shared + Tile::unit_offset(item / kUnits, unit));
+      }
+      ptx::fence_shared_for_async();
+      ptx::barrier_sync(barrier, kWarpgroupThreads);
+    }
+  }
+
+  // A tile in which no row sees a key: out 0, lse -inf.
+  FSA_DEVICE static void finish_empty(const ForwardParams& params, const WorkTile& work, int32 row_begin) {
+    const int32 thread = static_cast<int32>(threadIdx.x) % kWarpgroupThreads;
+    const int32 rows = min_of(work.rows - (work.m_begin + row_begin), kRowsPerWarpgroup);
+    const int32 units = params.head_dim_v / 8;
+    for (int32 item = thread; item < rows * units; item += kWarpgroupThreads)
+      *reinterpret_cast<uint4*>(out_row(params, work, row_begin + item / units) + item % units * 8) =
+          make_uint4(0, 0, 0, 0);
+    if (thread < rows) *lse_row(params, work, row_begin + thread) = -kInfinity;
+  }
+
+ private:
+  // Rows beyond the used length are written too, as rows without a key.
+  FSA_DEVICE static bool used(const WorkTile& work, int32 row) { return work.m_begin + row < work.seqlen_q; }
+
+  FSA_DEVICE static void write_lse(const ForwardParams& params, const WorkTile& work, int32 row_begin, int32 thread,
+                                   const OnlineSoftmax& softmax, float scale) {
+    if (thread % 4 != 0) return;
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+      const int32 row = row_begin + fragment_row(thread, slot);
+      if (work.m_begin + row < work.rows)
+        *lse_row(params, work, row) = used(work, row) ? softmax.lse(slot, scale) : -kInfinity;
+    }
+  }
+
+  template <int32 kCount>
+  FSA_DEVICE static void normalise(const WorkTile& work, int32 row_begin, int32 thread, float (&rO)[kCount],
+                                   const OnlineSoftmax& softmax) {
+    float inverse[kRowsPerThread];
+    bool empty[kRowsPerThread];
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+      empty[slot] = softmax.row_sum[slot] == 0 || !used(work, row_begin + fragment_row(thread, slot));
+      inverse[slot] = 1.0f / softmax.row_sum[slot];
+    }
+#pragma unroll
+    for (int32 i = 0; i < kCount; ++i)  // a choice, not a product: unused query rows may hold NaN
+      rO[i] = empty[fragment_slot(i)] ? 0.0f : rO[i] * inverse[fragment_slot(i)];
+  }
+
+  FSA_DEVICE static uint16* out_row(const ForwardParams& params, const WorkTile& work, int32 row) {
+    return static_cast<uint16*>(params.out) + work.map_batch * params.out_stride_batch +
+           (static_cast<int64>(work.q_begin) + work.m_begin + row) * params.out_stride_row +
+           work.head * params.out_stride_head;
+  }
+
+  FSA_DEVICE static float* lse_row(const ForwardParams& params, const WorkTile& work, int32 row) {
+    return params.lse + work.map_batch * params.lse_stride_batch + work.head * params.lse_stride_head +
+           work.q_begin + work.m_begin + row;
+  }
+};
+
+}  // namespace fsa::kernels

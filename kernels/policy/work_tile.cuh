@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// One unit of scheduling: block_m query rows of one head, and the runs of key tiles that they visit. The producer
+// writes it to shared memory; everybody else reads it there.
+#pragma once
+
+#include "core/base.cuh"
+#include "core/config.h"
+#include "core/params.h"
+
+namespace fsa::kernels {
+
+// Key tiles first, first - 1, ..., first - count + 1.
+struct Segment {
+  int32 first;
+  int32 count;
+  int32 masked;  // some element of these tiles is invisible to some row
+};
+
+struct WorkTile {
+  int32 sequence;   // -1: no more work
+  int32 map_batch;  // batch coordinate of the tensor maps: `sequence`, or 0 when packed
+  int32 head;
+  int32 kv_head;
+  int32 q_begin;    // row of the sequence's first query in the tensor
+  int32 k_begin;
+  int32 rows;       // that the tensor holds for the sequence
+  int32 seqlen_q;   // of them in use
+  int32 seqlen_k;
+  int32 m_begin;    // first row of the tile, from the sequence's start
+  int32 num_segments;  // 0: no row sees a key
+  int32 padding;
+  Segment segments[kMaxSegments];
+
+  FSA_DEVICE int32 offset() const { return seqlen_k - seqlen_q; }
+};
+static_assert(sizeof(WorkTile) == kWorkTileBytes, "config.h must know the size of a WorkTile");
+
+}  // namespace fsa::kernels
