@@ -19,6 +19,7 @@ function(fsa_settings target)
   endif()
   if(FSA_SANITIZE)
     target_compile_options(${target} PRIVATE
-      -fsanitize=${FSA_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+      -fsanitize=${FSA_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1)
+    target_compile_definitions(${target} PRIVATE _GLIBCXX_ASSERTIONS)
   endif()
 endfunction()

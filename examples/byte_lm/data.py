@@ -30,7 +30,9 @@ def standard_library_files() -> tuple[Path, list[Path]]:
     """Root and .py files of the running Python's standard library, without its tests (not every
     distribution installs them) and without installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return root, [path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts)]
+    return root, [
+        path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts)
+    ]
 
 
 def files_of(paths: list[Path]) -> list[tuple[str, Path]]:
@@ -42,7 +44,9 @@ def files_of(paths: list[Path]) -> list[tuple[str, Path]]:
     named = []
     for path in paths:
         if path.is_dir():
-            inside = [file for file in path.rglob("*") if file.suffix in (".py", ".txt", ".md") and file.is_file()]
+            inside = [
+                file for file in path.rglob("*") if file.suffix in (".py", ".txt", ".md") and file.is_file()
+            ]
             if not inside:
                 raise ValueError(f"--text: {path} holds no .py, .txt or .md file; name files instead")
             named += [(file.relative_to(path).as_posix(), file) for file in inside]

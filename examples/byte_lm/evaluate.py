@@ -26,7 +26,9 @@ def synchronize(device: torch.device) -> None:
 @dataclass
 class HeldOut:
     loss: float  # nats per byte
-    kept: float | None  # kept / visible tiles over all layers, heads and windows; None where nothing is skipped
+    kept: (
+        float | None
+    )  # kept / visible tiles over all layers, heads and windows; None where nothing is skipped
     kept_by_head: list[list[float]] | None  # [layer][head]
 
 
@@ -60,7 +62,9 @@ def projections(model: ByteLM, kind: AttentionKind, window: Tensor) -> list[Proj
     return found
 
 
-def attention_seconds(calls: dict[str, tuple[AttentionKind, list[Projected]]]) -> dict[str, tuple[float, float]]:
+def attention_seconds(
+    calls: dict[str, tuple[AttentionKind, list[Projected]]],
+) -> dict[str, tuple[float, float]]:
     """Seconds (forward, backward) that attention alone takes over all layers, for each named call; the calls
     take turns, the median of TIMING_ROUNDS rounds counts."""
     forward: dict[str, list[float]] = {name: [] for name in calls}
@@ -68,7 +72,11 @@ def attention_seconds(calls: dict[str, tuple[AttentionKind, list[Projected]]]) -
     for _ in range(TIMING_ROUNDS + 1):  # the first round warms up
         for name, (kind, layers) in calls.items():
             leaves = [
-                [t.detach().requires_grad_() for t in (p.query, p.key, p.value, p.alpha, p.delta) if t is not None]
+                [
+                    t.detach().requires_grad_()
+                    for t in (p.query, p.key, p.value, p.alpha, p.delta)
+                    if t is not None
+                ]
                 for p in layers
             ]
             synchronize(leaves[0][0].device)
@@ -80,7 +88,9 @@ def attention_seconds(calls: dict[str, tuple[AttentionKind, list[Projected]]]) -
             synchronize(leaves[0][0].device)
             forward[name].append(middle - begin)
             backward[name].append(time.perf_counter() - middle)
-    return {name: (statistics.median(forward[name][1:]), statistics.median(backward[name][1:])) for name in calls}
+    return {
+        name: (statistics.median(forward[name][1:]), statistics.median(backward[name][1:])) for name in calls
+    }
 
 
 @dataclass

@@ -87,6 +87,15 @@ class AttentionKind:
         return out
 
 
+def make_kind(name: str, options: dict) -> AttentionKind:
+    """The kind `name` as a run with these options trains it."""
+    return AttentionKind(
+        name,
+        threshold=options["threshold"] if name == "threshold" else None,
+        gate_threshold=options["gate_threshold"] if name == "gated" else 0.0,
+    )
+
+
 def decode(
     kind: AttentionKind,
     query: Tensor,
@@ -126,7 +135,9 @@ def decode_function(kind: AttentionKind) -> str:
     return f"flash_{family}_attn_with_kvcache_func"
 
 
-def explain(kind: AttentionKind, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, delta: Tensor) -> dict:
+def explain(
+    kind: AttentionKind, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, delta: Tensor
+) -> dict:
     """Which backend and kernel compute this kind for such tensors; raises what attention would raise."""
     if kind.name == "torch":
         return {"backend": "torch", "kernel": "scaled_dot_product_attention"}

@@ -137,7 +137,9 @@ class ByteLM(nn.Module):
         for head, distance in enumerate(distances):
             if distance is not None:
                 query_bias[head, :fast] = config.start_strength * torch.cos(frequency * distance)
-                query_bias[head, half : half + fast] = -config.start_strength * torch.sin(frequency * distance)
+                query_bias[head, half : half + fast] = -config.start_strength * torch.sin(
+                    frequency * distance
+                )
         block.to_query.bias.copy_(query_bias.flatten())
         block.to_key.bias.copy_(key_bias.flatten())
 
@@ -153,7 +155,9 @@ class ByteLM(nn.Module):
         """Last hidden states [..., dim] -> [..., 256]; embedding and output share their weights."""
         return self.norm(x) @ self.embedding.weight.T
 
-    def forward(self, tokens: Tensor, attention: AttentionKind, skip_maps: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, attention: AttentionKind, skip_maps: list[Tensor] | None = None
+    ) -> Tensor:
         """tokens int64 [batch, seqlen] -> logits [batch, seqlen, 256]; one skip map per layer is appended to
         `skip_maps` where given."""
         x = self.embedding(tokens)
@@ -163,7 +167,9 @@ class ByteLM(nn.Module):
             x = block.finish(x, attention(p.query, p.key, p.value, p.alpha, p.delta, skip_maps))
         return self.logits(x)
 
-    def loss(self, windows: Tensor, attention: AttentionKind, skip_maps: list[Tensor] | None = None) -> Tensor:
+    def loss(
+        self, windows: Tensor, attention: AttentionKind, skip_maps: list[Tensor] | None = None
+    ) -> Tensor:
         """Mean cross-entropy in nats per byte of windows int64 [batch, seqlen + 1]."""
         logits = self(windows[:, :-1], attention, skip_maps)
         return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())

@@ -14,6 +14,8 @@ from matplotlib.colors import ListedColormap  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 COLORS = {"torch": "#8a8a8a", "dense": "#0072b2", "threshold": "#d55e00", "gated": "#009e73"}
+LINES = {"torch": "-", "dense": "-", "threshold": (0, (5, 2)), "gated": (0, (1.5, 1.5))}
+MARKERS = {"torch": "o", "dense": "o", "threshold": "x", "gated": "+"}
 WIDTH = 8.4  # inches; the page's column
 plt.rcParams.update(
     {
@@ -53,6 +55,7 @@ def loss_curves(runs: dict[str, dict]) -> str:
             range(1, len(values) + 1),
             values,
             color=COLORS[name],
+            linestyle=LINES[name],
             linewidth=5 if wide else 1.6,
             alpha=0.45 if wide else 1,
             label=name,
@@ -60,8 +63,14 @@ def loss_curves(runs: dict[str, dict]) -> str:
         )
         steps = [point["step"] for point in run["curve"]]
         losses = [point["held_out"] for point in run["curve"]]
-        axes.plot(steps, losses, "o", color=COLORS[name], markersize=7 if wide else 4, alpha=0.6 if wide else 1)
-    axes.set(xlabel="step", ylabel="nats per byte", title="lines: training loss (mean of 20 steps); dots: held-out loss")
+        axes.plot(
+            steps, losses, MARKERS[name], color=COLORS[name], markersize=5 if name == "dense" else 9, zorder=3
+        )
+    axes.set(
+        xlabel="step",
+        ylabel="nats per byte",
+        title="lines: training loss (mean of 20 steps); marks: held-out loss",
+    )
     axes.legend()
     return to_svg(figure)
 
@@ -73,7 +82,9 @@ def loss_difference(torch_losses: list[float], dense_losses: list[float], steps:
     differences = [max(abs(d - t), floor) for t, d in zip(torch_losses, dense_losses, strict=True)]
     axes.semilogy(range(1, len(differences) + 1), differences, ".", color=COLORS["dense"], markersize=3)
     axes.hlines(limit, 0.5, steps + 0.5, color="#cc0000", linewidth=2)
-    axes.annotate(f"limit {limit:g}\nfor {steps} steps", (steps + 1, limit), va="center", color="#cc0000", fontsize=9)
+    axes.annotate(
+        f"limit {limit:g}\nfor {steps} steps", (steps + 1, limit), va="center", color="#cc0000", fontsize=9
+    )
     axes.set(xlabel="step", ylabel="nats per byte", title="|training loss of dense − training loss of torch|")
     axes.set_ylim(floor / 2, max(10 * limit, 2 * max(differences)))
     return to_svg(figure)
@@ -86,12 +97,18 @@ def quality_and_work(rows: list[dict], dense_loss: float, trained: list[dict]) -
     axes.axhline(dense_loss, color=COLORS["dense"], linewidth=1.2, linestyle="--")
     kept = [100 * row["kept"] for row in rows]
     losses = [row["held_out"] for row in rows]
-    axes.plot(kept, losses, "o-", color=COLORS["dense"], markersize=4, label="dense-trained model under thresholds")
+    axes.plot(
+        kept, losses, "o-", color=COLORS["dense"], markersize=4, label="dense-trained model under thresholds"
+    )
+    labelled = float("inf")
     for index, row in enumerate(rows):
+        if labelled - kept[index] < 4 and index < len(rows) - 1:
+            continue  # labels would overlap
+        labelled = kept[index]
         axes.annotate(
             f"τ={row['threshold']:g}",
             (kept[index], losses[index]),
-            xytext=(0, 9 if index % 2 else -15),
+            xytext=(0, -15),
             textcoords="offset points",
             ha="center",
             fontsize=8,
@@ -150,7 +167,9 @@ def step_times(steps: dict[str, float], attention: list[dict]) -> str:
     totals = [row["forward_ms"] + row["backward_ms"] for row in attention]
     colors = [COLORS[row["kind"]] for row in attention]
     bars(right, labels, totals, colors, "ms, forward (dark) and backward, all layers")
-    right.barh(range(len(labels)), [row["forward_ms"] for row in attention], color="black", alpha=0.3, height=0.62)
+    right.barh(
+        range(len(labels)), [row["forward_ms"] for row in attention], color="black", alpha=0.3, height=0.62
+    )
     right.set_title("attention alone")
     figure.tight_layout()
     return to_svg(figure)
@@ -182,7 +201,9 @@ def kept_heat_map(kept_by_head: list[list[float]], title: str) -> str:
 def skip_maps(tiles: list, title: str) -> str:
     """tiles: per layer, bool [num_heads, row_tiles, key_tiles]; one small picture per layer and head."""
     layers, heads = len(tiles), tiles[0].shape[0]
-    figure, grid = plt.subplots(layers, heads, figsize=(0.56 * WIDTH, 0.56 * WIDTH * layers / heads), squeeze=False)
+    figure, grid = plt.subplots(
+        layers, heads, figsize=(0.56 * WIDTH, 0.56 * WIDTH * layers / heads), squeeze=False
+    )
     colors = ListedColormap(["#ffffff", "#d9e6f0", "#d55e00"])  # beyond the diagonal, skipped, kept
     row_tiles, key_tiles = tiles[0].shape[1:]
     keys_per_row = key_tiles / row_tiles
@@ -194,7 +215,13 @@ def skip_maps(tiles: list, title: str) -> str:
                     if column >= (row + 1) * keys_per_row and not tiles[layer][head][row, column]:
                         picture[row, column] = 0
             axes.imshow(
-                picture, cmap=colors, vmin=0, vmax=2, aspect=keys_per_row, interpolation="nearest", rasterized=False
+                picture,
+                cmap=colors,
+                vmin=0,
+                vmax=2,
+                aspect=keys_per_row,
+                interpolation="nearest",
+                rasterized=False,
             )
             axes.set_xticks([])
             axes.set_yticks([])

@@ -26,7 +26,7 @@ FINAL_SHARE = 0.05  # of the peak rate, at the end of the cosine
 BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 0.1
 GRADIENT_NORM = 1.0
-WARMUP_STEPS = 100  # at most a quarter of all steps
+WARMUP_STEPS = 100  # short ones make early steps erratic, and rounding differences with them
 CURVE_POINTS = 5  # held-out evaluations during training
 CHECKPOINT_SECONDS = 30.0
 CHECKPOINT_FORMAT = 1
@@ -75,10 +75,9 @@ def load_checkpoint(path: Path) -> dict:
 
 def learning_rate(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine down to FINAL_SHARE of the peak."""
-    warmup = max(1, min(WARMUP_STEPS, steps // 4))
-    if step < warmup:
-        return PEAK_RATE * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    if step < WARMUP_STEPS:
+        return PEAK_RATE * (step + 1) / WARMUP_STEPS
+    progress = (step - WARMUP_STEPS) / (steps - WARMUP_STEPS)
     return PEAK_RATE * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -89,7 +88,9 @@ def make_optimizer(model: ByteLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=BETAS)
 
 
-def train_step(model: ByteLM, kind: AttentionKind, optimizer: torch.optim.Optimizer, windows: Tensor) -> float:
+def train_step(
+    model: ByteLM, kind: AttentionKind, optimizer: torch.optim.Optimizer, windows: Tensor
+) -> float:
     """One update on windows int64 [batch, context + 1]; the loss before it."""
     optimizer.zero_grad(set_to_none=True)
     loss = model.loss(windows, kind)

@@ -10,7 +10,7 @@ namespace fsa::kernels {
 
 inline constexpr int32 kWarpThreads = 32;
 inline constexpr int32 kWarpgroupThreads = 128;
-inline constexpr float kInfinity = __builtin_huge_valf();
+inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
 inline constexpr float kLn2 = 0.693147180559945309f;
 
 template <class T>

@@ -30,7 +30,7 @@ struct ContiguousTma {
       for (int32 chunk = 0; chunk < Tile::kChunks; ++chunk)
         ptx::load_box(
             shared + chunk * Tile::kChunkBytes + row * kLineBytes, params.query_map,
-            {chunk * kChunkColumns, work.q_begin + work.m_begin + row, work.head, work.map_batch}, full);
+            {chunk * kChunkColumns, work.q_begin + work.m_begin + row, work.head, work.q_map_batch}, full);
   }
 
   template <int32 kRows, int32 kColumns>
@@ -53,7 +53,7 @@ struct ContiguousTma {
 #pragma unroll
     for (int32 chunk = 0; chunk < Tile::kChunks; ++chunk)
       ptx::load_box(shared + chunk * Tile::kChunkBytes, map,
-                    {chunk * kChunkColumns, work.k_begin + key, work.kv_head, work.map_batch}, full);
+                    {chunk * kChunkColumns, work.k_begin + key, work.kv_head, work.k_map_batch}, full);
   }
 };
 

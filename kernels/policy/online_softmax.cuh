@@ -21,7 +21,7 @@ struct OnlineSoftmax {
   float factor[kRowsPerThread] = {1, 1};   // what rescale() has to apply
   bool grown = false;                      // the same in the whole warp
 
-  // Turns logits into p and updates m and l; the accumulated output still needs rescale().
+  // Turns logits into p and updates m and l; if `grown`, the accumulated output still needs rescale().
   template <int32 kCount>
   FSA_DEVICE void update(float (&rS)[kCount], float scale) {
     raise(row_maximum(rS), scale);
@@ -30,7 +30,6 @@ struct OnlineSoftmax {
 
   template <int32 kCount>
   FSA_DEVICE void rescale(float (&rO)[kCount]) const {
-    if (!grown) return;
 #pragma unroll
     for (int32 i = 0; i < kCount; ++i) rO[i] *= factor[fragment_slot(i)];
   }

@@ -12,12 +12,11 @@ namespace fsa::kernels {
 template <int32 kBlockM>
 class LongestFirst {
  public:
-  FSA_DEVICE explicit LongestFirst(const ForwardParams& params)
-      : blocks_(ceil_div(params.max_seqlen_q, kBlockM)), heads_(params.batch * params.num_heads), index_(blockIdx.x) {}
+  FSA_DEVICE explicit LongestFirst(const ForwardParams&) : index_(static_cast<int32>(blockIdx.x)) {}
 
   // False when there is no more; otherwise everything but the segments is filled in.
   FSA_DEVICE bool next(const ForwardParams& params, WorkTile& work) {
-    while (index_ < blocks_ * heads_) {
+    while (index_ < blocks(params) * heads(params)) {
       const int32 index = index_;
       // Needed only at the next call: the latency hides behind this tile.
       index_ = static_cast<int32>(gridDim.x) + atomicAdd(params.work_counter, 1);
@@ -35,19 +34,24 @@ class LongestFirst {
   }
 
  private:
-  FSA_DEVICE bool describe(const ForwardParams& params, int32 index, WorkTile& work) const {
-    const int32 wave = index / (params.heads_per_wave * blocks_);
+  // Recomputed, not kept: the producer has few registers.
+  FSA_DEVICE static int32 blocks(const ForwardParams& params) { return ceil_div(params.max_seqlen_q, kBlockM); }
+  FSA_DEVICE static int32 heads(const ForwardParams& params) { return params.batch * params.num_heads; }
+
+  FSA_DEVICE static bool describe(const ForwardParams& params, int32 index, WorkTile& work) {
+    const int32 wave = index / (params.heads_per_wave * blocks(params));
     const int32 first_head = wave * params.heads_per_wave;
-    const int32 wave_heads = min_of(params.heads_per_wave, heads_ - first_head);
-    const int32 in_wave = index - first_head * blocks_;
-    const int32 m_block = blocks_ - 1 - in_wave / wave_heads;
+    const int32 wave_heads = min_of(params.heads_per_wave, heads(params) - first_head);
+    const int32 in_wave = index - first_head * blocks(params);
+    const int32 m_block = blocks(params) - 1 - in_wave / wave_heads;
     const int32 batch_head = first_head + in_wave % wave_heads;
     const int32 sequence = batch_head / params.num_heads;
 
     work.sequence = sequence;
     work.head = batch_head - sequence * params.num_heads;
     work.kv_head = work.head / params.group_size;
-    work.map_batch = params.cu_seqlens_q ? 0 : sequence;
+    work.q_map_batch = params.cu_seqlens_q ? 0 : sequence;
+    work.k_map_batch = params.cu_seqlens_k ? 0 : sequence;
     work.q_begin = params.cu_seqlens_q ? params.cu_seqlens_q[sequence] : 0;
     work.k_begin = params.cu_seqlens_k ? params.cu_seqlens_k[sequence] : 0;
     work.rows = params.cu_seqlens_q ? params.cu_seqlens_q[sequence + 1] - work.q_begin : params.max_seqlen_q;
@@ -58,8 +62,6 @@ class LongestFirst {
     return work.m_begin < work.rows;
   }
 
-  int32 blocks_;
-  int32 heads_;
   int32 index_;
 };
 

@@ -41,7 +41,7 @@ struct StoreOutput {
         for (int32 chunk = 0; chunk < Tile::kChunks; ++chunk)
           ptx::store_box(
               params.out_map,
-              {chunk * kChunkColumns, work.q_begin + work.m_begin + row_begin, work.head, work.map_batch},
+              {chunk * kChunkColumns, work.q_begin + work.m_begin + row_begin, work.head, work.q_map_batch},
               shared + chunk * Tile::kChunkBytes);
         ptx::commit_stores();
         ptx::wait_stores_read();
@@ -102,13 +102,13 @@ struct StoreOutput {
   }
 
   FSA_DEVICE static uint16* out_row(const ForwardParams& params, const WorkTile& work, int32 row) {
-    return static_cast<uint16*>(params.out) + work.map_batch * params.out_stride_batch +
+    return static_cast<uint16*>(params.out) + work.q_map_batch * params.out_stride_batch +
            (static_cast<int64>(work.q_begin) + work.m_begin + row) * params.out_stride_row +
            work.head * params.out_stride_head;
   }
 
   FSA_DEVICE static float* lse_row(const ForwardParams& params, const WorkTile& work, int32 row) {
-    return params.lse + work.map_batch * params.lse_stride_batch + work.head * params.lse_stride_head +
+    return params.lse + work.q_map_batch * params.lse_stride_batch + work.head * params.lse_stride_head +
            work.q_begin + work.m_begin + row;
   }
 };

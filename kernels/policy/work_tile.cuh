@@ -18,7 +18,8 @@ struct Segment {
 
 struct WorkTile {
   int32 sequence;   // -1: no more work
-  int32 map_batch;  // batch coordinate of the tensor maps: `sequence`, or 0 when packed
+  int32 q_map_batch;  // batch coordinate in the tensor maps: `sequence`, or 0 when packed
+  int32 k_map_batch;
   int32 head;
   int32 kv_head;
   int32 q_begin;    // row of the sequence's first query in the tensor
@@ -28,7 +29,6 @@ struct WorkTile {
   int32 seqlen_k;
   int32 m_begin;    // first row of the tile, from the sequence's start
   int32 num_segments;  // 0: no row sees a key
-  int32 padding;
   Segment segments[kMaxSegments];
 
   FSA_DEVICE int32 offset() const { return seqlen_k - seqlen_q; }

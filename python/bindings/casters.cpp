@@ -75,9 +75,12 @@ GateLayout read_gate_layout(const char* name, PyObject* object) {
 }  // namespace
 
 void read_inputs(PyObject* tuple, AttentionInputs& inputs, InputOwners& owners) {
-  TensorView* const views[] = {&inputs.query,        &inputs.key,          &inputs.value,     &inputs.cu_seqlens_q,
-                               &inputs.cu_seqlens_k, &inputs.seqused_q,    &inputs.seqused_k, &inputs.page_table,
-                               &inputs.window_sizes, &inputs.alibi_slopes, &inputs.sink,      &inputs.alpha,
+  TensorView* const views[] = {&inputs.query,        &inputs.key,
+                               &inputs.value,        &inputs.cu_seqlens_q,
+                               &inputs.cu_seqlens_k, &inputs.seqused_q,
+                               &inputs.seqused_k,    &inputs.page_table,
+                               &inputs.window_sizes, &inputs.alibi_slopes,
+                               &inputs.sink,         &inputs.alpha,
                                &inputs.delta,        &inputs.gather_kv_indices};
   static_assert(std::size(views) == kInputNames.size());
   for (std::size_t i = 0; i < std::size(views); ++i) {

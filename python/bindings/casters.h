@@ -19,11 +19,12 @@
 namespace fsa::python {
 
 inline constexpr std::array kInputNames = {
-    "query",      "key",          "value",        "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
-    "page_table", "window_sizes", "alibi_slopes", "sink",         "alpha",        "delta",     "gather_kv_indices"};
+    "query",     "key",       "value",      "cu_seqlens_q",     "cu_seqlens_k",
+    "seqused_q", "seqused_k", "page_table", "window_sizes",     "alibi_slopes",
+    "sink",      "alpha",     "delta",      "gather_kv_indices"};
 
 inline constexpr std::array kOptionNames = {
-    "causal",       "window_left",    "window_right",     "softmax_scale", "softcap",
+    "causal",       "window_size[0]", "window_size[1]",   "softmax_scale", "softcap",
     "threshold",    "gate_threshold", "log_sigmoid_gate", "adaptive_gate", "gate_layout",
     "max_seqlen_q", "max_seqlen_k",   "deterministic",    "backend"};
 

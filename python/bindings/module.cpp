@@ -71,16 +71,14 @@ decltype(auto) without_gil(Function function) {
 
 ForwardArgs forward_args(Inputs inputs, Options options) { return {.inputs = inputs, .options = options}; }
 
-BackwardArgs backward_args(Inputs inputs, Options options, const TensorView& skip_map, const TensorView& grad_lse) {
+BackwardArgs backward_args(Inputs inputs, Options options, const TensorView& skip_map,
+                           const TensorView& grad_lse) {
   return {.inputs = inputs, .options = options, .skip_map = skip_map, .grad_lse = grad_lse};
 }
 
 DecodeArgs decode_args(Inputs inputs, Options options, std::optional<std::int64_t> num_splits,
                        bool batch_invariant) {
-  return {.inputs = inputs,
-          .options = options,
-          .num_splits = num_splits,
-          .batch_invariant = batch_invariant};
+  return {.inputs = inputs, .options = options, .num_splits = num_splits, .batch_invariant = batch_invariant};
 }
 
 void bind_forward(nb::module_& m) {
@@ -161,7 +159,8 @@ void bind_backward(nb::module_& m) {
   m.def(
       "workspace_size_backward",
       [](Inputs inputs, Options options, In<"skip_map"> skip_map, In<"grad_lse"> grad_lse) {
-        return without_gil([&] { return workspace_size(backward_args(inputs, options, skip_map, grad_lse)); });
+        return without_gil(
+            [&] { return workspace_size(backward_args(inputs, options, skip_map, grad_lse)); });
       },
       "inputs"_a, "options"_a, "skip_map"_a.none(), "grad_lse"_a.none());
   m.def(

@@ -35,8 +35,8 @@ const DLPackExchangeAPI* find_exchange_api(PyTypeObject* type) {
   return nullptr;
 }
 
-// A program passes few types of tensors, so a short list is enough; a type beyond it is looked up on each call.
-// The list owns its types: a freed type's address could come back as another type. The GIL guards it.
+// A program passes few types of tensors, so a short list is enough; a type beyond it is looked up on each
+// call. The list owns its types: a freed type's address could come back as another type. The GIL guards it.
 const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   struct Entry {
     PyTypeObject* type = nullptr;
@@ -88,8 +88,8 @@ DeviceKind device_from(DLDeviceType type) {
 TensorView view_of(const char* name, const DLTensor& tensor) {
   if (tensor.ndim > kMaxRank)
     throw Error(ErrorCode::invalid_argument, std::string(name) + ": rank " + std::to_string(tensor.ndim) +
-                                                 ", but no argument has more than " + std::to_string(kMaxRank) +
-                                                 " dimensions");
+                                                 ", but no argument has more than " +
+                                                 std::to_string(kMaxRank) + " dimensions");
   TensorView view;
   view.data = tensor.data != nullptr ? static_cast<char*>(tensor.data) + tensor.byte_offset : nullptr;
   view.dtype = dtype_from(tensor.dtype);
@@ -104,8 +104,8 @@ TensorView view_of(const char* name, const DLTensor& tensor) {
   return view;
 }
 
-// A torch tensor of floats may carry a pending negation (x.conj().imag), which DLPack cannot express. The question
-// costs more than the rest of the tensor, so written tensors, which this package allocates, are not asked.
+// A torch tensor of floats may carry a pending negation (x.conj().imag), which DLPack cannot express. The
+// question costs more than the rest of the tensor, so written ones are not asked: the Python layer does that.
 bool has_pending_negation(PyObject* object) {
   static PyObject* const name = PyUnicode_InternFromString("is_neg");
   PyObject* result = PyObject_CallMethodObjArgs(object, name, nullptr);
@@ -117,7 +117,7 @@ bool has_pending_negation(PyObject* object) {
 TensorView read_capsule(const char* name, PyObject* object, Access access, nb::object& owner) {
   const nb::object method = nb::getattr(nb::handle(object), "__dlpack__", nb::object());
   if (!method.is_valid()) refuse(name, "expected a tensor, got " + type_name(object));
-  // Only the versioned capsule can carry read-only arrays; producers from before 2023 do not know the keyword.
+  // Only the versioned capsule can carry read-only arrays; older producers do not know the keyword.
   const nb::tuple no_arguments;
   nb::dict keywords;
   keywords["max_version"] = nb::make_tuple(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);

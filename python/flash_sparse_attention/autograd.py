@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients: ``torch.autograd.Function`` around the operators, entered only when something requires a gradient."""
+"""Gradients: ``torch.autograd.Function`` around the operators, entered only where something requires one."""
 
 from __future__ import annotations
 
@@ -11,62 +11,57 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from . import ops
-from .ops import ALIBI_SLOPES, ALPHA, DELTA, INPUTS, KEY, OPTIONS, QUERY, SINK, VALUE, Inputs, Options
+from .ops import ALIBI_SLOPES, ALPHA, DELTA, INPUTS, KEY, QUERY, SINK, VALUE, Inputs, Options
 
 _NUM_INPUTS = len(INPUTS) - 1  # without gather_kv_indices, which only decode takes
-_NUM_OPTIONS = len(OPTIONS)
 _DIFFERENTIABLE = (QUERY, KEY, VALUE, ALPHA, DELTA, SINK)
 
 
-def _split(args: tuple) -> tuple[Inputs, Options, tuple]:
-    end = _NUM_INPUTS + _NUM_OPTIONS
-    return (*args[:_NUM_INPUTS], None), args[_NUM_INPUTS:end], args[end:]
-
-
 class _Attention(torch.autograd.Function):
-    """Arguments: the inputs, the options, whether a skip map is wanted. Returns out, lse, skip map or None."""
+    """``apply(options, want_map, *inputs)`` returns out, lse, and the skip map or None."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        inputs, options, (want_map,) = _split(args)
-        return ops.forward(inputs, options, want_map)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        tensors, ctx.options, _ = _split(inputs)
-        out, lse, skip_map = output
-        ctx.save_for_backward(*tensors[:_NUM_INPUTS], out, lse, skip_map)
+    def forward(
+        ctx: FunctionCtx, options: Options, want_map: bool, *inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        out, lse, skip_map = ops.forward((*inputs, None), options, want_map)
+        ctx.options = options
+        ctx.save_for_backward(*inputs, out, lse, skip_map)
         if skip_map is not None:
             ctx.mark_non_differentiable(skip_map)
-        if not torch.compiler.is_compiling():  # dynamo knows no such method, and fills in zeros
+        if not torch.compiler.is_dynamo_compiling():  # dynamo knows no such method, and fills in zeros
             ctx.set_materialize_grads(False)
+        return out, lse, skip_map
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_out: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple:
-        *tensors, out, lse, skip_map = ctx.saved_tensors
+        *inputs, out, lse, skip_map = ctx.saved_tensors
         if grad_out is None:  # only lse was used
             grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
-        needed = ctx.needs_input_grad
-        args = (*tensors, *ctx.options, out, lse, skip_map, grad_out, grad_lse, needed[ALPHA] or needed[DELTA])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _AttentionGradient.apply(*args, needed[SINK])  # create_graph=True
+        _, _, *needed = ctx.needs_input_grad
+        want_gate, want_sink = needed[ALPHA] or needed[DELTA], needed[SINK]
+        tensors = (*inputs, out, lse, skip_map, grad_out, grad_lse)
+        if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():  # create_graph=True
+            grads = _AttentionGradient.apply(ctx.options, want_gate, want_sink, *tensors)
         else:
-            grads = _AttentionGradient.forward(*args, needed[SINK])
+            grads = _gradient(ctx.options, want_gate, want_sink, *tensors)
         by_input = dict(zip(_DIFFERENTIABLE, grads, strict=True))
-        return tuple(by_input.get(i) if needed[i] else None for i in range(len(needed)))
+        return None, None, *(by_input.get(i) if needed[i] else None for i in range(_NUM_INPUTS))
+
+
+def _gradient(
+    options: Options, want_gate: bool, want_sink: bool, *tensors: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    inputs, rest = (*tensors[:_NUM_INPUTS], None), tensors[_NUM_INPUTS:]
+    return ops.backward(inputs, options, *rest, want_gate, want_sink)
 
 
 class _AttentionGradient(torch.autograd.Function):
     """The gradient as a step of its own, so that differentiating it once more is an error with a reason."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        inputs, options, rest = _split(args)
-        return ops.backward(inputs, options, *rest)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        pass
+    def forward(ctx: FunctionCtx, *args: Any) -> tuple[Tensor | None, ...]:
+        return _gradient(*args)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Any) -> None:
@@ -79,13 +74,14 @@ class _Decode(torch.autograd.Function):
     """Decode with inputs that require a gradient: it runs, and backward says that there is none."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        inputs, options, (gather_kv_indices, num_splits, batch_invariant) = _split(args)
-        return ops.decode((*inputs[:-1], gather_kv_indices), options, num_splits, batch_invariant)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        pass
+    def forward(
+        ctx: FunctionCtx,
+        options: Options,
+        num_splits: int | None,
+        batch_invariant: bool,
+        *inputs: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return ops.decode(inputs, options, num_splits, batch_invariant)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Any) -> None:
@@ -96,12 +92,10 @@ class _Decode(torch.autograd.Function):
 
 class _Merge(torch.autograd.Function):
     @staticmethod
-    def forward(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.merge(outs, lses)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs, *output)
+    def forward(ctx: FunctionCtx, outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = ops.merge(outs, lses)
+        ctx.save_for_backward(outs, lses, out, lse)
+        return out, lse
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +112,7 @@ class _Merge(torch.autograd.Function):
 
 def _require_tensors(inputs: Inputs) -> None:
     for name, tensor in zip(INPUTS, inputs, strict=True):
-        if tensor is not None and not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "query"):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
 
 
@@ -129,16 +123,22 @@ def _records_gradient(inputs: Inputs) -> bool:
         return False
     slopes = inputs[ALIBI_SLOPES]
     if slopes is not None and slopes.requires_grad:
-        raise NotImplementedError("alibi_slopes: requires a gradient, but there is none; pass alibi_slopes.detach()")
-    return any(inputs[i] is not None and inputs[i].requires_grad for i in _DIFFERENTIABLE)
+        raise NotImplementedError(
+            "alibi_slopes: requires a gradient, but there is none; pass alibi_slopes.detach()"
+        )
+    for i in _DIFFERENTIABLE:
+        tensor = inputs[i]
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _refuse_buffers(**buffers: Tensor | None) -> None:
     for name, buffer in buffers.items():
         if buffer is not None:
             raise ValueError(
-                f"{name}: a buffer was given, but an input requires a gradient, which a result written in place "
-                "cannot carry; leave it out, detach the inputs or use torch.no_grad()"
+                f"{name}: given, but an input requires a gradient, which a result written in place cannot "
+                "carry; leave it out, detach the inputs or use torch.no_grad()"
             )
 
 
@@ -149,7 +149,9 @@ def _check_buffers(**buffers: Tensor | None) -> None:
         if not isinstance(buffer, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(buffer).__name__}")
         if buffer.is_neg():
-            raise TypeError(f"{name}: a tensor with a pending negation cannot be written; call resolve_neg() first")
+            raise TypeError(
+                f"{name}: a tensor with a pending negation cannot be written; call resolve_neg() first"
+            )
 
 
 def attend(
@@ -160,7 +162,7 @@ def attend(
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """out, lse and skip map; the last two may be None when not wanted. ``out`` and ``lse``: buffers to write."""
+    """out, lse and skip map; the last two may be None when not wanted. ``out``, ``lse``: buffers to write."""
     plain = ops.is_plain(inputs if out is None and lse is None else (*inputs, out, lse))
     if not plain:
         _require_tensors(inputs)
@@ -174,7 +176,7 @@ def attend(
         options = ops.with_known_map_shape(inputs, options)
     if records_gradient:
         _refuse_buffers(out=out, lse=lse)
-        result, result_lse, skip_map = _Attention.apply(*inputs[:_NUM_INPUTS], *options, keep_map)
+        result, result_lse, skip_map = _Attention.apply(options, keep_map, *inputs[:_NUM_INPUTS])
     else:
         result, result_lse, skip_map = ops.forward(inputs, options, keep_map)
     if want_map and not plain:
@@ -199,7 +201,7 @@ def attend_one(
         _check_buffers(out=out, lse=lse)
     if _records_gradient(inputs):
         _refuse_buffers(out=out, lse=lse)
-        return _Decode.apply(*inputs[:_NUM_INPUTS], *options, inputs[_NUM_INPUTS], num_splits, batch_invariant)
+        return _Decode.apply(options, num_splits, batch_invariant, *inputs)
     if plain:
         return ops.run_decode(inputs, options, num_splits, batch_invariant, want_lse, out, lse)
     result, result_lse = ops.decode(inputs, options, num_splits, batch_invariant)

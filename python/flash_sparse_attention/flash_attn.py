@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drop-ins for FlashAttention: its names, its positional order (version 2), and the keywords of versions 3 and 4.
+"""Drop-ins for FlashAttention: its names, its positional order (version 2), and the keywords of versions 3
+and 4.
 
 Shapes, masks and scale are those of FlashAttention: q ``[batch, seqlen_q, num_heads, head_dim]``, packed
-``[total_q, num_heads, head_dim]``; causal masks and windows aligned bottom-right; window_size inclusive, -1 or None
-open. lse is the natural logarithm, float32 ``[batch, num_heads, seqlen_q]``, packed ``[num_heads, total_q]``, -inf for
-a row without a key. An argument that this library cannot honour is refused by name; only hints on how to schedule a
-kernel (``num_splits``, ``pack_gqa``, ``sm_margin``, ``scheduler_metadata``, ``disable_scheduler_metadata``,
-``seqlen_k_per_split``, ``min_seqlen_k``) are without effect.
+``[total_q, num_heads, head_dim]``; causal masks and windows aligned bottom-right; window_size inclusive, -1
+or None open. lse is the natural logarithm, float32 ``[batch, num_heads, seqlen_q]``, packed ``[num_heads,
+total_q]``, -inf for a row without a key. An argument that this library cannot honour is refused by name; only
+hints on how to schedule a kernel (``num_splits``, ``pack_gqa``, ``sm_margin``, ``scheduler_metadata``,
+``disable_scheduler_metadata``, ``seqlen_k_per_split``, ``min_seqlen_k``) are without effect.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from .functional import Window, attention
 
 _OPEN: Window = (-1, -1)
 
-# Keywords of FlashAttention 3 and 4 that change the result and are not computed here, with the value that is off.
+# Keywords of FlashAttention 3 and 4 that change the result and are not computed here, with the value that is
+# off.
 _REFUSED = {
     "qv": None,
     "q_descale": None,
@@ -63,6 +65,12 @@ def _refuse(function: str, dropout_p: float, further: dict[str, Any]) -> None:
             raise NotImplementedError(f"{name}: given, but this library does not compute it; leave it out")
 
 
+def _one_of(name: str, tensor: Tensor | None, alias: str, other: Tensor | None) -> Tensor | None:
+    if tensor is not None and other is not None:
+        raise ValueError(f"{alias}: given together with {name}, which is the same; leave one out")
+    return other if tensor is None else tensor
+
+
 def _results(
     result: tuple[Tensor, Tensor] | Tensor, return_attn_probs: bool
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, None]:
@@ -83,6 +91,7 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     *,
     learnable_sink: Tensor | None = None,
+    s_aux: Tensor | None = None,
     return_lse: bool = False,
     **further: Any,
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, None]:
@@ -93,12 +102,14 @@ def flash_attn_func(
         dropout_p: 0 only.
         alibi_slopes: ``[num_heads]`` or ``[batch, num_heads]``.
         return_attn_probs: return ``(out, lse, None)``; the probabilities are never formed.
-        learnable_sink: ``[num_heads]``, an extra term of the denominator, with a gradient.
+        learnable_sink, s_aux: ``[num_heads]``, an extra term of the denominator, with a gradient; two names
+            of one argument.
         return_lse: return ``(out, lse)``.
         further: keywords of FlashAttention 3 and 4; see the module.
 
     Raises:
-        NotImplementedError: an argument that is not computed here. TypeError: one that FlashAttention has not.
+        NotImplementedError: an argument that is not computed here. TypeError: one that FlashAttention has
+            not.
     """
     _refuse("flash_attn_func", dropout_p, further)
     result = attention(
@@ -110,7 +121,7 @@ def flash_attn_func(
         softmax_scale=softmax_scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
-        sink=learnable_sink,
+        sink=_one_of("learnable_sink", learnable_sink, "s_aux", s_aux),
         return_lse=return_lse or return_attn_probs,
         deterministic=deterministic,
     )
@@ -139,28 +150,27 @@ def flash_attn_varlen_func(
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     learnable_sink: Tensor | None = None,
+    s_aux: Tensor | None = None,
     return_lse: bool = False,
     **further: Any,
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, None]:
     """Attention of packed sequences, or of packed queries over paged keys.
 
     Args:
-        q: ``[total_q, num_heads, head_dim]``. k, v: ``[total_k, num_kv_heads, head_dim]``, or with a page table
-            ``[num_pages, page_size, num_kv_heads, head_dim]``.
-        cu_seqlens_q, cu_seqlens_k: int32 ``[batch + 1]``. With a page table cu_seqlens_k gives the lengths of the
-            sequences, unless seqused_k does.
+        q: ``[total_q, num_heads, head_dim]``. k, v: ``[total_k, num_kv_heads, head_dim]``, or with a page
+            table ``[num_pages, page_size, num_kv_heads, head_dim]``.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[batch + 1]``. With a page table cu_seqlens_k gives the lengths of
+            the sequences, unless seqused_k does.
         block_table, page_table: int32 ``[batch, max_pages]``; two names of one argument. No backward.
         seqused_q, seqused_k: int32 ``[batch]``, rows and keys in use.
         max_seqlen_q, max_seqlen_k, and the others: as :func:`flash_attn_func`.
 
     Raises:
-        NotImplementedError: an argument that is not computed here. TypeError: one that FlashAttention has not.
+        NotImplementedError: an argument that is not computed here. TypeError: one that FlashAttention has
+            not.
     """
     _refuse("flash_attn_varlen_func", dropout_p, further)
-    if block_table is not None:
-        if page_table is not None:
-            raise ValueError("block_table: given together with page_table, which is the same; leave one out")
-        page_table = block_table
+    page_table = _one_of("page_table", page_table, "block_table", block_table)
     if page_table is not None and cu_seqlens_k is not None:
         # The pages say where the keys are; of cu_seqlens_k the lengths remain.
         seqused_k = cu_seqlens_k.diff().to(torch.int32) if seqused_k is None else seqused_k
@@ -174,7 +184,7 @@ def flash_attn_varlen_func(
         softmax_scale=softmax_scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
-        sink=learnable_sink,
+        sink=_one_of("learnable_sink", learnable_sink, "s_aux", s_aux),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,

@@ -59,19 +59,21 @@ def attention(
         S[i, j] = softcap(softmax_scale * (q_i . k_j + g(alpha_i * delta_j))) - slope * |i + off - j|
         out_i   = sum_j exp(S[i, j] - lse_i) v_j,   lse_i = log(sum_j exp(S[i, j]) + exp(sink))
 
-    over the keys that the masks leave visible, in the tiles that were not skipped. docs/semantics.md has every rule.
+    over the keys that the masks leave visible, in the tiles that were not skipped. docs/semantics.md has
+    every rule.
 
     Args:
         query: ``[batch, seqlen_q, num_heads, head_dim]``, or packed ``[total_q, num_heads, head_dim]`` with
             ``cu_seqlens_q``. float64, float32, bfloat16 or float16; last stride 1; head_dim 1 to 512.
-        key: ``[batch, seqlen_k, num_kv_heads, head_dim]``, packed ``[total_k, num_kv_heads, head_dim]``, or paged
-            ``[num_pages, page_size, num_kv_heads, head_dim]`` with ``page_table``. num_heads is a multiple of
-            num_kv_heads; query head h reads key head ``h // (num_heads // num_kv_heads)``.
+        key: ``[batch, seqlen_k, num_kv_heads, head_dim]``, packed ``[total_k, num_kv_heads, head_dim]``, or
+            paged ``[num_pages, page_size, num_kv_heads, head_dim]`` with ``page_table``. num_heads is a
+            multiple of num_kv_heads; query head h reads key head ``h // (num_heads // num_kv_heads)``.
         value: as key, with head_dim_v in place of head_dim.
         causal: key j is visible to row i when ``j <= i + off`` (aligned bottom-right).
-        window_size: (left, right): keys in ``[i + off - left, i + off + right]`` are visible; -1 or None is open.
-        window_sizes: int32 ``[num_kv_heads, 4]``, columns sink, left, right, near; implies causal. Not together
-            with window_size.
+        window_size: (left, right): keys in ``[i + off - left, i + off + right]`` are visible; -1 or None is
+            open.
+        window_sizes: int32 ``[num_kv_heads, 4]``, columns sink, left, right, near; implies causal. Not
+            together with window_size.
         softmax_scale: default ``1 / sqrt(head_dim)``.
         softcap: c > 0 replaces a logit x by ``c * tanh(x / c)``; 0 is off.
         alibi_slopes: ``[num_heads]`` or ``[batch, num_heads]``; no gradient.
@@ -81,34 +83,34 @@ def attention(
         alpha: query side of the pair gate, ``[batch, seqlen_q, num_heads]``, packed ``[total_q, num_heads]``.
         delta: key side, ``[batch, seqlen_k, num_kv_heads]``, packed ``[total_k, num_kv_heads]``, paged
             ``[num_pages, page_size, num_kv_heads]``.
-        gate_threshold: with a gate, a tile whose best gate is below this share of the best one so far is skipped.
-            None: ``1 / seqlen_k`` of each sequence; <= 0: off.
+        gate_threshold: with a gate, a tile whose best gate is below this share of the best one so far is
+            skipped. None: ``1 / seqlen_k`` of each sequence; <= 0: off.
         log_sigmoid_gate: ``g(x) = log(sigmoid(x))``; False: ``g(x) = x``.
         adaptive_gate: with a causal mask gate_threshold shrinks with the visible share of the row.
-        gate_layout: "bsh" as above; "bhs": alpha ``[batch, num_heads, seqlen_q]``, packed ``[num_heads, total_q]``,
-            and delta likewise.
+        gate_layout: "bsh" as above; "bhs": alpha ``[batch, num_heads, seqlen_q]``, packed ``[num_heads,
+            total_q]``, and delta likewise.
         cu_seqlens_q, cu_seqlens_k: int32 ``[batch + 1]``, the first rows of packed sequences.
-        max_seqlen_q, max_seqlen_k: bounds of the packed sequences' lengths; an error when smaller than the actual
-            maximum, which is the default.
+        max_seqlen_q, max_seqlen_k: bounds of the packed sequences' lengths; an error when smaller than the
+            actual maximum, which is the default.
         seqused_q, seqused_k: int32 ``[batch]``, rows and keys in use; further rows get out 0 and lse -inf.
         page_table: int32 ``[batch, max_pages]``, the pages of each sequence; needs seqused_k. No backward.
         return_lse: also return lse, float32 (float64 for float64) ``[batch, num_heads, seqlen_q]``, packed
             ``[num_heads, total_q]``: natural logarithm, differentiable, -inf for a row without a key.
-        return_skip_map: also return which tiles were kept: int32 ``[batch, num_heads, ceil(seqlen_q / 64), words]``,
-            packed ``[num_heads, total_q // 64 + batch, words]``, bit ``n & 31`` of word ``n >> 5`` for key tile n,
-            ``words = ceil(key tiles / 32)``. Packed without max_seqlen_k and under torch.compile, words is that
-            of total_k. See :func:`kept_fraction`.
+        return_skip_map: also return which tiles were kept: int32 ``[batch, num_heads, ceil(seqlen_q / 64),
+            words]``, packed ``[num_heads, total_q // 64 + batch, words]``, bit ``n & 31`` of word ``n >> 5``
+            for key tile n, ``words = ceil(key tiles / 32)``. Packed without max_seqlen_k and under
+            torch.compile, words is that of total_k. See :func:`kept_fraction`.
         deterministic: bitwise repeatable gradients; on the CPU they always are.
         backend: None chooses; else a name of :func:`backends`.
         out: written in place and returned; only where no gradient is recorded.
 
     Returns:
-        out, as query with head_dim_v; then lse and the skip map where asked for. NumPy arrays for NumPy arrays,
-        which take no part in autograd.
+        out, as query with head_dim_v; then lse and the skip map where asked for. NumPy arrays for NumPy
+        arrays, which take no part in autograd.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: with the argument, its value and the limit, before any tensor
-            is read or written.
+        ValueError, TypeError, NotImplementedError: with the argument, its value and the limit, before any
+            tensor is read or written.
     """
     inputs, options = collect(
         query,
@@ -149,9 +151,10 @@ def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs of attention over disjoint sets of keys, joined; differentiable.
 
     Args:
-        outs: ``[parts, batch, seqlen, num_heads, head_dim_v]``, or packed ``[parts, total, num_heads, head_dim_v]``.
-        lses: ``[parts, batch, num_heads, seqlen]``, or packed ``[parts, num_heads, total]``. A sink may be part of
-            one lse at most.
+        outs: ``[parts, batch, seqlen, num_heads, head_dim_v]``, or packed ``[parts, total, num_heads,
+            head_dim_v]``.
+        lses: ``[parts, batch, num_heads, seqlen]``, or packed ``[parts, num_heads, total]``. A sink may be
+            part of one lse at most.
 
     Returns:
         out and lse, each as one part; a row without a key in any part has out 0 and lse -inf.
@@ -186,8 +189,8 @@ def kept_fraction(
             seqlen_k is max_pages * page_size.
         head_dim: of query.
         num_kv_heads: needed with window_sizes of several key heads; default num_heads.
-        causal, window_size, window_sizes, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k: of that
-            call.
+        causal, window_size, window_sizes, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k: of
+            that call.
 
     Returns:
         1.0 where no tile is visible.
@@ -195,7 +198,9 @@ def kept_fraction(
     packed = cu_seqlens_q is not None
     rank = 3 if packed else 4
     if len(skip_map.shape) != rank:
-        layout = "[num_heads, total_q // 64 + batch, words]" if packed else "[batch, num_heads, row tiles, words]"
+        layout = (
+            "[num_heads, total_q // 64 + batch, words]" if packed else "[batch, num_heads, row tiles, words]"
+        )
         raise ValueError(f"skip_map: shape {list(skip_map.shape)}, must be {layout}")
     num_heads = skip_map.shape[rank - 3]
     if num_kv_heads is None:
@@ -232,10 +237,10 @@ def explain(
     """What :func:`attention` would run for the same arguments, without running it.
 
     Returns:
-        ``backend`` and ``kernel``: what computes it. ``reasons``: ``(name, chosen, reason)`` of every backend in the
-        order of asking, with why it was passed over. ``tile``: ``(rows, keys)`` of the skip tile. ``flops``: over
-        visible (row, key) pairs. ``bytes``: each input read once, each output written once. ``workspace``: bytes.
-        ``threads``.
+        ``backend`` and ``kernel``: what computes it. ``reasons``: ``(name, chosen, reason)`` of every backend
+        in the order of asking, with why it was passed over. ``tile``: ``(rows, keys)`` of the skip tile.
+        ``flops``: over visible (row, key) pairs. ``bytes``: each input read once, each output written once.
+        ``workspace``: bytes. ``threads``.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as attention.
@@ -287,15 +292,15 @@ def window_sizes_heuristic(
 ) -> Tensor:
     """Windows that divide the past among the key heads: together they cover it all, each reads a part.
 
-    Every head sees the ``window_near`` newest keys and the ``window_sink`` first ones. What lies between is cut into
-    one band per head, of equal width, or of equal area under the causal mask.
+    Every head sees the ``window_near`` newest keys and the ``window_sink`` first ones. What lies between is
+    cut into one band per head, of equal width, or of equal area under the causal mask.
 
     Args:
         seqlen_k: the length to divide; a 0-d integer tensor is taken too, and not read.
         num_kv_heads: key heads of this process.
         device: of the result; default: that of seqlen_k, or the CPU.
-        equal_bandwidth: True: bands of equal width, which balances decode; False: of equal area, which balances
-            forward and backward.
+        equal_bandwidth: True: bands of equal width, which balances decode; False: of equal area, which
+            balances forward and backward.
         num_heads_kv_global, tp_rank, tp_size: under tensor parallelism the key heads of the model, and this
             process's rank of how many. Above one rank per key head, ranks share a head.
 
@@ -338,8 +343,8 @@ def _first_head(num_kv_heads: int, heads: int, tp_rank: int | None, tp_size: int
     first = (rank // (tp_size // heads) if shared else rank) * num_kv_heads
     if first < 0 or first + num_kv_heads > heads:
         raise ValueError(
-            f"tp_rank: {rank} with num_kv_heads {num_kv_heads} gives heads {first} to {first + num_kv_heads - 1}, "
-            f"but num_heads_kv_global is {heads}"
+            f"tp_rank: {rank} with num_kv_heads {num_kv_heads} gives heads {first} to "
+            f"{first + num_kv_heads - 1}, but num_heads_kv_global is {heads}"
         )
     return first
 
@@ -372,11 +377,15 @@ def collect(
     deterministic: bool = False,
     backend: str | None = None,
 ) -> tuple[ops.Inputs, ops.Options]:
-    """The arguments of attention as the two tuples of ops.py; the parameters are those of attention, in order."""
+    """The arguments of attention, whose parameters these are, as the two tuples of ops.py."""
     try:
         left, right = window_size
     except (TypeError, ValueError):
         raise ValueError(f"window_size: {window_size!r}, must be a pair (left, right)") from None
+    left, right = -1 if left is None else left, -1 if right is None else right
+    for size in (left, right):
+        if isinstance(size, int) and size < -1:
+            raise ValueError(f"window_size: {tuple(window_size)}, must be -1 or None (open), 0 or above")
     inputs = (
         query,
         key,
@@ -395,8 +404,8 @@ def collect(
     )
     options = (
         causal,
-        -1 if left is None else left,
-        -1 if right is None else right,
+        left,
+        right,
         softmax_scale if softmax_scale is None else _number("softmax_scale", softmax_scale),
         _number("softcap", softcap),
         threshold if threshold is None else _number("threshold", threshold),

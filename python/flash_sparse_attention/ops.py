@@ -2,9 +2,10 @@
 """The operators ``torch.ops.fsa.*`` and the direct calls of the extension that they stand on.
 
 Everything here takes the arguments of attention as two tuples: ``inputs``, the tensors in the order of
-``INPUTS``, and ``options``, the scalars in the order of ``OPTIONS``. The ``run_*`` functions allocate the outputs
-and call the extension; they need tensors with data. The functions without the prefix go through the operators
-instead where the tensors have none: under ``torch.compile``, in a dispatch mode, or with a subclass.
+``INPUTS``, and ``options``, the scalars in the order of ``OPTIONS``. The ``run_*`` functions allocate the
+outputs and call the extension; they need tensors with data. The functions without the prefix go through the
+operators instead where the tensors have none: under ``torch.compile``, in a dispatch mode, or with a
+subclass.
 """
 
 from __future__ import annotations
@@ -63,14 +64,15 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the tensors are ordinary ones that nothing watches, so that their memory can be used directly."""
-    if torch.compiler.is_compiling():
+    """Whether the tensors are ordinary ones that nothing watches, so that their memory can be used."""
+    if torch.compiler.is_dynamo_compiling():
         return False
     for tensor in tensors:
         if tensor is not None and type(tensor) not in _PLAIN_TYPES:
             return False
     return not (
-        tensors[0].is_meta
+        tensors[0] is None
+        or tensors[0].is_meta
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
@@ -112,7 +114,7 @@ def run_forward(
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """out, lse and skip map; the last two None when not wanted. ``out`` and ``lse`` are written when given."""
+    """out, lse and skip map; the last two None when not wanted. ``out``, ``lse``: buffers to write."""
     workspace_size = _C.workspace_size_forward(inputs, options)  # checks the arguments, shapes too
     query = inputs[QUERY]
     if out is None:
@@ -176,12 +178,15 @@ def run_merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-# The operators. Schemas are flat, every output is a fresh tensor, and an output that is not wanted has no element.
-# A skip map has one dimension here: each of its own may be 1 or not, which torch.compile would specialise on.
+# The operators. Schemas are flat, every output is a fresh tensor, and an output that is not wanted has no
+# element. A skip map has one dimension here: each of its own may be 1 or not, which torch.compile would
+# specialise on.
 
 _NUM_INPUTS = len(INPUTS) - 1  # gather_kv_indices is decode's alone
 _NUM_OPTIONS = len(OPTIONS)
-_TENSORS = "Tensor query, Tensor key, Tensor value, " + ", ".join(f"Tensor? {n}" for n in INPUTS[3:_NUM_INPUTS])
+_TENSORS = "Tensor query, Tensor key, Tensor value, " + ", ".join(
+    f"Tensor? {n}" for n in INPUTS[3:_NUM_INPUTS]
+)
 _SCALARS = ", ".join(f"{kind} {name}" for kind, name in OPTIONS)
 
 _library = torch.library.Library("fsa", "DEF")
@@ -227,7 +232,11 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     query = inputs[QUERY]
     out = empty(query, (*query.shape[:-1], inputs[VALUE].shape[-1]))
     lse = empty(query, lse_shape(inputs), lse_dtype(query.dtype))
-    return out, lse, empty(query, (math.prod(skip_map_shape(inputs, options)),) if want_map else (0,), torch.int32)
+    return (
+        out,
+        lse,
+        empty(query, (math.prod(skip_map_shape(inputs, options)),) if want_map else (0,), torch.int32),
+    )
 
 
 _define(
@@ -292,8 +301,8 @@ _define("merge(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)", run_merge
 def with_known_map_shape(inputs: Inputs, options: Options) -> Options:
     """The options with max_seqlen_k filled in where the skip map's shape needs it.
 
-    The longest packed sequence is not known without reading memory, which the operators' shapes must not do; the
-    total is a bound.
+    The longest packed sequence is not known without reading memory, which the operators' shapes must not do;
+    the total is a bound.
     """
     if inputs[CU_SEQLENS_K] is None or options[MAX_SEQLEN_K] is not None:
         return options

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The twelve functions of flash-sparse-attn 2, with its names, order and defaults.
 
-``flash_{dense,sparse,gated}_attn_`` times ``func`` (batched), ``varlen_func`` (packed), ``with_kvcache_func`` (one
-query per sequence over a batched, paged or gathered cache) and ``varlen_with_kvcache_func`` (over a packed cache).
+``flash_{dense,sparse,gated}_attn_`` times ``func`` (batched), ``varlen_func`` (packed), ``with_kvcache_func``
+(one query per sequence over a batched, paged or gathered cache) and ``varlen_with_kvcache_func`` (over a
+packed cache).
 
-Shapes: query ``[batch, seqlen_q, num_heads, head_dim]``, key and value ``[batch, seqlen_k, num_kv_heads, ...]``, packed
-``[total, heads, ...]``, paged ``[num_pages, page_size, num_kv_heads, ...]``; over a cache query is
-``[batch, num_heads, head_dim]``. alpha ``[batch, seqlen_q, num_heads]`` (over a cache ``[batch, num_heads]``), delta
-``[batch, seqlen_k, num_kv_heads]``.
+Shapes: query ``[batch, seqlen_q, num_heads, head_dim]``, key and value ``[batch, seqlen_k, num_kv_heads,
+...]``, packed ``[total, heads, ...]``, paged ``[num_pages, page_size, num_kv_heads, ...]``; over a cache
+query is ``[batch, num_heads, head_dim]``. alpha ``[batch, seqlen_q, num_heads]`` (over a cache ``[batch,
+num_heads]``), delta ``[batch, seqlen_k, num_kv_heads]``.
 
 Common to all:
 
-* ``softmax_threshold=None`` means 1.0, ``gate_threshold=None`` means 1 / seqlen_k, <= 0 switches the test off.
+* ``softmax_threshold=None`` means 1.0, ``gate_threshold=None`` means 1 / seqlen_k, <= 0 switches the test
+  off.
 * ``is_local`` without ``window_sizes`` takes :func:`window_sizes_heuristic` of the longest key sequence.
-* ``window_size=(left, right)`` and ``gate_layout`` are further keywords, with the meaning they have in ``attention``.
+* ``window_size=(left, right)`` and ``gate_layout`` are further keywords, with the meaning they have in
+  ``attention``.
 * ``out`` and ``lse`` are written in place and returned; only where no gradient is recorded.
-* ``is_split_kv``, ``is_split_qo``, ``pack_gqa``, ``is_autotune``, ``tile_mn`` and ``skip_checks`` are hints and change
-  nothing, and neither does ``num_splits`` where keys are not split (everywhere but over a cache).
+* ``is_split_kv``, ``is_split_qo``, ``pack_gqa``, ``is_autotune``, ``tile_mn`` and ``skip_checks`` are hints
+  and change nothing, and neither does ``num_splits`` where keys are not split (everywhere but over a cache).
 * ``is_quant``, the scales and float8 tensors are refused: NotImplementedError.
 * The functions over a cache have no backward.
 
@@ -35,20 +38,31 @@ from .functional import Window, collect, length, window_sizes_heuristic
 
 _OPEN: Window = (-1, -1)
 _FLOAT8 = frozenset(
-    (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+    (
+        torch.float8_e4m3fn,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2,
+        torch.float8_e5m2fnuz,
+        torch.float8_e8m0fnu,
+    )
 )
 
 
-def _refuse_quantised(query: Tensor, key: Tensor, value: Tensor, is_quant: bool, *scales: Tensor | None) -> None:
+def _refuse_quantised(
+    query: Tensor, key: Tensor, value: Tensor, is_quant: bool, *scales: Tensor | None
+) -> None:
     if is_quant:
         raise NotImplementedError("is_quant: True, but this version does not quantise; pass is_quant=False")
     for name, scale in zip(("query_scale", "key_scale", "value_scale"), scales, strict=True):
         if scale is not None:
-            raise NotImplementedError(f"{name}: given, but this version computes no quantised tensors; leave it out")
+            raise NotImplementedError(
+                f"{name}: given, but this version computes no quantised tensors; leave it out"
+            )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if isinstance(tensor, Tensor) and tensor.dtype in _FLOAT8:
             raise NotImplementedError(
-                f"{name}: dtype {tensor.dtype}, but this version computes no quantised tensors; convert it to bfloat16"
+                f"{name}: dtype {tensor.dtype}, but this version computes no quantised tensors; "
+                "convert it to bfloat16"
             )
 
 
@@ -66,7 +80,8 @@ def _windows(
         return window_sizes
     if tuple(window_size) not in ((-1, -1), (None, None), (-1, None), (None, -1)):
         raise ValueError(
-            f"is_local: True without window_sizes chooses windows, but window_size is {window_size}; leave one out"
+            f"is_local: True without window_sizes chooses windows, but window_size is {window_size}; "
+            "leave one out"
         )
     num_kv_heads = key.shape[-2]
     if seqused_k is not None:
@@ -555,7 +570,7 @@ def flash_gated_attn_func(
     window_size: Window = _OPEN,
     gate_layout: str = "bsh",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Gated attention, with a threshold too of a batch."""
+    """Gated and sparse attention of a batch."""
     _refuse_quantised(query, key, value, is_quant, query_scale, key_scale, value_scale)
     windows = _windows(key, window_size, window_sizes, is_local, None, seqused_k, page_table)
     return _attend(
@@ -611,7 +626,7 @@ def flash_gated_attn_with_kvcache_func(
     window_size: Window = _OPEN,
     gate_layout: str = "bsh",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Gated attention, with a threshold too of one query per sequence over a batched, paged or gathered cache."""
+    """Gated and sparse attention of one query per sequence over a batched, paged or gathered cache."""
     _refuse_quantised(query, key, value, is_quant, query_scale, key_scale, value_scale)
     windows = _windows(key, window_size, window_sizes, is_local, None, seqused_k, page_table)
     return _decode(
@@ -675,7 +690,7 @@ def flash_gated_attn_varlen_func(
     window_size: Window = _OPEN,
     gate_layout: str = "bsh",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Gated attention, with a threshold too of packed sequences."""
+    """Gated and sparse attention of packed sequences."""
     _refuse_quantised(query, key, value, is_quant, query_scale, key_scale, value_scale)
     windows = _windows(key, window_size, window_sizes, is_local, cu_seqlens_k, seqused_k, None)
     return _attend(
@@ -736,7 +751,7 @@ def flash_gated_attn_varlen_with_kvcache_func(
     window_size: Window = _OPEN,
     gate_layout: str = "bsh",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Gated attention, with a threshold too of one query per sequence over a packed cache."""
+    """Gated and sparse attention of one query per sequence over a packed cache."""
     _refuse_quantised(query, key, value, is_quant, query_scale, key_scale, value_scale)
     windows = _windows(key, window_size, window_sizes, is_local, cu_seqlens_k, seqused_k, None)
     return _decode(

@@ -62,6 +62,7 @@ struct GateExtents {
 
 // The layout is never guessed from a shape, but a shape that fits the other one gets a hint.
 void check_gate(const char* name, const TensorView& view, const GateExtents& extents, GateLayout layout) {
+  if (same_shape(view, extents.shape(layout))) return;
   const GateLayout other = layout == GateLayout::bsh ? GateLayout::bhs : GateLayout::bsh;
   std::string words = extents.words(layout);
   if (same_shape(view, extents.shape(other)))

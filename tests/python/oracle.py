@@ -141,33 +141,47 @@ def gate(problem: Problem, product: Tensor) -> Tensor:
     return product
 
 
-def scores(problem: Problem, s: Sequence, leaves: dict[str, Tensor], heads: range, reorder: bool) -> Tensor:
-    """Logits before the masks, [len(heads), seqlen_q, keys], differentiable in `leaves`."""
+def scores(
+    problem: Problem,
+    s: Sequence,
+    leaves: dict[str, Tensor],
+    heads: range,
+    reorder: bool = False,
+    unit: float = 1.0,
+    head_dims: Tensor | None = None,
+) -> Tensor:
+    """Logits before the masks times `unit`, [len(heads), seqlen_q, keys], differentiable in `leaves`.
+
+    reorder multiplies the keys by the scale instead of the products; head_dims is an order of summation.
+    """
     group = leaves["query"].shape[-2] // leaves["key"].shape[-2]
     kv = [h // group for h in heads]
-    scale = softmax_scale(problem)
+    softcap = problem.options.get("softcap", 0.0)
+    scale = softmax_scale(problem) * (1.0 if softcap else unit)
     query = _rows_of_query(problem, leaves["query"], s)[:, heads.start : heads.stop].transpose(0, 1)
     key = _rows_of_key(problem, leaves["key"], s)[:, kv].transpose(0, 1)
+    if head_dims is not None:
+        query, key = query[..., head_dims], key[..., head_dims]
     added = None
     if "alpha" in leaves:
         alpha = _rows_of_query(problem, _sequence_first(problem, "alpha", leaves["alpha"]), s)
         delta = _rows_of_key(problem, _sequence_first(problem, "delta", leaves["delta"]), s)
         alpha, delta = alpha[:, heads.start : heads.stop].T, delta[:, kv].T
         added = gate(problem, alpha[:, :, None] * delta[:, None, :])
-    if reorder and added is None:
+    if reorder:
         logits = query @ (key * scale).transpose(1, 2)
+        logits = logits if added is None else logits + added * scale
     else:
         logits = query @ key.transpose(1, 2)
         logits = (logits if added is None else logits + added) * scale
-    softcap = problem.options.get("softcap", 0.0)
     if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
+        logits = (softcap * unit) * torch.tanh(logits / softcap)
     if "alibi_slopes" in problem.tensors:
         slopes = problem.tensors["alibi_slopes"]
         slopes = (slopes if slopes.dim() == 1 else slopes[s.index])[heads.start : heads.stop]
         rows = torch.arange(s.seqlen_q)[:, None] + s.offset
         distance = (rows - positions(problem, s)[None, :]).abs().to(logits.dtype)
-        logits = logits - slopes.to(logits.dtype)[:, None, None] * distance
+        logits = logits - (slopes * unit).to(logits.dtype)[:, None, None] * distance
     return logits
 
 
@@ -220,6 +234,7 @@ def attend(
     kept: dict[int, Tensor] | None = None,
     reorder: bool = False,
     by_hand: bool = False,
+    shuffle: int | None = None,
 ) -> Result:
     """Attention and its gradients.
 
@@ -228,6 +243,7 @@ def attend(
     by_hand: out by a softmax in powers of two, and gradients by the formulas of docs/semantics.md with
     P = 2^(S log2 e - lse log2 e) of the rounded lse, instead of torch.softmax and autograd. float64 to the last
     digits the same; in lower precision another naive computation with errors of its own.
+    shuffle: with by_hand, the seed of a random order of summation over keys and over head_dim.
     """
     names = [n for n in GRADIENTS if n in problem.tensors]
     wants_grads = grad_out is not None or grad_lse is not None
@@ -256,7 +272,7 @@ def attend(
             if grad_lse is not None:
                 g_lse = _lse_rows(problem, grad_lse, s, heads).to(dtype)
             if by_hand:
-                _attend_by_hand(problem, s, leaves, heads, mask, g_out, g_lse, result)
+                _attend_by_hand(problem, s, leaves, heads, mask, g_out, g_lse, result, shuffle)
             else:
                 _attend_autograd(problem, s, leaves, heads, mask, g_out, g_lse, result, reorder)
     if wants_grads and not by_hand:
@@ -288,15 +304,15 @@ def _attend_autograd(problem, s, leaves, heads, mask, g_out, g_lse, result, reor
         loss.backward()
 
 
-def _probabilities_base_2(logits: Tensor, mask: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As _probabilities, in powers of two with statistics in at least float32: out's P, then P and the sink's
-    share as a backward finds them from the rounded lse, and lse."""
-    dtype = logits.dtype
+def _probabilities_base_2(scaled: Tensor, mask: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As _probabilities, of logits times log2 e and with statistics in at least float32: out's P, then P and the
+    sink's share as a backward finds them from the rounded lse, and lse."""
+    dtype = scaled.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    scaled = logits.to(wide).masked_fill(~mask, -math.inf) * LOG2_E
-    sink = torch.full(logits.shape[:1], -math.inf, dtype=wide) if sink is None else sink.to(wide) * LOG2_E
+    scaled = scaled.to(wide).masked_fill(~mask, -math.inf)
+    sink = torch.full(scaled.shape[:1], -math.inf, dtype=wide) if sink is None else sink.to(wide) * LOG2_E
     sink = sink[:, None]
-    largest = torch.maximum(scaled.amax(2), sink) if logits.shape[2] else sink.expand(logits.shape[:2])
+    largest = torch.maximum(scaled.amax(2), sink) if scaled.shape[2] else sink.expand(scaled.shape[:2])
     safe = largest.masked_fill(largest == -math.inf, 0.0)
     weights = torch.exp2(scaled - safe[:, :, None])
     total = weights.sum(2) + torch.exp2(sink - safe)
@@ -307,14 +323,20 @@ def _probabilities_base_2(logits: Tensor, mask: Tensor, sink: Tensor | None) -> 
     return p_out.to(dtype), p.to(dtype), torch.exp2(sink - back).to(dtype), lse
 
 
-def _attend_by_hand(problem, s, leaves, heads, mask, g_out, g_lse, result) -> None:
+def _attend_by_hand(problem, s, leaves, heads, mask, g_out, g_lse, result, shuffle) -> None:
     group = leaves["query"].shape[-2] // leaves["key"].shape[-2]
     kv = [h // group for h in heads]
     scale, softcap = softmax_scale(problem), problem.options.get("softcap", 0.0)
-    logits = scores(problem, s, leaves, heads, reorder=False)
+    head_dims, order = None, torch.arange(s.keys)
+    if shuffle is not None:
+        g = torch.Generator().manual_seed(shuffle)
+        head_dims = torch.randperm(leaves["query"].shape[-1], generator=g)
+        order = torch.randperm(s.keys, generator=g)
+    mask = mask[:, :, order]
+    scaled = scores(problem, s, leaves, heads, reorder=True, unit=LOG2_E, head_dims=head_dims)[:, :, order]
     sink = leaves["sink"][heads.start : heads.stop] if "sink" in leaves else None
-    p_out, p, p_sink, lse = _probabilities_base_2(logits, mask, sink)
-    values = _values(problem, s, leaves, heads)
+    p_out, p, p_sink, lse = _probabilities_base_2(scaled, mask, sink)
+    values = _values(problem, s, leaves, heads)[:, order]
     out = p_out @ values
     _rows_of_query(problem, result.out, s)[:, heads.start : heads.stop] = out.transpose(0, 1)
     _lse_rows(problem, result.lse, s, heads)[...] = lse.to(result.lse.dtype)
@@ -330,8 +352,7 @@ def _attend_by_hand(problem, s, leaves, heads, mask, g_out, g_lse, result) -> No
     d_s = torch.where(mask, p * (d_p - out_dot_grad[:, :, None]), p.new_zeros(()))
     if softcap:
         tensors = {name: tensor for name, tensor in problem.tensors.items() if name != "alibi_slopes"}
-        without = Problem(problem.case, tensors, problem.options)
-        capped = scores(without, s, leaves, heads, reorder=False)
+        capped = scores(Problem(problem.case, tensors, problem.options), s, leaves, heads)[:, :, order]
         d_s = d_s * (1 - (capped / softcap).square())
     d_s = d_s * scale
 
@@ -339,14 +360,15 @@ def _attend_by_hand(problem, s, leaves, heads, mask, g_out, g_lse, result) -> No
         target = _sequence_first(problem, name, result.grads[name]) if name == "alpha" else result.grads[name]
         _rows_of_query(problem, target, s)[:, heads.start : heads.stop] += part
 
-    def add_keys(name: str, part: Tensor) -> None:  # part [seqlen_k, len(heads), ...]
+    def add_keys(name: str, part: Tensor) -> None:  # part [seqlen_k, len(heads), ...] in `order`
         target = _sequence_first(problem, name, result.grads[name]) if name == "delta" else result.grads[name]
         rows = target[s.k_begin : s.k_begin + s.seqlen_k] if "cu_seqlens_k" in problem.tensors else None
         rows = target[s.index, : s.seqlen_k] if rows is None else rows
         for column, head in enumerate(kv):
-            rows[:, head] += part[:, column]
+            rows[order, head] += part[:, column]
 
-    add_rows("query", (d_s @ _rows_of_key(problem, leaves["key"], s)[:, kv].transpose(0, 1)).transpose(0, 1))
+    keys = _rows_of_key(problem, leaves["key"], s)[:, kv].transpose(0, 1)[:, order]
+    add_rows("query", (d_s @ keys).transpose(0, 1))
     query = _rows_of_query(problem, leaves["query"], s)[:, heads.start : heads.stop].transpose(0, 1)
     add_keys("key", (d_s.transpose(1, 2) @ query).transpose(0, 1))
     if g_out is not None:
@@ -354,7 +376,7 @@ def _attend_by_hand(problem, s, leaves, heads, mask, g_out, g_lse, result) -> No
     if "alpha" in leaves:
         alpha = _rows_of_query(problem, _sequence_first(problem, "alpha", leaves["alpha"]), s)
         delta = _rows_of_key(problem, _sequence_first(problem, "delta", leaves["delta"]), s)
-        alpha, delta = alpha[:, heads.start : heads.stop].T, delta[:, kv].T
+        alpha, delta = alpha[:, heads.start : heads.stop].T, delta[:, kv].T[:, order]
         if problem.options.get("log_sigmoid_gate", True):
             d_s = d_s * torch.sigmoid(-alpha[:, :, None] * delta[:, None, :])
         add_rows("alpha", (d_s * delta[:, None, :]).sum(dim=2).T)
@@ -488,7 +510,7 @@ class Tiles:
 def _tile_statistics(problem: Problem, s: Sequence, heads: range) -> tuple[Tensor, Tensor]:
     """Per row and key tile, over visible keys: largest logit and log-sum-exp, [len(heads), rows, key_tiles]."""
     leaves = {n: problem.tensors[n].double() for n in GRADIENTS if n in problem.tensors}
-    logits = scores(problem, s, leaves, heads, reorder=False)
+    logits = scores(problem, s, leaves, heads)
     mask = torch.stack([visible(problem, s, h) for h in heads])
     logits = logits.masked_fill(~mask, -math.inf)
     tile = tile_keys(problem.tensors["query"].shape[-1])

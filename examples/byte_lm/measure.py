@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything after training: what the models can do, in numbers and pictures, written to the run's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import statistics
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import flash_sparse_attention as fsa
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import checks, evaluate, generate, kinds, plots, report
+from .data import Corpus
+from .kinds import AttentionKind, make_kind
+from .model import ByteLM, ModelConfig
+from .train import History
+
+SAMPLE_TOKENS = 256
+NATS_PER_BIT = 0.6931471805599453
+
+
+def kind_metrics(
+    kind: AttentionKind,
+    history: History,
+    result: evaluate.HeldOut,
+    context: int,
+    torch_ms: float | None,
+    how: dict,
+) -> dict:
+    ms = 1e3 * statistics.median(history.seconds)
+    return {
+        "attention": kind.describe(),
+        "backend": how["backend"],
+        "kernel": how["kernel"],
+        "held_out": result.loss,
+        "bits_per_byte": result.loss / NATS_PER_BIT,
+        "train_loss": statistics.fmean(history.losses[-20:]),
+        "kept": result.kept,
+        "kept_by_head": result.kept_by_head,
+        "ms_per_step": ms,
+        "tokens_per_second": context / ms * 1e3,
+        "time_relative_to_torch": None if torch_ms is None else ms / torch_ms,
+        "losses": history.losses,
+        "seconds": history.seconds,
+        "curve": history.curve,
+    }
+
+
+def sample_texts(
+    trained: dict[str, tuple[ByteLM, History]], primary: str, options: dict, corpus: Corpus
+) -> tuple[list[dict], list[checks.Check]]:
+    """Greedy samples: every model with nothing skipped, checked against prefill, and the sparse ones as they
+    were trained."""
+    count = min(SAMPLE_TOKENS, options["context"] // 4)
+    prompt = generate.make_prompt(corpus.held_out, options["context"] // 2).to(options["device"])
+    samples, found = [], []
+    for name in [primary, *(name for name in trained if name != primary)]:
+        model, kind = trained[name][0], make_kind(name, options)
+        plain = kind.without_skipping()
+        # A threshold of 0 skips nothing, but goes through the sparse function.
+        if name == "threshold":
+            plain = kind.under(0.0)
+        sample = generate.generate(model, plain, prompt, count)
+        check = generate.check_against_prefill(model, plain, sample)
+        function = kinds.decode_function(plain)
+        found.append(checks.decode_matches(name, function, check))
+
+        def add(
+            sample: generate.Sample,
+            setting: str,
+            check: dict | None,
+            shared: int,
+            name: str = name,
+            function: str = function,
+        ) -> None:
+            samples.append(
+                {
+                    "trained_with": name,
+                    "function": function,
+                    "setting": setting,
+                    "prompt_bytes": len(sample.prompt),
+                    "prompt_hex": sample.prompt.hex(),
+                    "generated_hex": sample.generated.hex(),
+                    "tokens": len(sample.generated),
+                    "tokens_per_second": sample.tokens_per_second,
+                    "check": check,
+                    "shared": shared,
+                }
+            )
+
+        add(sample, "nothing skipped", dataclasses.asdict(check), len(sample.generated))
+        if kind.sparse:
+            skipping = generate.generate(model, kind, prompt, count)
+            setting = f"γ = {kind.gate_threshold:g}" if kind.gated else f"τ = {kind.threshold:g}"
+            add(skipping, setting, None, generate.agreement(sample.generated, skipping.generated))
+    return samples, found
+
+
+def attention_times(
+    trained: dict[str, tuple[ByteLM, History]],
+    primary: str,
+    options: dict,
+    sweep: list[evaluate.SweepRow],
+    window,
+) -> tuple[list[dict], tuple[float, float]]:
+    """Fills the times of the sweep; returns the rows of the time plot and dense's (forward, backward) in ms."""
+    kind = make_kind(primary, options)
+    layers = evaluate.projections(trained[primary][0], kind.without_skipping(), window)
+    calls = {"torch": (AttentionKind("torch"), layers), "dense": (kind.without_skipping(), layers)}
+    for row in sweep:
+        calls[f"threshold τ={row.threshold:g}"] = (kind.under(row.threshold), layers)
+    if "gated" in trained:
+        gated = make_kind("gated", options)
+        own = evaluate.projections(trained["gated"][0], gated, window)
+        calls["gated, γ=0"] = (gated.without_skipping(), own)
+        calls[f"gated, γ={gated.gate_threshold:g}"] = (gated, own)
+    times = {name: (1e3 * f, 1e3 * b) for name, (f, b) in evaluate.attention_seconds(calls).items()}
+    for row in sweep:
+        row.forward_ms, row.backward_ms = times[f"threshold τ={row.threshold:g}"]
+    half = next((row for row in sweep if row.kept <= evaluate.ENOUGH_KEPT), sweep[-1])
+    shown = {sweep[0].threshold, half.threshold, sweep[-1].threshold}
+    hidden = {f"threshold τ={row.threshold:g}" for row in sweep if row.threshold not in shown}
+    rows = [
+        {
+            "label": name,
+            "kind": name.split(",")[0].split(" ")[0],
+            "forward_ms": forward,
+            "backward_ms": backward,
+        }
+        for name, (forward, backward) in times.items()
+        if name not in hidden
+    ]
+    return rows, times["dense"]
+
+
+def measure(
+    folder: Path,
+    options: dict,
+    corpus: Corpus,
+    windows: torch.Tensor,
+    trained: dict[str, tuple[ByteLM, History]],
+    how: dict[str, dict],
+    command: str,
+    seconds_so_far: Callable[[], float],
+) -> dict:
+    """Everything after training: measures, draws, writes the run's files; returns the metrics."""
+    context = options["context"]
+    primary = next(name for name in ("dense", "torch", "threshold", "gated") if name in trained)
+    primary_model, primary_kind = trained[primary][0], make_kind(primary, options)
+    results = {
+        name: evaluate.held_out(model, make_kind(name, options), windows)
+        for name, (model, _) in trained.items()
+    }
+    torch_ms = 1e3 * statistics.median(trained["torch"][1].seconds) if "torch" in trained else None
+    found = checks.follows_torch(
+        {name: history.losses for name, (_, history) in trained.items()},
+        {name: result.loss for name, result in results.items()},
+    )
+    plain_loss = evaluate.held_out(primary_model, primary_kind.without_skipping(), windows).loss
+    sweep = evaluate.threshold_sweep(primary_model, primary_kind, windows)
+    found.append(checks.thresholds_reach(sweep, primary, context))
+    equal = evaluate.zero_threshold_is_dense(primary_model, primary_kind, windows[0])
+    found.append(checks.zero_threshold(equal, primary))
+    attention_rows, dense_ms = attention_times(trained, primary, options, sweep, windows[0])
+    samples, decode_checks = sample_texts(trained, primary, options, corpus)
+    found += decode_checks
+
+    weights = {}
+    for name, (model, _) in trained.items():
+        weights["model.safetensors" if name == primary else f"model-{name}.safetensors"] = model
+    for file, model in weights.items():
+        tensors = {key: tensor.contiguous().cpu() for key, tensor in model.state_dict().items()}
+        save_file(tensors, folder / file, {"config": json.dumps(dataclasses.asdict(model.config))})
+
+    metrics = {
+        "name": folder.name,
+        "created": datetime.now().strftime("%Y-%m-%d %H:%M"),
+        "command": command,
+        "device": describe_device(options["device"]),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "library": fsa.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "options": options,
+        "model": {"config": dataclasses.asdict(ModelConfig()), "parameters": primary_model.num_parameters()},
+        "text": {
+            "description": corpus.description,
+            "train_bytes": len(corpus.train),
+            "held_out_bytes": len(corpus.held_out),
+            "train_files": corpus.train_files,
+            "held_out_files": corpus.held_out_files,
+            "windows": len(windows),
+        },
+        "skip_tile": list(fsa.skip_tile(ModelConfig().head_dim)),
+        "limits": {
+            "first_steps": checks.FIRST_STEPS,
+            "first_steps_difference": checks.FIRST_STEPS_LIMIT,
+            "final_relative": checks.FINAL_LIMIT,
+            "enough_kept": evaluate.ENOUGH_KEPT,
+        },
+        "kinds": {
+            name: kind_metrics(make_kind(name, options), history, results[name], context, torch_ms, how[name])
+            for name, (_, history) in trained.items()
+        },
+        "sweep": {
+            "trained_with": primary,
+            "dense_held_out": plain_loss,
+            "dense_ms": list(dense_ms),
+            "rows": [dataclasses.asdict(row) for row in sweep],
+        },
+        "attention_ms": attention_rows,
+        "samples": samples,
+        "checks": [dataclasses.asdict(check) for check in found],
+        "weights": list(weights),
+        "seconds": seconds_so_far(),
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    pictures = draw(metrics, trained, options, primary, windows[0])
+    (folder / "index.html").write_text(report.page(metrics, pictures, plots.COLORS), encoding="utf-8")
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    return metrics
+
+
+def describe_device(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {len(os.sched_getaffinity(0))} cores"
+
+
+def draw(metrics: dict, trained: dict, options: dict, primary: str, window: torch.Tensor) -> dict[str, str]:
+    found = metrics["kinds"]
+    pictures = {"loss": plots.loss_curves(found)}
+    if {"torch", "dense"} <= set(found):
+        pictures["difference"] = plots.loss_difference(
+            found["torch"]["losses"], found["dense"]["losses"], checks.FIRST_STEPS, checks.FIRST_STEPS_LIMIT
+        )
+    rows = metrics["sweep"]["rows"]
+    sparse = [{"name": name, **kind} for name, kind in found.items() if kind["kept"] is not None]
+    pictures["quality"] = plots.quality_and_work(rows, metrics["sweep"]["dense_held_out"], sparse)
+    half = next((row for row in rows if row["kept"] <= evaluate.ENOUGH_KEPT), rows[-1])
+    kind = make_kind(primary, options).under(half["threshold"])
+    title = f"{primary}-trained, τ = {half['threshold']:g}"
+    pictures["heads"] = plots.kept_heat_map(half["kept_by_head"], f"kept tiles: {title}")
+    pictures["tiles"] = plots.skip_maps(evaluate.tiles_of(trained[primary][0], kind, window), title)
+    if "gated" in trained:
+        gated = make_kind("gated", options)
+        title = f"gated, γ = {gated.gate_threshold:g}"
+        pictures["gated_heads"] = plots.kept_heat_map(found["gated"]["kept_by_head"], f"kept tiles: {title}")
+        pictures["gated_tiles"] = plots.skip_maps(
+            evaluate.tiles_of(trained["gated"][0], gated, window), title
+        )
+    names = {name: kind["ms_per_step"] for name, kind in found.items()}
+    pictures["time"] = plots.step_times(names, metrics["attention_ms"])
+    return pictures

@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention forward for Hopper: out = softmax(scale Q K^T + mask) V, lse = log sum exp, one pass over the keys.
+//
+// A CTA holds block_m query rows, 64 in each consumer warpgroup, and walks key tiles from right to left. One thread of
+// the producer warpgroup feeds rings of K and V stages with the copy engine; CTAs are persistent and take work tiles
+// from a counter, so the next tile's Q and first K arrive under the tail of the current one.
+//
+//   producer     K0 Q  K1 V0  K2 V1  K3 V2 ...
+//   consumer A   S0 softmax | S1 PV0 | softmax ...... | S2 PV1 | softmax ......
+//   consumer B        S0 softmax ... | S1 PV0 | softmax ...... | S2 PV1 |
+//
+// Within a warpgroup, S of tile j + 1 and P V of tile j are issued together, and the softmax of tile j + 1 runs while
+// P V of tile j is in flight. Between warpgroups, named barriers pass a turn, so that one computes its softmax while
+// the tensor cores work for the other.
+//
+// Invariants. Stage s of K is free when every consumer warp has arrived on key_empty[s], which it does once its S is
+// complete; V likewise once P V is. A query stage also stages the output rows: it is free when each warpgroup has
+// arrived on query_empty, after its output has been read out of it.
+#pragma once
+
+#include "core/config.h"
+#include "core/params.h"
+#include "policy/online_softmax.cuh"
+#include "policy/work_tile.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/sync.cuh"
+#include "ptx/wgmma.cuh"
+#include "tile/fragment.cuh"
+#include "tile/ring.cuh"
+#include "tile/swizzle.cuh"
+
+namespace fsa::kernels::sm90 {
+
+template <class Config>
+struct ForwardTypes {
+  static constexpr ElementType kElement = Config::kElement;
+  static constexpr ForwardTile kTile = Config::kTile;
+  static constexpr int32 kHeadDim = kTile.head_dim;
+  static constexpr int32 kHeadDimV = kTile.head_dim_v;
+  static constexpr int32 kBlockM = kTile.block_m;
+  static constexpr int32 kBlockN = kTile.block_n;
+  static constexpr int32 kStages = kTile.stages;
+  static constexpr int32 kQueryStages = kTile.query_stages;
+  static constexpr int32 kNumConsumers = kBlockM / kRowsPerWarpgroup;
+  static constexpr int32 kConsumerThreads = kNumConsumers * kWarpgroupThreads;
+  static constexpr int32 kConsumerWarps = kConsumerThreads / kWarpThreads;
+
+  using Source = typename Config::KvSource;
+  using Mask = typename Config::Mask;
+  using Tiles = typename Config::TileIterator;
+  using Schedule = typename Config::Schedule;
+  using Logit = typename Config::Logit;
+  using Epilogue = typename Config::Epilogue;
+  using QueryTile = SwizzledTile<kBlockM, kHeadDim>;
+  using KeyTile = SwizzledTile<kBlockN, kHeadDim>;
+  using ValueTile = SwizzledTile<kBlockN, kHeadDimV>;
+
+  // 64 K registers: a launch gives each of the warpgroups the same share, setmaxnreg moves it to the consumers.
+  static constexpr int32 kConsumerRegisters = kNumConsumers == 2 ? 232 : 160;
+  static constexpr int32 kProducerRegisters = kNumConsumers == 2 ? 40 : 32;
+
+  static_assert(kNumConsumers == 2 || kNumConsumers == 3, "block_m is 128 or 192: two or three consumer warpgroups");
+  static_assert(kHeadDimV <= kHeadDim, "the output is staged in the query's shared memory");
+  static_assert(kBlockN % 16 == 0, "P V takes 16 keys at a time");
+  static_assert(kBlockN <= 256, "a TMA box has at most 256 rows");
+  static_assert(KeyTile::kBytes % kSharedAlignment == 0 && ValueTile::kBytes % kSharedAlignment == 0,
+                "every stage must start on a swizzle period");
+};
+
+template <class Types>
+struct alignas(kSharedAlignment) ForwardStorage {
+  uint8 query[Types::kQueryStages][Types::QueryTile::kBytes];
+  uint8 key[Types::kStages][Types::KeyTile::kBytes];
+  uint8 value[Types::kStages][Types::ValueTile::kBytes];
+  WorkTile work[kWorkSlots];
+  ptx::Mbarrier query_full[Types::kQueryStages];
+  ptx::Mbarrier query_empty[Types::kQueryStages];
+  ptx::Mbarrier key_full[Types::kStages];
+  ptx::Mbarrier key_empty[Types::kStages];
+  ptx::Mbarrier value_full[Types::kStages];
+  ptx::Mbarrier value_empty[Types::kStages];
+  ptx::Mbarrier work_full[kWorkSlots];
+  ptx::Mbarrier work_empty[kWorkSlots];
+};
+
+// Named barriers; each kind takes one id per consumer warpgroup.
+struct BarrierId {
+  static constexpr int32 kTurn = 1;
+  static constexpr int32 kWarpgroup = 4;
+};
+
+template <class Types>
+FSA_DEVICE void init_barriers(ForwardStorage<Types>& storage) {
+  for (int32 i = 0; i < Types::kQueryStages; ++i) {
+    ptx::init(storage.query_full[i], 1);
+    ptx::init(storage.query_empty[i], Types::kNumConsumers);
+  }
+  for (int32 i = 0; i < Types::kStages; ++i) {
+    ptx::init(storage.key_full[i], 1);
+    ptx::init(storage.key_empty[i], Types::kConsumerWarps);
+    ptx::init(storage.value_full[i], 1);
+    ptx::init(storage.value_empty[i], Types::kConsumerWarps);
+  }
+  for (int32 i = 0; i < kWorkSlots; ++i) {
+    ptx::init(storage.work_full[i], 1);
+    ptx::init(storage.work_empty[i], Types::kConsumerWarps);
+  }
+  ptx::fence_init();
+}
+
+// One thread. Loads run ahead of the consumers by the depth of the rings, across work tiles.
+template <class Types>
+FSA_DEVICE void produce(const ForwardParams& params, ForwardStorage<Types>& storage) {
+  using Source = typename Types::Source;
+  typename Types::Schedule schedule(params);
+  Ring<kWorkSlots> slot;
+  Ring<Types::kQueryStages> query;
+  Ring<Types::kStages> key, value;
+
+  const auto load_value = [&](const WorkTile& work, int32 tile) {
+    ptx::wait(storage.value_empty[value.stage], value.phase ^ 1);
+    Source::template load_value<Types::kBlockN, Types::kHeadDimV>(params, work, tile, storage.value[value.stage],
+                                                                  storage.value_full[value.stage]);
+    value.advance();
+  };
+
+  for (bool more = true; more; slot.advance()) {
+    ptx::wait(storage.work_empty[slot.stage], slot.phase ^ 1);
+    WorkTile& work = storage.work[slot.stage];
+    more = schedule.next(params, work);
+    if (more)
+      Types::Tiles::describe(params, work);
+    else
+      work.sequence = -1;
+    ptx::arrive(storage.work_full[slot.stage]);
+    if (!more || work.num_segments == 0) continue;
+
+    int32 previous = -1;
+    for (int32 s = 0; s < work.num_segments; ++s) {
+      const Segment segment = work.segments[s];
+      for (int32 tile = segment.first; tile > segment.first - segment.count; --tile) {
+        ptx::wait(storage.key_empty[key.stage], key.phase ^ 1);
+        Source::template load_key<Types::kBlockN, Types::kHeadDim>(params, work, tile, storage.key[key.stage],
+                                                                   storage.key_full[key.stage]);
+        key.advance();
+        if (previous >= 0) {
+          load_value(work, previous);
+        } else {
+          ptx::wait(storage.query_empty[query.stage], query.phase ^ 1);
+          Source::template load_query<Types::kBlockM, Types::kHeadDim>(
+              params, work, storage.query[query.stage], storage.query_full[query.stage]);
+          query.advance();
+        }
+        previous = tile;
+      }
+    }
+    load_value(work, previous);
+  }
+  Types::Schedule::finish(params);
+}
+
+// One consumer warpgroup: what it keeps in registers from tile to tile.
+template <class Types>
+struct Consumer {
+  const ForwardParams& params;
+  ForwardStorage<Types>& storage;
+  const int32 index;  // which consumer
+  const int32 row;    // first of the thread's rows in the work tile
+  const float scale;
+  uint32 query_address;  // of the warpgroup's rows
+
+  Ring<kWorkSlots> slot;
+  Ring<Types::kQueryStages> query;
+  Ring<Types::kStages> key, value;
+
+  float rS[Types::kBlockN / 2];
+  float rO[Types::kHeadDimV / 2];
+  uint32 rP[Types::kBlockN / 4];
+  OnlineSoftmax softmax;
+
+  FSA_DEVICE Consumer(const ForwardParams& params_, ForwardStorage<Types>& storage_, int32 index_)
+      : params(params_),
+        storage(storage_),
+        index(index_),
+        row(index_ * kRowsPerWarpgroup + fragment_row(static_cast<int32>(threadIdx.x) % kWarpgroupThreads, 0)),
+        scale(Types::Logit::exponent_scale(params_)) {}
+
+  // Warps arrive one by one: each knows only its own share of a multiply to be complete.
+  FSA_DEVICE static void release(ptx::Mbarrier& empty) {
+    if (lane_id() == 0) ptx::arrive(empty);
+  }
+
+  FSA_DEVICE void take_turn() { ptx::barrier_sync(BarrierId::kTurn + index, 2 * kWarpgroupThreads); }
+  FSA_DEVICE void pass_turn() {
+    const int32 next = index == Types::kNumConsumers - 1 ? 0 : index + 1;
+    ptx::barrier_arrive(BarrierId::kTurn + next, 2 * kWarpgroupThreads);
+  }
+
+  // S = Q K^T
+  FSA_DEVICE void issue_scores() {
+    using QueryTile = typename Types::QueryTile;
+    using KeyTile = typename Types::KeyTile;
+    ptx::wgmma_fence();
+    const uint64 a = QueryTile::inner_columns(query_address);
+    const uint64 b = KeyTile::inner_columns(shared_address(storage.key[key.stage]));
+#pragma unroll
+    for (int32 step = 0; step < Types::kHeadDim / 16; ++step)
+      ptx::multiply_shared<Types::kElement, Types::kBlockN>(
+          rS, QueryTile::advance(a, QueryTile::inner_columns_offset(step)),
+          KeyTile::advance(b, KeyTile::inner_columns_offset(step)), step != 0);
+    ptx::wgmma_commit();
+  }
+
+  // O += P V
+  FSA_DEVICE void issue_output() {
+    using ValueTile = typename Types::ValueTile;
+    ptx::wgmma_fence();
+    const uint64 b = ValueTile::inner_rows(shared_address(storage.value[value.stage]));
+#pragma unroll
+    for (int32 step = 0; step < Types::kBlockN / 16; ++step)
+      ptx::multiply_registers<Types::kElement, Types::kHeadDimV>(
+          rO, rP[4 * step], rP[4 * step + 1], rP[4 * step + 2], rP[4 * step + 3],
+          ValueTile::advance(b, ValueTile::inner_rows_offset(step)));
+    ptx::wgmma_commit();
+  }
+
+  FSA_DEVICE void pack_probabilities() {
+#pragma unroll
+    for (int32 i = 0; i < Types::kBlockN / 4; ++i) rP[i] = ptx::pack<Types::kElement>(rS[2 * i], rS[2 * i + 1]);
+  }
+
+  // Keys beyond the used length have p = 0, but 0 * NaN is NaN: their values must not be what memory holds. Both
+  // warpgroups write the same zeros, each before its own multiply.
+  FSA_DEVICE void clear_unused_values(const WorkTile& work, int32 tile) {
+    const int32 used = work.seqlen_k - tile * Types::kBlockN;
+    if (used >= Types::kBlockN) return;
+    ptx::wait(storage.value_full[value.stage], value.phase);
+    constexpr int32 kUnits = Types::kHeadDimV * kElementBytes / kUnitBytes;
+    for (int32 item = static_cast<int32>(threadIdx.x) % kWarpgroupThreads; item < (Types::kBlockN - used) * kUnits;
+         item += kWarpgroupThreads)
+      *reinterpret_cast<uint4*>(storage.value[value.stage] +
+                                Types::ValueTile::unit_offset(used + item / kUnits, item % kUnits)) =
+          make_uint4(0, 0, 0, 0);
+    ptx::fence_shared_for_async();
+    ptx::barrier_sync(BarrierId::kWarpgroup + index, kWarpgroupThreads);
+  }
+
+  FSA_DEVICE void first_step(const WorkTile& work, const Segment& segment) {
+    ptx::wait(storage.key_full[key.stage], key.phase);
+    issue_scores();
+    ptx::wgmma_wait<0>();
+    ptx::settle(rS);
+    release(storage.key_empty[key.stage]);
+    key.advance();
+
+    Types::Logit::apply(params, work, rS);
+    if (segment.masked)
+      Types::Mask::apply(params, work, rS, work.m_begin + row, segment.first * Types::kBlockN);
+    clear_unused_values(work, segment.first);
+    softmax = OnlineSoftmax();
+    softmax.update(rS, scale);
+    pack_probabilities();
+#pragma unroll
+    for (int32 i = 0; i < Types::kHeadDimV / 2; ++i) rO[i] = 0;
+  }
+
+  template <bool kMasked>
+  FSA_DEVICE void step(const WorkTile& work, int32 tile) {
+    ptx::wait(storage.key_full[key.stage], key.phase);
+    take_turn();
+    issue_scores();
+    ptx::wait(storage.value_full[value.stage], value.phase);
+    issue_output();
+    pass_turn();
+    ptx::wgmma_wait<1>();
+    ptx::settle(rS);
+    release(storage.key_empty[key.stage]);
+    key.advance();
+
+    Types::Logit::apply(params, work, rS);
+    if constexpr (kMasked) Types::Mask::apply(params, work, rS, work.m_begin + row, tile * Types::kBlockN);
+    softmax.update(rS, scale);
+
+    // ptxas moves a wait up through straight-line code, here to before the exponentials, which would then no longer
+    // run beside P V. It does not move one across the branch.
+    ptx::settle(rS);
+    if (softmax.grown) {
+      ptx::wgmma_wait<0>();
+      ptx::settle(rO);
+      softmax.rescale(rO);
+    }
+    ptx::wgmma_wait<0>();
+    ptx::settle(rO);
+    ptx::settle(rP);
+    release(storage.value_empty[value.stage]);
+    value.advance();
+    pack_probabilities();
+  }
+
+  FSA_DEVICE void last_output() {
+    ptx::wait(storage.value_full[value.stage], value.phase);
+    issue_output();
+    ptx::wgmma_wait<0>();
+    ptx::settle(rO);
+    release(storage.value_empty[value.stage]);
+    value.advance();
+  }
+
+  FSA_DEVICE void attend(const WorkTile& work) {
+    uint8* const sQ = storage.query[query.stage] + index * (kRowsPerWarpgroup * kLineBytes);
+    query_address = shared_address(sQ);
+    ptx::wait(storage.query_full[query.stage], query.phase);
+
+    first_step(work, work.segments[0]);
+    for (int32 s = 0; s < work.num_segments; ++s) {
+      const Segment segment = work.segments[s];
+      const int32 end = segment.first - segment.count;
+      int32 tile = segment.first - (s == 0);
+      if (segment.masked)
+        for (; tile > end; --tile) step<true>(work, tile);
+      else
+        for (; tile > end; --tile) step<false>(work, tile);
+    }
+    last_output();
+
+    Types::Epilogue::template finish<Types::kElement, Types::kBlockM, Types::kHeadDimV>(
+        params, work, index * kRowsPerWarpgroup, sQ, BarrierId::kWarpgroup + index, rO, softmax, scale);
+    if (static_cast<int32>(threadIdx.x) % kWarpgroupThreads == 0) ptx::arrive(storage.query_empty[query.stage]);
+    query.advance();
+  }
+
+  FSA_DEVICE void run() {
+    if (index == Types::kNumConsumers - 1) pass_turn();  // the first warpgroup begins
+    for (;; slot.advance()) {
+      ptx::wait(storage.work_full[slot.stage], slot.phase);
+      const WorkTile& work = storage.work[slot.stage];
+      if (work.sequence < 0) return;
+      if (work.num_segments > 0)
+        attend(work);
+      else
+        Types::Epilogue::finish_empty(params, work, index * kRowsPerWarpgroup);
+      __syncwarp();
+      release(storage.work_empty[slot.stage]);
+    }
+  }
+};
+
+template <class Config>
+FSA_DEVICE void forward(const ForwardParams& params) {
+  using Types = ForwardTypes<Config>;
+  using Storage = ForwardStorage<Types>;
+  static_assert(sizeof(Storage) == forward_shared_bytes(Types::kTile), "the host must know the shared memory size");
+  extern __shared__ uint8 shared[];
+  Storage& storage = *reinterpret_cast<Storage*>(shared);
+
+  const int32 warpgroup = warp_uniform(static_cast<int32>(threadIdx.x) / kWarpgroupThreads);
+  if (threadIdx.x == 0) {
+    Types::Source::prefetch(params);
+    init_barriers(storage);
+  }
+  __syncthreads();
+
+  if (warpgroup == 0) {
+    ptx::shrink_registers<Types::kProducerRegisters>();
+    if (threadIdx.x == 0) produce<Types>(params, storage);
+  } else {
+    ptx::grow_registers<Types::kConsumerRegisters>();
+    Consumer<Types>(params, storage, warpgroup - 1).run();
+  }
+}
+
+}  // namespace fsa::kernels::sm90

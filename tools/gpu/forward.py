@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check and time the Hopper forward kernel on its own: NVRTC, the driver API and torch, without the library.
+
+    python3 tools/gpu/forward.py compile          # no GPU: registers, spills, instruction counts
+    python3 tools/gpu/forward.py check            # against float64, with NaN-poisoned outputs and tails
+    python3 tools/gpu/forward.py bench --head-dim 128 --kernel 128x128 --kernel 128x176
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import ctypes
+import itertools
+import math
+import statistics
+import struct
+import sys
+from dataclasses import dataclass, replace
+
+from nvrtc import ForwardConfig, compile_config, summary, with_checks
+
+OPEN_WINDOW = 1 << 30
+LOG2E = math.log2(math.e)
+L2_BUDGET_BYTES = 32 << 20
+
+# (head_dim, block_m x block_n) -> stages of the query ring and of the key and value rings.
+TILES = {
+    (64, "128x128"): (2, 3),
+    (64, "192x128"): (2, 2),
+    (128, "128x128"): (2, 2),
+    (128, "128x160"): (1, 2),
+    (128, "128x176"): (1, 2),
+    (256, "128x64"): (1, 2),
+    (256, "128x80"): (1, 2),
+}
+DEFAULT_TILE = {64: "192x128", 128: "128x128", 256: "128x80"}
+
+
+def config_for(head_dim: int, tile: str, element: str, left: bool, right: bool) -> ForwardConfig:
+    block_m, block_n = map(int, tile.split("x"))
+    query_stages, stages = TILES[head_dim, tile]
+    return ForwardConfig(
+        element=element, head_dim=head_dim, head_dim_v=head_dim, block_m=block_m, block_n=block_n,
+        query_stages=query_stages, stages=stages, left=left, right=right,
+    )  # fmt: skip
+
+
+def compile_all(configs: list[ForwardConfig], jobs: int) -> dict[ForwardConfig, bytes]:
+    """Compiles in parallel processes and prints one line each; a failure is raised with the compiler's log."""
+    unique = list(dict.fromkeys(configs))
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+        compiled = list(pool.map(compile_config, unique))
+    for config, result in zip(unique, compiled, strict=True):
+        print(summary(config, result))
+    return {c: r.cubin for c, r in zip(unique, compiled, strict=True)}
+
+
+class Driver:
+    """The few driver calls that a launch needs."""
+
+    def __init__(self) -> None:
+        self.lib = ctypes.CDLL("libcuda.so.1")
+
+    def call(self, name: str, *args: object) -> None:
+        code = getattr(self.lib, name)(*args)
+        if code != 0:
+            text = ctypes.c_char_p()
+            self.lib.cuGetErrorString(code, ctypes.byref(text))
+            raise RuntimeError(f"{name}: error {code} ({text.value.decode() if text.value else 'unknown'})")
+
+    def load(self, cubin: bytes, shared_bytes: int) -> ctypes.c_void_p:
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self.call("cuModuleLoadData", ctypes.byref(module), cubin)
+        self.call("cuModuleGetFunction", ctypes.byref(function), module, b"fsa_forward")
+        self.call("cuFuncSetAttribute", function, 8, shared_bytes)  # max dynamic shared memory
+        return function
+
+    def tensor_map(self, tensor, rows: int) -> bytes:
+        """Boxes of 64 columns by `rows` rows of a [batch, row, head, dim] or packed [row, head, dim] tensor."""
+        import torch
+
+        if tensor.dim() == 3:
+            tensor = tensor.unsqueeze(0)
+        batch, length, heads, dim = tensor.shape
+        stride = [s * 2 for s in tensor.stride()]
+        storage = (ctypes.c_char * 192)()
+        aligned = (ctypes.addressof(storage) + 63) // 64 * 64
+        code = 9 if tensor.dtype == torch.bfloat16 else 6
+        self.call(
+            "cuTensorMapEncodeTiled", ctypes.c_void_p(aligned), code, 4, ctypes.c_void_p(tensor.data_ptr()),
+            (ctypes.c_uint64 * 4)(dim, max(length, 1), heads, batch),
+            (ctypes.c_uint64 * 3)(stride[1], stride[2], max(stride[0], 16)),
+            (ctypes.c_uint32 * 4)(64, rows, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+            0, 3, 2, 0,  # no interleave, 128-byte swizzle, 128-byte promotion into L2, zeros beyond the edges
+        )  # fmt: skip
+        return ctypes.string_at(aligned, 128)
+
+
+@dataclass
+class Problem:
+    """One call: tensors as [batch, seqlen, heads, dim], or packed with cu_seqlens; windows -1 = open."""
+
+    q: object
+    k: object
+    v: object
+    window_left: int = -1
+    window_right: int = -1
+    cu_seqlens_q: object = None
+    cu_seqlens_k: object = None
+    seqused_q: object = None
+    seqused_k: object = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+
+
+class Kernel:
+    def __init__(self, driver: Driver, config: ForwardConfig, cubin: bytes) -> None:
+        import torch
+
+        self.driver, self.config = driver, config
+        self.function = driver.load(cubin, config.shared_bytes)
+        self.counter = torch.zeros(2, dtype=torch.int32, device="cuda")
+        self.processors = torch.cuda.get_device_properties(0).multi_processor_count
+
+    def prepare(self, p: Problem, out, lse):
+        """Returns a function that launches on torch's current stream."""
+        import torch
+
+        packed_q, packed_k = p.cu_seqlens_q is not None, p.cu_seqlens_k is not None
+        batch = (p.cu_seqlens_q if packed_q else p.q).shape[0] - packed_q
+        heads, kv_heads, head_dim = p.q.shape[-2], p.k.shape[-2], p.q.shape[-1]
+        max_q = p.max_seqlen_q if packed_q else p.q.shape[1]
+        max_k = p.max_seqlen_k if packed_k else p.k.shape[1]
+        maps = b"".join(
+            [self.driver.tensor_map(p.q, 64), self.driver.tensor_map(p.k, self.config.block_n),
+             self.driver.tensor_map(p.v, self.config.block_n), self.driver.tensor_map(out, 64)]
+        )  # fmt: skip
+        head_bytes = max(max_k, 1) * 2 * (head_dim + p.v.shape[-1])
+        heads_per_wave = max(1, min(batch * heads, L2_BUDGET_BYTES // head_bytes * (heads // kv_heads)))
+
+        def pointer(tensor) -> int:
+            return 0 if tensor is None else tensor.data_ptr()
+
+        out_stride = (0, *out.stride()[:2]) if packed_q else out.stride()[:3]
+        lse_stride = (0, lse.stride(0)) if packed_q else lse.stride()[:2]
+        body = struct.pack(
+            "<QqqqQqqQQQQQ8iif", pointer(out), *out_stride, pointer(lse), *lse_stride,
+            pointer(p.cu_seqlens_q), pointer(p.cu_seqlens_k), pointer(p.seqused_q), pointer(p.seqused_k),
+            pointer(self.counter), batch, heads, heads // kv_heads, p.v.shape[-1], max_q, max_k,
+            OPEN_WINDOW if p.window_left < 0 else p.window_left,
+            OPEN_WINDOW if p.window_right < 0 else p.window_right, heads_per_wave, LOG2E / math.sqrt(head_dim),
+        )  # fmt: skip
+        params = (maps + body).ljust(704, b"\0")
+        storage = ctypes.create_string_buffer(704 + 64)
+        address = (ctypes.addressof(storage) + 63) // 64 * 64
+        ctypes.memmove(address, params, 704)
+        arguments = (ctypes.c_void_p * 1)(address)
+        grid = min(self.processors, -(-max_q // self.config.block_m) * batch * heads)
+
+        def launch() -> None:
+            _ = storage  # keeps the parameters alive
+            self.driver.call(
+                "cuLaunchKernel", self.function, grid, 1, 1, self.config.threads, 1, 1, self.config.shared_bytes,
+                ctypes.c_void_p(torch.cuda.current_stream().cuda_stream), arguments, None,
+            )  # fmt: skip
+
+        return launch
+
+    def run(self, p: Problem):
+        import torch
+
+        out = torch.full_like(p.q[..., : p.v.shape[-1]], math.nan, memory_format=torch.contiguous_format)
+        shape = (p.q.shape[1], p.q.shape[0]) if p.q.dim() == 3 else (p.q.shape[0], p.q.shape[2], p.q.shape[1])
+        lse = torch.full(shape, math.nan, dtype=torch.float32, device="cuda")
+        self.prepare(p, out, lse)()
+        torch.cuda.synchronize()
+        if self.counter.any():
+            raise RuntimeError(f"{self.config.name}: the work counter was not reset")
+        return out, lse
+
+
+def sequences(p: Problem):
+    """(batch index, query rows, key rows, used query rows, used key rows) of each sequence."""
+    batch = p.q.shape[0] if p.cu_seqlens_q is None else p.cu_seqlens_q.shape[0] - 1
+    for b in range(batch):
+        ranges = []
+        for cu, tensor in ((p.cu_seqlens_q, p.q), (p.cu_seqlens_k, p.k)):
+            ranges.append((0, tensor.shape[1]) if cu is None else (int(cu[b]), int(cu[b + 1])))
+        used = []
+        for seqused, (begin, end) in zip((p.seqused_q, p.seqused_k), ranges, strict=True):
+            used.append(end - begin if seqused is None else int(seqused[b]))
+        yield b, *ranges, *used
+
+
+def take(tensor, b: int, begin: int, length: int):
+    return tensor[begin : begin + length] if tensor.dim() == 3 else tensor[b, begin : begin + length]
+
+
+def reference(p: Problem, b: int, q_begin: int, k_begin: int, used_q: int, used_k: int, dtype):
+    """[rows, heads, dim] and [heads, rows] of one sequence; float64, or naively in the tensors' own type."""
+    import torch
+
+    group = p.q.shape[-2] // p.k.shape[-2]
+    q = take(p.q, b, q_begin, used_q).to(dtype).transpose(0, 1)
+    k = take(p.k, b, k_begin, used_k).to(dtype).transpose(0, 1).repeat_interleave(group, 0)
+    v = take(p.v, b, k_begin, used_k).to(dtype).transpose(0, 1).repeat_interleave(group, 0)
+    logits = ((q / math.sqrt(q.shape[-1])) @ k.transpose(1, 2)).to(torch.promote_types(dtype, torch.float32))
+    i = torch.arange(used_q, device="cuda")[:, None] + used_k - used_q
+    j = torch.arange(used_k, device="cuda")[None]
+    hidden = torch.zeros(used_q, used_k, dtype=torch.bool, device="cuda")
+    if p.window_left >= 0:
+        hidden |= j < i - p.window_left
+    if p.window_right >= 0:
+        hidden |= j > i + p.window_right
+    logits = logits.masked_fill(hidden, -math.inf)
+    lse = torch.logsumexp(logits, -1) if used_k else torch.full((q.shape[0], used_q), -math.inf, device="cuda")
+    probability = torch.exp(logits - lse[..., None]).masked_fill(hidden, 0).to(dtype)
+    return (probability @ v).transpose(0, 1), lse
+
+
+def judge(p: Problem, out, lse) -> tuple[float, float, str]:
+    """Largest error over that of the naive computation, largest lse error, and what is wrong ("" if nothing)."""
+    import torch
+
+    worst, worst_lse, wrong = 0.0, 0.0, ""
+    for b, (q0, q1), (k0, _), used_q, used_k in sequences(p):
+        got = take(out, b, q0, q1 - q0)
+        got_lse = lse[:, q0:q1] if p.q.dim() == 3 else lse[b]
+        if got[used_q:].any() or not torch.isneginf(got_lse[:, used_q:]).all():
+            wrong = "rows beyond the used length"
+        exact, exact_lse = reference(p, b, q0, k0, used_q, used_k, torch.float64)
+        naive, _ = reference(p, b, q0, k0, used_q, used_k, p.q.dtype)
+        got, got_lse = got[:used_q].double(), got_lse[:, :used_q].double()
+        if not got.isfinite().all() or not (got_lse.isneginf() == exact_lse.isneginf()).all():
+            wrong = "NaN or a wrong empty row"
+        empty = exact_lse.isneginf()
+        if got.transpose(0, 1)[empty].any():
+            wrong = "empty row not zero"
+        if used_q == 0 or used_k == 0:
+            continue
+        error = (got - exact).abs().max().item()
+        allowed = (naive.double() - exact).abs().max().item()
+        worst = max(worst, error / max(allowed, 1e-6))
+        difference = (got_lse - exact_lse).masked_fill(empty, 0).abs().max().item()
+        worst_lse = max(worst_lse, difference if difference == difference else math.inf)
+    if not worst <= 2:
+        wrong = wrong or "error above twice that of the naive computation"
+    if not worst_lse <= 1e-4:
+        wrong = wrong or "lse"
+    return worst, worst_lse, wrong
+
+
+def check_cases(head_dim: int, dtype):
+    """Names and problems, small enough for a float64 reference."""
+    import torch
+
+    def tensor(*shape: int):
+        return torch.randn(*shape, device="cuda", dtype=torch.float32).to(dtype)
+
+    def batched(batch: int, seqlen_q: int, seqlen_k: int, heads: int, kv_heads: int, **options: object) -> Problem:
+        return Problem(
+            tensor(batch, seqlen_q, heads, head_dim), tensor(batch, seqlen_k, kv_heads, head_dim),
+            tensor(batch, seqlen_k, kv_heads, head_dim), **options,
+        )  # fmt: skip
+
+    def int32(values: list[int]):
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    for causal in (False, True):
+        right = {"window_right": 0} if causal else {}
+        mask = "causal" if causal else "full"
+        yield f"{mask} 512", batched(2, 512, 512, 4, 4, **right)
+        yield f"{mask} 1 x 1", batched(1, 1, 1, 2, 2, **right)
+        yield f"{mask} 203 x 1027, 6/2 heads", batched(2, 203, 1027, 6, 2, **right)
+        yield f"{mask} 600 x 70", batched(1, 600, 70, 2, 1, **right)
+        yield f"{mask} 2048, many tiles", batched(3, 2048, 2048, 8, 8, **right)
+
+        lengths_q, lengths_k = [0, 130, 1, 700, 64, 5], [40, 130, 300, 651, 0, 1000]
+        cu_q, cu_k = ([0, *itertools.accumulate(x)] for x in (lengths_q, lengths_k))
+        yield (
+            f"{mask} packed",
+            Problem(
+                tensor(cu_q[-1], 4, head_dim), tensor(cu_k[-1], 2, head_dim), tensor(cu_k[-1], 2, head_dim),
+                cu_seqlens_q=int32(cu_q), cu_seqlens_k=int32(cu_k), max_seqlen_q=700, max_seqlen_k=1000, **right,
+            ),
+        )  # fmt: skip
+
+        used = batched(3, 300, 500, 4, 4, seqused_q=int32([300, 0, 77]), seqused_k=int32([450, 500, 129]), **right)
+        for b, _, _, used_q, used_k in sequences(used):
+            used.q[b, used_q:] = math.nan
+            used.k[b, used_k:] = math.nan
+            used.v[b, used_k:] = math.nan
+        yield f"{mask} NaN beyond the used lengths", used
+    yield "window 100 left, causal", batched(2, 1000, 1000, 4, 2, window_left=100, window_right=0)
+    yield "window 37 left, 300 right", batched(1, 700, 900, 2, 2, window_left=37, window_right=300)
+    yield "large logits", replace(
+        (p := batched(1, 777, 777, 2, 2, window_right=0)), q=p.q * 12, k=p.k * torch.linspace(0, 3, 777, device="cuda",
+                                                                                         dtype=dtype)[:, None, None]
+    )  # fmt: skip
+
+
+def check(args: argparse.Namespace) -> bool:
+    """Every case on every chosen kernel; True when all are right."""
+    import torch
+
+    masks = [(False, False), (False, True), (True, True)]
+    chosen = [(d, t) for d in args.head_dim for t in (args.kernel or [DEFAULT_TILE[d]]) if (d, t) in TILES]
+    configs = {
+        (d, tile, element, mask): with_checks(config_for(d, tile, element, *mask))
+        for d, tile in chosen for element in args.element for mask in masks
+    }  # fmt: skip
+    cubins = compile_all(list(configs.values()), args.jobs)
+    driver, good = Driver(), True
+    torch.zeros(1, device="cuda")
+    kernels = {key: Kernel(driver, config, cubins[config]) for key, config in configs.items()}
+    for d, tile in chosen:
+        for element in args.element:
+            torch.manual_seed(0)
+            failures, worst, worst_lse, count = [], 0.0, 0.0, 0
+            for name, p in check_cases(d, torch.bfloat16 if element == "bf16" else torch.float16):
+                kernel = kernels[d, tile, element, (p.window_left >= 0, p.window_right >= 0)]
+                out, lse = kernel.run(p)
+                ratio, lse_error, wrong = judge(p, out, lse)
+                again, lse_again = kernel.run(p)
+                if not (torch.equal(out.view(torch.int16), again.view(torch.int16))
+                        and torch.equal(lse.view(torch.int32), lse_again.view(torch.int32))):
+                    wrong = wrong or "not the same twice"
+                worst, worst_lse, count = max(worst, ratio), max(worst_lse, lse_error), count + 1
+                if wrong:
+                    failures.append(f"    {name}: {wrong} (error ratio {ratio:.3g}, lse {lse_error:.2g})")
+            good = good and not failures
+            print(f"d{d} {tile} {element}: {count - len(failures)}/{count} right, error ratio {worst:.2f}, "
+                  f"lse error {worst_lse:.1e}", *failures, sep="\n")  # fmt: skip
+    return good
+
+
+def interleaved_ms(functions: list, samples: int) -> list[float]:
+    """Median milliseconds of each function, taken in turn so that all see the same clocks."""
+    import torch
+
+    launches = 3
+    for function in functions:
+        function()
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(samples):
+        for function, into in zip(functions, times, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(200_000)  # the host queues the launches meanwhile: its own time is not measured
+            begin.record()
+            for _ in range(launches):
+                function()
+            end.record()
+            end.synchronize()
+            into.append(begin.elapsed_time(end) / launches)
+    return [statistics.median(t) for t in times]
+
+
+def bench(args: argparse.Namespace) -> bool:
+    """Our kernels and cuDNN attention in turn: 16k tokens in all, hidden size 2048, random normal data."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    chosen = [(d, t) for d in args.head_dim for t in (args.kernel or [DEFAULT_TILE[d]]) if (d, t) in TILES]
+    masks = {"full": (False, False), "causal": (False, True)}
+    configs = {
+        (d, tile, element, name): config_for(d, tile, element, *mask)
+        for d, tile in chosen for element in args.element for name, mask in masks.items()
+    }  # fmt: skip
+    cubins = compile_all(list(configs.values()), args.jobs)
+    driver = Driver()
+    torch.zeros(1, device="cuda")
+    kernels = {key: Kernel(driver, config, cubins[config]) for key, config in configs.items()}
+    print(torch.cuda.get_device_name())
+    for d, element, name, seqlen in itertools.product(args.head_dim, args.element, masks, args.seqlen):
+        tiles = [t for dd, t in chosen if dd == d]
+        dtype = torch.bfloat16 if element == "bf16" else torch.float16
+        batch, heads = 16384 // seqlen, 2048 // d
+        q, k, v = (torch.randn(batch, seqlen, heads, d, device="cuda", dtype=dtype) for _ in range(3))
+        problem = Problem(q, k, v, window_right=0 if name == "causal" else -1)
+        out = torch.empty_like(q)
+        lse = torch.empty(batch, heads, seqlen, device="cuda")
+        ours = [kernels[d, tile, element, name].prepare(problem, out, lse) for tile in tiles]
+        qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+
+        def cudnn(qt=qt, kt=kt, vt=vt, causal=name == "causal") -> None:
+            scaled_dot_product_attention(qt, kt, vt, is_causal=causal)
+
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            times = interleaved_ms([cudnn, *ours], args.samples)
+        flop = 4 * batch * heads * seqlen * seqlen * d / (2 if name == "causal" else 1)
+        rates = [flop / ms / 1e9 for ms in times]
+        line = "  ".join(f"{tile} {rate:5.0f} ({rate / rates[0]:.3f})" for tile, rate in zip(tiles, rates[1:], strict=True))
+        print(f"{element} d{d} {name:6s} {seqlen:6d}  cuDNN {rates[0]:5.0f}  {line}", flush=True)
+    return True
+
+
+def compile_only(args: argparse.Namespace) -> bool:
+    chosen = [(d, t) for d in args.head_dim for t in (args.kernel or [DEFAULT_TILE[d]]) if (d, t) in TILES]
+    masks = [(False, False), (False, True), (True, True)]
+    compile_all([config_for(d, t, e, *m) for d, t in chosen for e in args.element for m in masks], args.jobs)
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["compile", "check", "bench"])
+    parser.add_argument("--head-dim", type=int, nargs="*", default=[64, 128, 256])
+    parser.add_argument("--kernel", nargs="*", help="tiles block_m x block_n; default: the shipped one of each head_dim")
+    parser.add_argument("--element", nargs="*", default=["bf16"], choices=["bf16", "fp16"])
+    parser.add_argument("--seqlen", type=int, nargs="*", default=[2048, 8192, 16384])
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    return 0 if {"compile": compile_only, "check": check, "bench": bench}[args.action](args) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

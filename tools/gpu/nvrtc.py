@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the device code of `kernels/` with NVRTC and read what the compiler made of it. Needs no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import glob
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """One forward kernel; the fields mirror `ForwardTile` and the policies of `kernels/`."""
+
+    element: str = "bf16"
+    head_dim: int = 128
+    head_dim_v: int = 128
+    block_m: int = 128
+    block_n: int = 128
+    query_stages: int = 2
+    stages: int = 2
+    left: bool = False
+    right: bool = False
+    defines: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        mask = {(False, False): "full", (False, True): "causal"}.get((self.left, self.right), "window")
+        extra = "".join(f"_{d}" for d in self.defines)
+        return (
+            f"forward_sm90_{self.element}_d{self.head_dim}x{self.head_dim_v}_{mask}"
+            f"_{self.block_m}x{self.block_n}s{self.stages}{extra}"
+        )
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.block_m // 64 + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        tiles = self.query_stages * self.block_m * self.head_dim * 2
+        tiles += self.stages * self.block_n * (self.head_dim + self.head_dim_v) * 2
+        return -(-(tiles + 2 * 144 + 8 * (2 * self.query_stages + 4 * self.stages + 4)) // 1024) * 1024
+
+    def source(self) -> str:
+        bools = ", ".join(str(b).lower() for b in (self.left, self.right))
+        return f"""#include "policy/contiguous_tma.cuh"
+#include "policy/logit.cuh"
+#include "policy/mask.cuh"
+#include "policy/range_tiles.cuh"
+#include "policy/schedule.cuh"
+#include "policy/store_output.cuh"
+#include "sm90/forward.cuh"
+
+namespace fsa::kernels {{
+struct Config {{
+  static constexpr ElementType kElement = ElementType::{self.element};
+  static constexpr ForwardTile kTile = {{
+      .head_dim = {self.head_dim}, .head_dim_v = {self.head_dim_v}, .block_m = {self.block_m},
+      .block_n = {self.block_n}, .query_stages = {self.query_stages}, .stages = {self.stages}}};
+  using KvSource = ContiguousTma;
+  using Mask = WindowMask<{bools}>;
+  using TileIterator = RangeTiles<Mask, {self.block_m}, {self.block_n}>;
+  using Schedule = LongestFirst<{self.block_m}>;
+  using Logit = Scale;
+  using Epilogue = StoreOutput;
+}};
+}}  // namespace fsa::kernels
+
+extern "C" __global__ void __launch_bounds__({self.threads}, 1)
+fsa_forward(const __grid_constant__ fsa::kernels::ForwardParams params) {{
+  fsa::kernels::sm90::forward<fsa::kernels::Config>(params);
+}}
+"""
+
+
+def with_checks(config: ForwardConfig) -> ForwardConfig:
+    return replace(config, defines=(*config.defines, "FSA_DEVICE_CHECKS"))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    patterns = [os.environ.get("FSA_NVRTC_PATH", "")]
+    for root in [*site.getsitepackages(), *sys.path]:
+        patterns += [f"{root}/nvidia/cu13/lib/libnvrtc.so.*", f"{root}/nvidia/cuda_nvrtc/lib/libnvrtc.so.*"]
+    patterns += ["/usr/local/cuda*/lib64/libnvrtc.so.*"]
+    for pattern in filter(None, patterns):
+        for path in sorted(glob.glob(pattern)):
+            # NVRTC opens its builtins by bare name, which finds them only once they are loaded.
+            for builtins in glob.glob(f"{Path(path).parent}/libnvrtc-builtins.so.*"):
+                ctypes.CDLL(builtins, mode=ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(path)
+    raise RuntimeError("libnvrtc not found: pip install nvidia-cuda-nvrtc, or set FSA_NVRTC_PATH to the library")
+
+
+@dataclass
+class Compiled:
+    cubin: bytes
+    log: str
+    seconds: float
+
+
+def compile_config(config: ForwardConfig, options: tuple[str, ...] = ()) -> Compiled:
+    """NVRTC to a cubin for sm_90a; raises with the whole log on an error."""
+    lib = _library()
+    headers = {str(p.relative_to(KERNELS)): p.read_bytes() for p in sorted(KERNELS.rglob("*")) if p.is_file()}
+    names = (ctypes.c_char_p * len(headers))(*[n.encode() for n in headers])
+    texts = (ctypes.c_char_p * len(headers))(*headers.values())
+    program = ctypes.c_void_p()
+    lib.nvrtcCreateProgram(
+        ctypes.byref(program), config.source().encode(), (config.name + ".cu").encode(), len(headers), texts, names
+    )
+    flags = ["--gpu-architecture=sm_90a", "--std=c++20", "-default-device", "-lineinfo", "--ptxas-options=-v"]
+    flags += [f"-D{d}" for d in config.defines] + list(options)
+    array = (ctypes.c_char_p * len(flags))(*[f.encode() for f in flags])
+    start = time.time()
+    code = lib.nvrtcCompileProgram(program, len(flags), array)
+    seconds = time.time() - start
+    size = ctypes.c_size_t()
+    lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    lib.nvrtcGetProgramLog(program, log)
+    text = log.value.decode()
+    if code != 0:
+        raise RuntimeError(f"{config.name}: NVRTC error {code}\n{text}")
+    lib.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    lib.nvrtcGetCUBIN(program, cubin)
+    lib.nvrtcDestroyProgram(ctypes.byref(program))
+    return Compiled(cubin.raw[: size.value], text, seconds)
+
+
+def _tool(name: str) -> str | None:
+    found = shutil.which(name)
+    if found:
+        return found
+    for root in [*site.getsitepackages(), *sys.path]:
+        candidate = Path(root) / "nvidia/cu13/bin" / name
+        if candidate.exists():
+            return str(candidate)
+    return None
+
+
+def disassemble(cubin: bytes) -> str:
+    """SASS text, or "" where nvdisasm is not installed."""
+    tool = _tool("nvdisasm")
+    if tool is None:
+        return ""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def summary(config: ForwardConfig, compiled: Compiled) -> str:
+    """One line: registers, spills, instruction counts, compiler warnings."""
+    registers = re.search(r"Used (\d+) registers", compiled.log)
+    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log)
+    spills = "/".join(stack.groups()) if stack else "?"
+    sass = disassemble(compiled.cubin)
+    count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("HGMMA", "WARPGROUP", "LDL", "STL", "MUFU", "BAR")}
+    total = len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", sass, re.M))
+    warnings = " SERIALIZED" if "serializ" in compiled.log.lower() else ""
+    if "setmaxnreg" in compiled.log.lower():
+        warnings += " SETMAXNREG IGNORED"
+    counts = " ".join(f"{k} {v}" for k, v in count.items())
+    return (
+        f"{config.name:58s} {compiled.seconds:4.1f}s regs {registers.group(1) if registers else '?'} "
+        f"stack/spill {spills} sass {total} {counts} smem {config.shared_bytes}{warnings}"
+    )
