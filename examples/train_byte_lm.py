@@ -6,9 +6,9 @@
     python examples/train_byte_lm.py --text my/notes.txt my/folder
     python examples/train_byte_lm.py --resume                       # after Ctrl-C
 
-The text is the source of Python's standard library unless --text names another. Writes runs/<name>/: index.html
-(the page to look at), metrics.json, model.safetensors. Exits with 1 when one of its checks fails, with 130 when
-interrupted.
+The text is the source of Python's standard library unless --text names another. Writes runs/<name>/:
+index.html (the page to look at), metrics.json, model.safetensors (and one such file for each further kind).
+Exits with 1 when one of its checks fails, with 2 on a wrong option, with 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def open_run(arguments: argparse.Namespace) -> tuple[Path, dict, dict]:
         folder = RUNS / (arguments.name or datetime.now().strftime("byte_lm-%Y%m%d-%H%M%S"))
         if (folder / CHECKPOINT).exists():
             raise ValueError(f"--name: {folder} holds an unfinished run; add --resume or choose another name")
-        if folder.exists():
+        if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"--name: {folder} exists; choose another name")
         options = DEFAULTS | given
         check_options(options)
@@ -120,10 +120,11 @@ def explain_kinds(options: dict) -> dict[str, dict]:
     like = torch.zeros(1, options["context"], 1, config.head_dim, device=options["device"])
     query = like.repeat(1, 1, config.num_heads, 1)
     key = like.repeat(1, 1, config.num_kv_heads, 1)
+    gates = query[..., 0].contiguous(), key[..., 0].contiguous()
     found = {}
     for name in options["attention"]:
         kind = kinds.make_kind(name, options)
-        found[name] = kinds.explain(kind, query, key, key, query[..., 0], key[..., 0])
+        found[name] = kinds.explain(kind, query, key, key, *gates)
     return found
 
 
@@ -194,11 +195,11 @@ def main(arguments: list[str]) -> int:
         options["device"]
     )
     print(
-        f"{len(corpus.train) / 1e6:.1f} MB of text in {corpus.train_files} files, {len(corpus.held_out) / 1e6:.1f} MB "
-        f"in {corpus.held_out_files} files held out; {options['steps']} steps of {options['context']} bytes with each "
-        f"of: {', '.join(options['attention'])}"
+        f"{len(corpus.train) / 1e6:.1f} MB of text in {corpus.train_files} files, "
+        f"{len(corpus.held_out) / 1e6:.1f} MB in {corpus.held_out_files} files held out; "
+        f"{options['steps']} steps of {options['context']} bytes with each of: "
+        f"{', '.join(options['attention'])}"
     )
-    resume = f"{Path(sys.argv[0]).as_posix()} --resume --name {shlex.quote(folder.name)}"
     try:
         trained = train_kinds(folder, options, state, corpus, windows, begin)
         if trained is None:
@@ -211,12 +212,16 @@ def main(arguments: list[str]) -> int:
             windows,
             trained,
             how,
-            shlex.join(["python", *sys.argv]),
             lambda: state.get("seconds", 0.0) + time.monotonic() - begin,
         )
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: {shlex.join([sys.executable])} {resume}", file=sys.stderr)
+        if (folder / CHECKPOINT).exists():
+            resume = shlex.join([sys.executable, sys.argv[0], "--resume", "--name", folder.name])
+            print(f"\ninterrupted; go on with: {resume}", file=sys.stderr)
         return 130
+    except FloatingPointError as error:
+        print(f"train_byte_lm.py: FAIL: {error}", file=sys.stderr)
+        return 1
     (folder / CHECKPOINT).unlink()
     print(report.terminal_table(metrics))
     print(f"\npage: {(folder / 'index.html').resolve()}")
@@ -224,4 +229,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # before there was anything to keep
+        sys.exit(130)

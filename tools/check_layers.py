@@ -3,8 +3,9 @@
 """Checks who includes whom. Each violation is one line; the exit status is 1 if there is any.
 
 C++: a file belongs to the first layer of LAYERS whose pattern matches its path, and may include what that
-layer allows, besides the C++ standard library. Python: modules of the package import only what PYTHON_MODULES
-allows when they are imported (imports inside functions are free).
+layer allows, besides the C++ standard library, which only device code (kernels/) has to do without. Python:
+modules of the package import only what PYTHON_MODULES allows when they are imported (imports inside functions
+are free).
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ from pathlib import Path
 POSIX = ["<dlfcn.h>", "<pthread.h>", "<sched.h>", "<signal.h>", "<unistd.h>", "<sys/*.h>", "<linux/*.h>"]
 CONTRACT = ['"backend/backend.h"', '"backend/registry.h"']
 CPU = ["<cpuid.h>", "<immintrin.h>", "<arm_neon.h>"]
+DEVICE = ['"core/*"', '"ptx/*"', '"tile/*"', '"policy/*"']
 
 # (name, files, what they may include). The order matters: first match.
 LAYERS: list[tuple[str, str, list[str]]] = [
     ("public API", "include/fsa/*", ['"fsa/*"']),
+    ("device core", "kernels/core/*", ['"core/*"']),
+    ("device instructions", "kernels/ptx/*", ['"core/*"', '"ptx/*"']),
+    ("device tiles", "kernels/tile/*", ['"core/*"', '"ptx/*"', '"tile/*"']),
+    ("device policies", "kernels/policy/*", ['"core/*"', '"ptx/*"', '"tile/*"', '"policy/*"']),
+    ("sm90 kernels", "kernels/sm90/*", [*DEVICE, '"sm90/*"']),
     ("core", "src/core/*", ['"fsa/*"', '"core/*"', *POSIX]),
     ("api", "src/api/*", ['"fsa/*"', '"core/*"', '"api/*"', '"backend/backend.h"']),
     (
@@ -54,15 +61,16 @@ LOCAL_ONLY = re.compile(r'"[^/]*"')
 
 INCLUDE = re.compile(r'^\s*#\s*include\s+("[^"]+"|<[^>]+>)', re.MULTILINE)
 STANDARD = re.compile(r"<[a-z_]+>")  # <vector>; C headers carry a ".h"
-CPP_SUFFIXES = {".h", ".cpp"}
+CPP_SUFFIXES = {".h", ".cpp", ".cuh"}
+CPP_FOLDERS = ("include", "kernels", "src", "python/bindings", "examples/cpp", "tests/consumer")
 
 PYTHON_PACKAGE = "python/flash_sparse_attention"
 PYTHON_MODULES = {"flash_sparse_attention", "numpy", "torch", *sys.stdlib_module_names}
 
 
-def allowed(include: str, patterns: list[str]) -> bool:
+def allowed(include: str, patterns: list[str], on_device: bool) -> bool:
     if STANDARD.fullmatch(include):
-        return True
+        return not on_device
     for pattern in patterns:
         if pattern == '"*.h"':
             if LOCAL_ONLY.fullmatch(include):
@@ -74,7 +82,7 @@ def allowed(include: str, patterns: list[str]) -> bool:
 
 def check_cpp(root: Path) -> tuple[int, list[str]]:
     count, violations = 0, []
-    for folder in ("include", "src", "python/bindings", "examples/cpp", "tests/consumer"):
+    for folder in CPP_FOLDERS:
         for path in sorted((root / folder).rglob("*")):
             if path.suffix not in CPP_SUFFIXES:
                 continue
@@ -86,7 +94,7 @@ def check_cpp(root: Path) -> tuple[int, list[str]]:
                 continue
             text = path.read_text()
             for match in INCLUDE.finditer(text):
-                if not allowed(match[1], layer[2]):
+                if not allowed(match[1], layer[2], name.startswith("kernels/")):
                     line = text.count("\n", 0, match.start(1)) + 1
                     violations.append(f"{name}:{line}: {layer[0]} may not include {match[1]}")
     return count, violations
@@ -129,6 +137,9 @@ def check(root: Path) -> tuple[int, list[str]]:
 SELF_TEST = [  # (path, text, violations)
     ("include/fsa/good.h", '#include <vector>\n#include "fsa/tensor.h"\n', 0),
     ("include/fsa/bad.h", '#include "core/problem.h"\n', 1),
+    ("kernels/core/bad.cuh", '#include <cstdint>\n#include "ptx/tma.cuh"\n', 2),
+    ("kernels/policy/bad.cuh", '#include "tile/ring.cuh"\n#include "sm90/forward.cuh"\n', 1),
+    ("kernels/sm90/bad.cuh", '#include "policy/mask.cuh"\n#include <cuda_bf16.h>\n', 1),
     ("src/core/bad.cpp", '#include "backend/backend.h"\n#include <cuda.h>\n#include <dlfcn.h>\n', 2),
     ("src/api/good.cpp", '#include "backend/backend.h"\n', 0),
     ("src/api/bad.cpp", '  #  include "backend/cpu/thread_pool.h"\n#include <torch/extension.h>\n', 2),

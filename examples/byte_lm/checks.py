@@ -56,7 +56,8 @@ def follows_torch(losses: dict[str, list[float]], held_out: dict[str, float]) ->
 
 
 def thresholds_reach(rows: list[SweepRow], trained_with: str, context: int) -> Check:
-    """A short context is mostly diagonal, whose tiles are always kept: there the claim is made only where true."""
+    """A short context is mostly diagonal, whose tiles are always kept: there a miss is not held against "
+    "it."""
     least = min(rows, key=lambda row: row.kept)
     detail = (
         f"fewest kept: {least.kept:.1%} at threshold {least.threshold:g}, held-out loss {least.held_out:.4f}"
@@ -84,5 +85,6 @@ def decode_matches(trained_with: str, function: str, result: DecodeCheck) -> Che
     return judged(
         f"{function} generates prefill's tokens ({trained_with}-trained model)",
         result.passed,
-        f"{result.equal} of {result.tokens} tokens equal{ties}; largest difference of a logit {result.logit_error:.2g}",
+        f"{result.equal} of {result.tokens} tokens equal{ties}; "
+        f"largest difference of a logit {result.logit_error:.2g}",
     )

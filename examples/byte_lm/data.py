@@ -109,7 +109,8 @@ def training_batch(corpus: Corpus, *, seed: int, step: int, batch: int, context:
 
 
 def held_out_windows(corpus: Corpus, *, count: int, context: int) -> torch.Tensor:
-    """Bytes [n, context + 1], int64: at most `count` windows spread evenly over the held-out text, disjoint."""
+    """Bytes [n, context + 1], int64: `count` disjoint windows, or as many as there are, spread over the
+    held-out text."""
     count = max(1, min(count, len(corpus.held_out) // (context + 1)))
     last = len(corpus.held_out) - (context + 1)
     starts = [round(index * last / max(count - 1, 1)) for index in range(count)]

@@ -104,9 +104,9 @@ class SweepRow:
 
 
 def threshold_sweep(model: ByteLM, kind: AttentionKind, windows: Tensor) -> list[SweepRow]:
-    """Held-out loss of `model`, trained with `kind`, under rising thresholds: 1, 2, 4, ... until at most ENOUGH_KEPT is kept and
-    DOUBLINGS_BEYOND further, at most to the length of the context, where the threshold probability of every
-    row has reached 1 and larger ones change nothing."""
+    """Held-out loss of `model`, trained with `kind`, under rising thresholds: 1, 2, 4, ... until at most
+    ENOUGH_KEPT is kept and DOUBLINGS_BEYOND further, at most to the length of the context, where the
+    threshold probability of every row has reached 1 and larger ones change nothing."""
     rows: list[SweepRow] = []
     seqlen = windows.shape[1] - 1
     threshold, beyond = 1.0, 0

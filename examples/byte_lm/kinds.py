@@ -56,8 +56,8 @@ class AttentionKind:
     def describe(self) -> str:
         if self.name == "torch":
             return "torch.nn.functional.scaled_dot_product_attention(is_causal=True, enable_gqa=True)"
-        gates = ["alpha", "delta"] if self.gated else []
-        return f"attention({', '.join([*gates, *(f'{name}={value}' for name, value in self.options().items())])})"
+        options = [f"{name}={value}" for name, value in self.options().items()]
+        return f"attention({', '.join(['alpha', 'delta', *options] if self.gated else options)})"
 
     def __call__(
         self,
@@ -106,10 +106,9 @@ def decode(
     delta_cache: Tensor | None = None,
 ) -> Tensor:
     """One query [batch, num_heads, head_dim] over caches [batch, capacity, num_kv_heads, head_dim] of which
-    seqused_k int32 [batch] entries are in use, by the library's decode function for this kind -> out as query.
-
-    alpha [batch, num_heads], delta_cache [batch, capacity, num_kv_heads], for gated alone. torch has no decode
-    function and takes the dense one.
+    seqused_k int32 [batch] entries are in use, by the library's decode function for this kind -> out as
+    query. alpha [batch, num_heads] and delta_cache [batch, capacity, num_kv_heads] are for gated alone.
+    torch has no decode function and takes the dense one.
     """
     if kind.gated:
         return fsa.flash_gated_attn_with_kvcache_func(
@@ -147,7 +146,7 @@ def explain(
 
 
 def kept_tiles(skip_map: Tensor, seqlen: int, head_dim: int) -> Tensor:
-    """Skip map int32 [batch, num_heads, row_tiles, words] -> bool [batch, num_heads, row_tiles, key_tiles]."""
+    """int32 [batch, num_heads, row_tiles, words] -> bool [batch, num_heads, row_tiles, key_tiles]."""
     _, keys = fsa.skip_tile(head_dim)
     bits = (skip_map.long().unsqueeze(-1) >> torch.arange(32, device=skip_map.device)) & 1
     return bits.flatten(-2)[..., : -(-seqlen // keys)].bool()

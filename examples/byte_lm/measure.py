@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import statistics
 from collections.abc import Callable
 from datetime import datetime
@@ -16,7 +17,6 @@ from pathlib import Path
 import flash_sparse_attention as fsa
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from . import checks, evaluate, generate, kinds, plots, report
 from .data import Corpus
@@ -32,6 +32,7 @@ def kind_metrics(
     kind: AttentionKind,
     history: History,
     result: evaluate.HeldOut,
+    plain_loss: float,
     context: int,
     torch_ms: float | None,
     how: dict,
@@ -42,6 +43,7 @@ def kind_metrics(
         "backend": how["backend"],
         "kernel": how["kernel"],
         "held_out": result.loss,
+        "held_out_without_skipping": plain_loss,
         "bits_per_byte": result.loss / NATS_PER_BIT,
         "train_loss": statistics.fmean(history.losses[-20:]),
         "kept": result.kept,
@@ -55,53 +57,45 @@ def kind_metrics(
     }
 
 
+def sample_entry(name: str, kind: AttentionKind, sample: generate.Sample) -> dict:
+    if kind.sparse:
+        setting = f"γ = {kind.gate_threshold:g}" if kind.gated else f"τ = {kind.threshold:g}"
+    else:
+        setting = "nothing skipped"
+    return {
+        "trained_with": name,
+        "function": kinds.decode_function(kind),
+        "setting": setting,
+        "prompt_bytes": len(sample.prompt),
+        "prompt_hex": sample.prompt.hex(),
+        "generated_hex": sample.generated.hex(),
+        "tokens": len(sample.generated),
+        "tokens_per_second": sample.tokens_per_second,
+        "check": None,
+        "shared": len(sample.generated),  # leading tokens in common with nothing skipped
+    }
+
+
 def sample_texts(
     trained: dict[str, tuple[ByteLM, History]], primary: str, options: dict, corpus: Corpus
 ) -> tuple[list[dict], list[checks.Check]]:
-    """Greedy samples: every model with nothing skipped, checked against prefill, and the sparse ones as they
-    were trained."""
+    """Greedy samples: every model with nothing skipped, checked against prefill, and the sparse ones also as
+    they were trained."""
     count = min(SAMPLE_TOKENS, options["context"] // 4)
     prompt = generate.make_prompt(corpus.held_out, options["context"] // 2).to(options["device"])
     samples, found = [], []
     for name in [primary, *(name for name in trained if name != primary)]:
         model, kind = trained[name][0], make_kind(name, options)
-        plain = kind.without_skipping()
-        # A threshold of 0 skips nothing, but goes through the sparse function.
-        if name == "threshold":
-            plain = kind.under(0.0)
+        # Threshold 0 skips nothing either, and goes through the sparse function.
+        plain = kind.under(0.0) if name == "threshold" else kind.without_skipping()
         sample = generate.generate(model, plain, prompt, count)
         check = generate.check_against_prefill(model, plain, sample)
-        function = kinds.decode_function(plain)
-        found.append(checks.decode_matches(name, function, check))
-
-        def add(
-            sample: generate.Sample,
-            setting: str,
-            check: dict | None,
-            shared: int,
-            name: str = name,
-            function: str = function,
-        ) -> None:
-            samples.append(
-                {
-                    "trained_with": name,
-                    "function": function,
-                    "setting": setting,
-                    "prompt_bytes": len(sample.prompt),
-                    "prompt_hex": sample.prompt.hex(),
-                    "generated_hex": sample.generated.hex(),
-                    "tokens": len(sample.generated),
-                    "tokens_per_second": sample.tokens_per_second,
-                    "check": check,
-                    "shared": shared,
-                }
-            )
-
-        add(sample, "nothing skipped", dataclasses.asdict(check), len(sample.generated))
+        found.append(checks.decode_matches(name, kinds.decode_function(plain), check))
+        samples.append(sample_entry(name, plain, sample) | {"check": dataclasses.asdict(check)})
         if kind.sparse:
             skipping = generate.generate(model, kind, prompt, count)
-            setting = f"γ = {kind.gate_threshold:g}" if kind.gated else f"τ = {kind.threshold:g}"
-            add(skipping, setting, None, generate.agreement(sample.generated, skipping.generated))
+            shared = generate.agreement(sample.generated, skipping.generated)
+            samples.append(sample_entry(name, kind, skipping) | {"shared": shared})
     return samples, found
 
 
@@ -110,9 +104,10 @@ def attention_times(
     primary: str,
     options: dict,
     sweep: list[evaluate.SweepRow],
-    window,
+    window: torch.Tensor,
 ) -> tuple[list[dict], tuple[float, float]]:
-    """Fills the times of the sweep; returns the rows of the time plot and dense's (forward, backward) in ms."""
+    """Fills in the times of the sweep; returns the rows of the time plot and (forward, backward) in ms with
+    nothing skipped."""
     kind = make_kind(primary, options)
     layers = evaluate.projections(trained[primary][0], kind.without_skipping(), window)
     calls = {"torch": (AttentionKind("torch"), layers), "dense": (kind.without_skipping(), layers)}
@@ -149,10 +144,12 @@ def measure(
     windows: torch.Tensor,
     trained: dict[str, tuple[ByteLM, History]],
     how: dict[str, dict],
-    command: str,
     seconds_so_far: Callable[[], float],
 ) -> dict:
-    """Everything after training: measures, draws, writes the run's files; returns the metrics."""
+    """Measures, draws, writes the run's files; returns the metrics.
+
+    windows int64 [n, context + 1]: held-out text; trained and how by the name of the kind.
+    """
     context = options["context"]
     primary = next(name for name in ("dense", "torch", "threshold", "gated") if name in trained)
     primary_model, primary_kind = trained[primary][0], make_kind(primary, options)
@@ -160,12 +157,17 @@ def measure(
         name: evaluate.held_out(model, make_kind(name, options), windows)
         for name, (model, _) in trained.items()
     }
+    plain_losses = {
+        name: evaluate.held_out(model, make_kind(name, options).without_skipping(), windows).loss
+        if make_kind(name, options).sparse
+        else results[name].loss
+        for name, (model, _) in trained.items()
+    }
     torch_ms = 1e3 * statistics.median(trained["torch"][1].seconds) if "torch" in trained else None
     found = checks.follows_torch(
         {name: history.losses for name, (_, history) in trained.items()},
         {name: result.loss for name, result in results.items()},
     )
-    plain_loss = evaluate.held_out(primary_model, primary_kind.without_skipping(), windows).loss
     sweep = evaluate.threshold_sweep(primary_model, primary_kind, windows)
     found.append(checks.thresholds_reach(sweep, primary, context))
     equal = evaluate.zero_threshold_is_dense(primary_model, primary_kind, windows[0])
@@ -184,7 +186,7 @@ def measure(
     metrics = {
         "name": folder.name,
         "created": datetime.now().strftime("%Y-%m-%d %H:%M"),
-        "command": command,
+        "command": command(options),
         "device": describe_device(options["device"]),
         "threads": torch.get_num_threads(),
         "versions": {
@@ -210,12 +212,20 @@ def measure(
             "enough_kept": evaluate.ENOUGH_KEPT,
         },
         "kinds": {
-            name: kind_metrics(make_kind(name, options), history, results[name], context, torch_ms, how[name])
+            name: kind_metrics(
+                make_kind(name, options),
+                history,
+                results[name],
+                plain_losses[name],
+                context,
+                torch_ms,
+                how[name],
+            )
             for name, (_, history) in trained.items()
         },
         "sweep": {
             "trained_with": primary,
-            "dense_held_out": plain_loss,
+            "dense_held_out": plain_losses[primary],
             "dense_ms": list(dense_ms),
             "rows": [dataclasses.asdict(row) for row in sweep],
         },
@@ -230,6 +240,15 @@ def measure(
     (folder / "index.html").write_text(report.page(metrics, pictures, plots.COLORS), encoding="utf-8")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     return metrics
+
+
+def command(options: dict) -> str:
+    """The command line that repeats the run."""
+    words = ["python", "examples/train_byte_lm.py"]
+    for name, value in options.items():
+        given = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        words += [f"--{name.replace('_', '-')}", *given] if given else []
+    return shlex.join(words)
 
 
 def describe_device(device: str) -> str:

@@ -7,8 +7,8 @@ import base64
 import html
 
 STYLE = """
-body { font: 16px/1.55 system-ui, "Helvetica Neue", "DejaVu Sans", Arial, sans-serif; color: #1d1d1f; background: #fff;
-       max-width: 900px; margin: 0 auto; padding: 2.2em 1.4em 5em; }
+body { font: 16px/1.55 system-ui, "Helvetica Neue", "DejaVu Sans", Arial, sans-serif;
+       color: #1d1d1f; background: #fff; max-width: 900px; margin: 0 auto; padding: 2.2em 1.4em 5em; }
 h1 { font-size: 1.75em; line-height: 1.25; margin: 0 0 .2em; }
 h2 { font-size: 1.25em; margin: 2.2em 0 .4em; padding-top: .8em; border-top: 1px solid #ddd; }
 p { margin: .55em 0; }
@@ -25,11 +25,13 @@ tr.marked td { background: #eef5fb; }
 .none { color: #7a6a30; font-weight: 700; white-space: nowrap; }
 img { max-width: 100%; display: block; margin: .8em auto; }
 .pair { display: flex; gap: 1.5em; align-items: center; flex-wrap: wrap; justify-content: center; }
-pre { background: #f6f7f9; border: 1px solid #e2e4e8; border-radius: 6px; padding: .9em 1.1em; overflow-x: auto;
-      font: 13px/1.45 "DejaVu Sans Mono", Menlo, Consolas, monospace; white-space: pre-wrap; word-break: break-all; }
+pre { background: #f6f7f9; border: 1px solid #e2e4e8; border-radius: 6px; padding: .9em 1.1em;
+      font: 13px/1.45 "DejaVu Sans Mono", Menlo, Consolas, monospace;
+      white-space: break-spaces; overflow-wrap: anywhere; }
 pre .prompt { color: #8a8f98; } pre .made { color: #0b3d66; background: #e6f1fa; }
 code { font: .9em "DejaVu Sans Mono", Menlo, Consolas, monospace; background: #f3f4f6; padding: .05em .3em;
        border-radius: 3px; }
+td code { font-size: .84em; }
 .swatch { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .45em; }
 small { color: #666; }
 """
@@ -37,6 +39,15 @@ small { color: #666; }
 
 def escape(text: object) -> str:
     return html.escape(str(text))
+
+
+def paragraph(content: str) -> str:
+    """content is HTML already, as in small()."""
+    return f"<p>{content}</p>"
+
+
+def small(content: str) -> str:
+    return f"<p><small>{content}</small></p>"
 
 
 def picture(svg: str, alternative: str) -> str:
@@ -69,7 +80,8 @@ def readable(text: bytes) -> str:
 
 
 def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+    """None stands for attention that skips nothing."""
+    return "all" if value is None else f"{value:.1%}"
 
 
 def listed(words: list[str]) -> str:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure  # noqa: E402
 COLORS = {"torch": "#8a8a8a", "dense": "#0072b2", "threshold": "#d55e00", "gated": "#009e73"}
 LINES = {"torch": "-", "dense": "-", "threshold": (0, (5, 2)), "gated": (0, (1.5, 1.5))}
 MARKERS = {"torch": "o", "dense": "o", "threshold": "x", "gated": "+"}
+HIGHEST_LOSS = 6.0  # nats; a uniform guess has 5.5, the first steps are worse
 WIDTH = 8.4  # inches; the page's column
 plt.rcParams.update(
     {
@@ -71,6 +72,7 @@ def loss_curves(runs: dict[str, dict]) -> str:
         ylabel="nats per byte",
         title="lines: training loss (mean of 20 steps); marks: held-out loss",
     )
+    axes.set_ylim(top=min(axes.get_ylim()[1], HIGHEST_LOSS))
     axes.legend()
     return to_svg(figure)
 
@@ -91,8 +93,8 @@ def loss_difference(torch_losses: list[float], dense_losses: list[float], steps:
 
 
 def quality_and_work(rows: list[dict], dense_loss: float, trained: list[dict]) -> str:
-    """rows: {"threshold", "held_out", "kept"} of the sweep; trained: {"name", "held_out", "kept"} of the kinds
-    that were trained sparse."""
+    """rows: {"threshold", "held_out", "kept"} of the sweep; trained: {"name", "held_out", "kept"} of the
+    kinds that were trained sparse."""
     figure, axes = plt.subplots(figsize=(WIDTH, 4.0))
     axes.axhline(dense_loss, color=COLORS["dense"], linewidth=1.2, linestyle="--")
     kept = [100 * row["kept"] for row in rows]
@@ -102,7 +104,7 @@ def quality_and_work(rows: list[dict], dense_loss: float, trained: list[dict]) -
     )
     labelled = float("inf")
     for index, row in enumerate(rows):
-        if labelled - kept[index] < 4 and index < len(rows) - 1:
+        if labelled - kept[index] < 6 and index < len(rows) - 1:
             continue  # labels would overlap
         labelled = kept[index]
         axes.annotate(

@@ -142,13 +142,13 @@ def _refuse_buffers(**buffers: Tensor | None) -> None:
             )
 
 
-def _check_buffers(**buffers: Tensor | None) -> None:
+def _check_buffers(plain: bool, **buffers: Tensor | None) -> None:
     for name, buffer in buffers.items():
         if buffer is None:
             continue
         if not isinstance(buffer, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(buffer).__name__}")
-        if buffer.is_neg():
+        if plain and buffer.is_neg():  # copy_ honours it
             raise TypeError(
                 f"{name}: a tensor with a pending negation cannot be written; call resolve_neg() first"
             )
@@ -167,7 +167,7 @@ def attend(
     if not plain:
         _require_tensors(inputs)
     if out is not None or lse is not None:
-        _check_buffers(out=out, lse=lse)
+        _check_buffers(plain, out=out, lse=lse)
     records_gradient = _records_gradient(inputs)
     if plain and not records_gradient:
         return ops.run_forward(inputs, options, want_lse, want_map, out, lse)
@@ -198,7 +198,7 @@ def attend_one(
     if not plain:
         _require_tensors(inputs)
     if out is not None or lse is not None:
-        _check_buffers(out=out, lse=lse)
+        _check_buffers(plain, out=out, lse=lse)
     if _records_gradient(inputs):
         _refuse_buffers(out=out, lse=lse)
         return _Decode.apply(options, num_splits, batch_invariant, *inputs)

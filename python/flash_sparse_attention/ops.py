@@ -139,6 +139,8 @@ def run_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, alpha, delta, sink; the last three None when not wanted."""
     query = inputs[QUERY]
+    grad_out = grad_out.resolve_neg()  # autograd may hand over a pending negation
+    grad_lse = None if grad_lse is None else grad_lse.resolve_neg()
     if skip_map is not None:
         skip_map = skip_map.view(_C.skip_map_shape(inputs, options))
     wanted = (True, True, True, want_gate, want_gate, want_sink)

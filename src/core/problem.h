@@ -45,11 +45,11 @@ struct Problem {
   bool has_window_sizes = false;
 
   double softmax_scale = 1;
-  double softcap = 0;        // 0 = off
-  double threshold = 0;      // <= 0 = off
-  bool has_gate = false;     // alpha and delta are present
-  bool gate_test = false;    // the gate threshold is on (default 1 / seqlen_k or a positive value)
-  double gate_threshold = 0;      // meaningful when gate_test and not gate_threshold_default
+  double softcap = 0;                   // 0 = off
+  double threshold = 0;                 // <= 0 = off
+  bool has_gate = false;                // alpha and delta are present
+  bool gate_test = false;               // the gate threshold is on (default 1 / seqlen_k or a positive value)
+  double gate_threshold = 0;            // meaningful when gate_test and not gate_threshold_default
   bool gate_threshold_default = false;  // 1 / seqlen_k of each sequence
   bool log_sigmoid_gate = true;
   bool adaptive_gate = true;
@@ -91,7 +91,8 @@ struct IndexTable {  // int32 [rows, columns]; absent when data is null and pres
   }
 };
 
-struct SkipMap {  // words of row tile t of head h: data + batch * stride_batch + h * stride_head + t * stride_tile
+struct
+    SkipMap {  // words of row tile t of head h: data + batch * stride_batch + h * stride_head + t * stride_tile
   std::int32_t* data = nullptr;
   std::int64_t stride_batch = 0;
   std::int64_t stride_head = 0;
@@ -104,9 +105,9 @@ struct SkipMap {  // words of row tile t of head h: data + batch * stride_batch 
 struct Arguments {
   Operand query, key, value, out, lse;  // lse: stride_dim unused
   Operand grad_out, grad_lse, grad_query, grad_key, grad_value;
-  Operand alpha, delta, grad_alpha, grad_delta;  // stride_dim unused
-  Operand sink, grad_sink;                       // stride_head only
-  Operand alibi_slopes;                          // stride_batch, stride_head
+  Operand alpha, delta, grad_alpha, grad_delta;                 // stride_dim unused
+  Operand sink, grad_sink;                                      // stride_head only
+  Operand alibi_slopes;                                         // stride_batch, stride_head
   IndexTable cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k;  // rows only
   IndexTable page_table, window_sizes, gather_kv_indices;
   SkipMap skip_map;
@@ -129,12 +130,12 @@ struct MergeProblem {
 
 // One sequence of the batch, lengths already reduced by seqused.
 struct Sequence {
-  std::int64_t batch = 0;        // index into batched tensors, alibi_slopes, page_table
-  std::int64_t q_begin = 0;      // first row in packed tensors, 0 otherwise
+  std::int64_t batch = 0;    // index into batched tensors, alibi_slopes, page_table
+  std::int64_t q_begin = 0;  // first row in packed tensors, 0 otherwise
   std::int64_t k_begin = 0;
-  std::int64_t rows = 0;         // rows that the tensors hold for it
+  std::int64_t rows = 0;  // rows that the tensors hold for it
   std::int64_t keys = 0;
-  std::int64_t seqlen_q = 0;     // rows in use: "the length"
+  std::int64_t seqlen_q = 0;  // rows in use: "the length"
   std::int64_t seqlen_k = 0;
   std::int64_t row_tile_begin = 0;  // first row tile in the skip map
 

@@ -20,10 +20,10 @@ struct Band {  // inclusive; empty when low > high
 
 struct Visibility {
   Band bands[2];
-  std::int64_t sink = 0;  // keys [0, sink) are visible to every row at or after them
-  std::int64_t offset = 0;    // seqlen_k - seqlen_q
+  std::int64_t sink = 0;    // keys [0, sink) are visible to every row at or after them
+  std::int64_t offset = 0;  // seqlen_k - seqlen_q
   std::int64_t seqlen_k = 0;
-  bool unlimited = false;     // every row sees every key: no element test needed anywhere
+  bool unlimited = false;  // every row sees every key: no element test needed anywhere
 };
 
 enum class TileVisibility : std::uint8_t { none, partial, full };

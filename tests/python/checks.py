@@ -31,7 +31,7 @@ class Naive:
     result, more of them are drawn, with the terms in random orders.
     """
 
-    DRAWS = 8
+    DRAWS = 16
 
     def __init__(self, problem: Problem, truth: oracle.Result, **arguments: Any) -> None:
         self._problem, self._truth, self._arguments = problem, truth, arguments

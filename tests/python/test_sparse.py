@@ -114,8 +114,8 @@ def test_padding_changes_no_decision(form):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_window_right_zero_is_not_causal_for_the_threshold(dtype):
-    """window_size=(-1, 0) masks as causal does, but visible_len stays seqlen_k and the gate is not adapted."""
-    causal = build(case_named("gate_and_threshold"), dtype, seed=27)
+    """window_size=(-1, 0) masks as causal does, but visible_len stays seqlen_k."""
+    causal = build(case_named("threshold_causal").replace(inputs="normal", threshold=50.0), dtype, seed=27)
     window = with_options(causal, causal=False, window_size=(-1, 0))
     checks.verify(window, seed=27)
     tiles = [oracle.replay(p, checks.call(p).skip_map, 1e-2) for p in (causal, window)]

@@ -26,8 +26,8 @@ L2_BUDGET_BYTES = 32 << 20
 
 # (head_dim, block_m x block_n) -> stages of the query ring and of the key and value rings.
 TILES = {
-    (64, "128x128"): (2, 3),
-    (64, "192x128"): (2, 2),
+    (64, "128x128"): (2, 4),
+    (64, "192x128"): (2, 4),
     (128, "128x128"): (2, 2),
     (128, "128x160"): (1, 2),
     (128, "128x176"): (1, 2),

@@ -34,7 +34,8 @@ std::vector<Target> targets() {
   const bool sse4 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt") &&
                     __builtin_cpu_supports("aes") && __builtin_cpu_supports("pclmul");
   const bool avx2 = sse4 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                    __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
@@ -163,9 +164,8 @@ DecodeBuffers decode_buffers(const Problem& p, Carver& memory) {
 }
 
 char* element(const Operand& o, std::int64_t batch, std::int64_t row, std::int64_t head) {
-  return static_cast<char*>(o.data) +
-         (batch * o.stride_batch + row * o.stride_row + head * o.stride_head) *
-             static_cast<std::int64_t>(size_of(o.dtype));
+  return static_cast<char*>(o.data) + (batch * o.stride_batch + row * o.stride_row + head * o.stride_head) *
+                                          static_cast<std::int64_t>(size_of(o.dtype));
 }
 
 void zero_rows(const Operand& o, std::int64_t batch, std::int64_t begin, std::int64_t end, std::int64_t heads,
@@ -209,7 +209,8 @@ void fill_unused_outputs(const Problem& p, const Arguments& args) {
     if (!args.lse.present()) return;
     for (std::int64_t row = begin; row < end; ++row)
       for (std::int64_t head = 0; head < p.num_heads; ++head)
-        *reinterpret_cast<float*>(element(args.lse, batch, row, head)) = -std::numeric_limits<float>::infinity();
+        *reinterpret_cast<float*>(element(args.lse, batch, row, head)) =
+            -std::numeric_limits<float>::infinity();
   });
 }
 
@@ -283,8 +284,9 @@ BackwardPlan backward_plan(const Problem& p, const Arguments& args, std::int64_t
     for (std::int64_t head = 0; head < p.num_heads; ++head)
       for (std::int64_t t = 0; t < tiles; ++t) plan.rows.push_back({s, tile_begin, head, t});
     const std::int64_t per_segment = ceil_div(ceil_div(s.keys, segments), tile_keys) * tile_keys;
-    for (std::int64_t segment = 0; segment * per_segment < s.keys; ++segment)  // left first: with a causal mask
-      for (std::int64_t head = 0; head < p.num_kv_heads; ++head)               // more rows see those keys
+    for (std::int64_t segment = 0; segment * per_segment < s.keys;
+         ++segment)                                               // left first: with a causal mask
+      for (std::int64_t head = 0; head < p.num_kv_heads; ++head)  // more rows see those keys
         plan.keys.push_back({s, tile_begin, head, segment, segment * per_segment,
                              std::min(s.keys, (segment + 1) * per_segment)});
     tile_begin += tiles;
@@ -307,7 +309,8 @@ void store_grad_sink(const Problem& p, const Arguments& args, const BackwardBuff
     sums[static_cast<std::size_t>(item.head)] +=
         buffers.sink_partial[item.head * buffers.tiles_per_head + item.tile_begin + item.tile];
   for (std::int64_t head = 0; head < p.num_heads; ++head)
-    store_scalar(args.grad_sink.dtype, element(args.grad_sink, 0, 0, head), 0, sums[static_cast<std::size_t>(head)]);
+    store_scalar(args.grad_sink.dtype, element(args.grad_sink, 0, 0, head), 0,
+                 sums[static_cast<std::size_t>(head)]);
 }
 
 void run_backward(const Problem& p, const Arguments& args, Workspace workspace) {
@@ -374,8 +377,8 @@ class CpuBackend final : public Backend {
 
   std::string kernel(const Problem& p) const override {
     static constexpr const char* kNames[] = {"forward", "backward", "decode"};
-    return std::string(kNames[static_cast<int>(p.operation)]) + "_" + kernels().target + "_" + name_of(p.dtype) +
-           "_d" + std::to_string(p.head_dim);
+    return std::string(kNames[static_cast<int>(p.operation)]) + "_" + kernels().target + "_" +
+           name_of(p.dtype) + "_d" + std::to_string(p.head_dim);
   }
 
   std::size_t workspace_bytes(const Problem& p) const override {

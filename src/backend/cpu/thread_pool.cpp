@@ -50,8 +50,8 @@ int num_threads() { return thread_setting().load(std::memory_order_relaxed); }
 
 void set_num_threads(int threads) {
   if (threads < 1 || threads > kMaxThreads)
-    throw Error(ErrorCode::invalid_argument, "threads: " + std::to_string(threads) + ", but it must be 1 to " +
-                                                 std::to_string(kMaxThreads));
+    throw Error(ErrorCode::invalid_argument, "threads: " + std::to_string(threads) +
+                                                 ", but it must be 1 to " + std::to_string(kMaxThreads));
   thread_setting().store(threads, std::memory_order_relaxed);
 }
 

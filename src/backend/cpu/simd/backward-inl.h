@@ -57,8 +57,8 @@ struct BackwardScratch {
 };
 
 // Row r of grad_out as float; any strides.
-HWY_INLINE void load_grad_out_row(const Problem& p, const Arguments& args, const Sequence& sequence, std::int64_t head,
-                                  std::int64_t row, float* target) {
+HWY_INLINE void load_grad_out_row(const Problem& p, const Arguments& args, const Sequence& sequence,
+                                  std::int64_t head, std::int64_t row, float* target) {
   const Operand& g = args.grad_out;
   const RowSource source = row_source(g, sequence.batch, sequence.q_begin, head);
   if (g.stride_dim == 1) {
@@ -89,14 +89,16 @@ HWY_INLINE void row_statistics(const Problem& p, const Arguments& args, const Ba
   const RowSource out = row_source(args.out, sequence.batch, sequence.q_begin, item.head);
   double sink = 0, sink_grad = 0;
   if (p.has_sink)
-    sink = static_cast<double>(load_scalar(args.sink.data, args.sink.dtype, item.head * args.sink.stride_head));
+    sink =
+        static_cast<double>(load_scalar(args.sink.data, args.sink.dtype, item.head * args.sink.stride_head));
   for (std::int64_t r = 0; r < kRows; ++r) {
     dots[r] = 0;
     lse_log2[r] = __builtin_inff();  // 2^(S - inf) = 0: rows beyond the tile contribute nothing
     if (r >= rows) continue;
     const std::int64_t row = begin + r;
     const auto at = [&](const Operand& o) HWY_ATTR {
-      return sequence.batch * o.stride_batch + item.head * o.stride_head + (sequence.q_begin + row) * o.stride_row;
+      return sequence.batch * o.stride_batch + item.head * o.stride_head +
+             (sequence.q_begin + row) * o.stride_row;
     };
     const float lse = static_cast<const float*>(args.lse.data)[at(args.lse)];
     if (lse == kNegativeInfinity) continue;  // a row without a key has no gradient
@@ -202,15 +204,16 @@ HWY_INLINE void backward_tile(const Problem& p, const LogitPolicies& logit, cons
 
 // One row tile against the tiles of a block that it sees and kept.
 HWY_INLINE void backward_row_tile(const Problem& p, const Arguments& args, const BackwardBuffers& buffers,
-                                  const BackwardItem& item, const LogitPolicies& logit, const Visibility& visibility,
-                                  const KeyBlock& block, std::int64_t head, std::int64_t m, const BackwardScratch& s) {
+                                  const BackwardItem& item, const LogitPolicies& logit,
+                                  const Visibility& visibility, const KeyBlock& block, std::int64_t head,
+                                  std::int64_t m, const BackwardScratch& s) {
   const Sequence& sequence = item.sequence;
   const std::int64_t tile_keys = skip_tile_keys(p.head_dim);
   const std::int64_t row_begin = m * kRows, row_end = min_of(sequence.seqlen_q, row_begin + kRows);
   const std::int32_t* map = nullptr;
   if (args.skip_map.present)
-    map = args.skip_map.data + sequence.batch * args.skip_map.stride_batch + head * args.skip_map.stride_head +
-          (sequence.row_tile_begin + m) * args.skip_map.stride_tile;
+    map = args.skip_map.data + sequence.batch * args.skip_map.stride_batch +
+          head * args.skip_map.stride_head + (sequence.row_tile_begin + m) * args.skip_map.stride_tile;
   BackwardRowTile t;
   bool packed = false;
   const std::int64_t slot = buffer_tile(buffers, head, item.tile_begin, m);
@@ -271,7 +274,8 @@ HWY_INLINE void store_key_grads(const Problem& p, const Arguments& args, const B
   if (!args.grad_delta.present()) return;
   const RowSource target = row_source(args.grad_delta, sequence.batch, sequence.k_begin, item.kv_head);
   for (std::int64_t j = block.begin; j < block.end; ++j)
-    store_scalar(s.grad_delta[j - block.begin] * scale, const_cast<char*>(target.row(j)), args.grad_delta.dtype, 0);
+    store_scalar(s.grad_delta[j - block.begin] * scale, const_cast<char*>(target.row(j)),
+                 args.grad_delta.dtype, 0);
 }
 
 HWY_INLINE void backward(const Problem& p, const Arguments& args, const BackwardBuffers& buffers,
@@ -287,22 +291,23 @@ HWY_INLINE void backward(const Problem& p, const Arguments& args, const Backward
     zero(s.grad_key, keys * s.key_pitch);
     zero(s.grad_value, keys * s.value_pitch);
     zero(s.grad_delta, keys);
-    const std::int64_t used = min_of(block.end, sequence.seqlen_k);  // keys beyond it get zeros and are never read
+    const std::int64_t used =
+        min_of(block.end, sequence.seqlen_k);  // keys beyond it get zeros and are never read
     if (block.begin < used) {
       const KeyBlock in_use{block.begin, used};
-      pack_rows(row_source(args.key, sequence.batch, sequence.k_begin, item.kv_head), begin, used - begin, p.head_dim,
-                s.key, s.key_pitch);
+      pack_rows(row_source(args.key, sequence.batch, sequence.k_begin, item.kv_head), begin, used - begin,
+                p.head_dim, s.key, s.key_pitch);
       pack_rows(row_source(args.value, sequence.batch, sequence.k_begin, item.kv_head), begin, used - begin,
                 p.head_dim_v, s.value, s.value_pitch);
       if (p.has_gate)
-        pack_scalars(row_source(args.delta, sequence.batch, sequence.k_begin, item.kv_head), begin, used - begin,
-                     s.delta);
+        pack_scalars(row_source(args.delta, sequence.batch, sequence.k_begin, item.kv_head), begin,
+                     used - begin, s.delta);
       const TileRanges row_tiles = visible_row_tiles(visibility, sequence.seqlen_q, begin, used, kRows);
       for (std::int64_t g = 0; g < p.group_size; ++g)
         for (int range = 0; range < row_tiles.count; ++range)
           for (std::int64_t m = row_tiles.range[range].begin; m < row_tiles.range[range].end; ++m)
-            backward_row_tile(p, args, buffers, item, logit, visibility, in_use, item.kv_head * p.group_size + g, m,
-                              s);
+            backward_row_tile(p, args, buffers, item, logit, visibility, in_use,
+                              item.kv_head * p.group_size + g, m, s);
     }
     store_key_grads(p, args, item, block, s);
   }

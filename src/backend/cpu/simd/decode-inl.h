@@ -17,9 +17,9 @@ namespace fsa::cpu::FSA_SIMD_TARGET {
 
 struct DecodeScratch {
   std::int64_t query_pitch, value_pitch, tile_keys;
-  float *query;   // [group][query_pitch], times pre_scale
-  float *scores;  // [group][tile_keys]
-  float *out;     // [group][value_pitch]
+  float* query;   // [group][query_pitch], times pre_scale
+  float* scores;  // [group][tile_keys]
+  float* out;     // [group][value_pitch]
   float *key, *value, *delta, *distance, *alpha, *slope, *row_max, *row_sum;
 
   HWY_INLINE std::size_t carve(const Problem& p, char* base) {
@@ -57,11 +57,18 @@ struct DecodeContext {
 
 HWY_INLINE DecodeContext decode_context(const Problem& p, const Arguments& args, const DecodeItem& item,
                                         void* memory) {
-  DecodeContext c{p, args, item.sequence, item.kv_head, logit_policies(p),
+  DecodeContext c{p,
+                  args,
+                  item.sequence,
+                  item.kv_head,
+                  logit_policies(p),
                   visibility_of(p, args, item.sequence, item.kv_head),
                   key_source(p, args, args.key, item.sequence, item.kv_head),
                   key_source(p, args, args.value, item.sequence, item.kv_head),
-                  {}, p.gathered ? p.gather_size : item.sequence.seqlen_k, 0, {}};
+                  {},
+                  p.gathered ? p.gather_size : item.sequence.seqlen_k,
+                  0,
+                  {}};
   if (p.has_gate) c.delta = key_source(p, args, args.delta, item.sequence, item.kv_head);
   c.s.carve(p, static_cast<char*>(memory));
   c.tiles = ceil_div(c.positions, c.s.tile_keys);
@@ -115,9 +122,11 @@ HWY_INLINE void dot_rows(const float* query, std::int64_t query_pitch, const T* 
 }
 
 template <class T>
-HWY_INLINE void dot_tile(const DecodeContext& c, const char* const* rows, std::int64_t keys, std::int64_t dim) {
+HWY_INLINE void dot_tile(const DecodeContext& c, const char* const* rows, std::int64_t keys,
+                         std::int64_t dim) {
   const DecodeScratch& s = c.s;
-  constexpr std::int64_t kAhead = 8;  // rows: a cache row of one head is a strided walk that no prefetcher follows
+  constexpr std::int64_t kAhead =
+      8;  // rows: a cache row of one head is a strided walk that no prefetcher follows
   const std::int64_t row_bytes = dim * static_cast<std::int64_t>(sizeof(T));
   for (std::int64_t j = 0; j < keys; ++j) {
     const T* key = reinterpret_cast<const T*>(rows[j]);
@@ -125,9 +134,11 @@ HWY_INLINE void dot_tile(const DecodeContext& c, const char* const* rows, std::i
       for (std::int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(rows[j + kAhead] + b);
     std::int64_t g = 0;
     for (; g + 4 <= c.p.group_size; g += 4)
-      dot_rows<4>(s.query + g * s.query_pitch, s.query_pitch, key, dim, s.tile_keys, s.scores + g * s.tile_keys + j);
+      dot_rows<4>(s.query + g * s.query_pitch, s.query_pitch, key, dim, s.tile_keys,
+                  s.scores + g * s.tile_keys + j);
     for (; g < c.p.group_size; ++g)
-      dot_rows<1>(s.query + g * s.query_pitch, s.query_pitch, key, dim, s.tile_keys, s.scores + g * s.tile_keys + j);
+      dot_rows<1>(s.query + g * s.query_pitch, s.query_pitch, key, dim, s.tile_keys,
+                  s.scores + g * s.tile_keys + j);
   }
 }
 
@@ -161,7 +172,8 @@ HWY_INLINE void decode_products(const DecodeContext& c, std::int64_t begin, std:
 }
 
 // Base-2 logits of a tile for every row of the group; -inf where the key is not seen and beyond `keys`.
-HWY_INLINE void decode_scores(const DecodeContext& c, std::int64_t begin, std::int64_t keys, TileVisibility seen) {
+HWY_INLINE void decode_scores(const DecodeContext& c, std::int64_t begin, std::int64_t keys,
+                              TileVisibility seen) {
   const DecodeScratch& s = c.s;
   decode_products(c, begin, keys);
   const std::int64_t padded = round_up(keys, kLanes);
@@ -225,7 +237,9 @@ HWY_INLINE float decode_exponentials(float* scores, std::int64_t keys, float bas
   return hn::GetLane(hn::SumOfLanes(kFloat, sum));
 }
 
-HWY_INLINE bool test_bit(const std::uint32_t* words, std::int64_t n) { return (words[n >> 5] >> (n & 31) & 1u) != 0; }
+HWY_INLINE bool test_bit(const std::uint32_t* words, std::int64_t n) {
+  return (words[n >> 5] >> (n & 31) & 1u) != 0;
+}
 
 HWY_INLINE std::uint32_t* open_words(const DecodeContext& c, const DecodeBuffers& b) {
   return b.open + (c.sequence.batch * c.p.num_kv_heads + c.kv_head) * b.words;
@@ -298,7 +312,8 @@ HWY_INLINE void probe(const DecodeContext& c, const std::uint32_t* open, float* 
       const float tile_max = decode_row_max(scores, keys);
       if (tile_max == kNegativeInfinity) continue;
       const float max = tile_max > s.row_max[g] || tile_max != tile_max ? tile_max : s.row_max[g];
-      s.row_sum[g] = s.row_sum[g] * __builtin_exp2f(s.row_max[g] - max) + decode_exponentials(scores, keys, max);
+      s.row_sum[g] =
+          s.row_sum[g] * __builtin_exp2f(s.row_max[g] - max) + decode_exponentials(scores, keys, max);
       s.row_max[g] = max;
     }
   }
@@ -312,7 +327,8 @@ HWY_INLINE void decode_plan(const Problem& p, const Arguments& args, const Decod
   const DecodeContext c = decode_context(p, args, item, memory);
   std::uint32_t* open = open_words(c, buffers);
   find_candidates(c, open, buffers.words);
-  if (p.threshold > 0) probe(c, open, buffers.cut + item.sequence.batch * p.num_heads + item.kv_head * p.group_size);
+  if (p.threshold > 0)
+    probe(c, open, buffers.cut + item.sequence.batch * p.num_heads + item.kv_head * p.group_size);
 }
 
 // O += P V for the rows of the group.
@@ -329,7 +345,8 @@ HWY_INLINE void decode_values(const DecodeContext& c, std::int64_t begin, std::i
     RowSource source = c.value;
     source.gather = nullptr;
     for (std::int64_t j = 0; j < keys; ++j)
-      pack_rows(source, max_of<std::int64_t>(position_of(c, begin + j), 0), 1, c.p.head_dim_v, s.value + j * pitch, 0);
+      pack_rows(source, max_of<std::int64_t>(position_of(c, begin + j), 0), 1, c.p.head_dim_v,
+                s.value + j * pitch, 0);
   } else {
     pack_rows(c.value, begin, keys, c.p.head_dim_v, s.value, pitch);
   }
@@ -361,8 +378,8 @@ HWY_INLINE void decode_softmax(const DecodeContext& c, std::int64_t keys) {
   }
 }
 
-HWY_INLINE void decode(const Problem& p, const Arguments& args, const DecodeBuffers& buffers, const DecodeItem& item,
-                       void* memory) {
+HWY_INLINE void decode(const Problem& p, const Arguments& args, const DecodeBuffers& buffers,
+                       const DecodeItem& item, void* memory) {
   const DecodeContext c = decode_context(p, args, item, memory);
   const DecodeScratch& s = c.s;
   for (std::int64_t i = 0; i < p.group_size * s.value_pitch; ++i) s.out[i] = 0;
@@ -372,8 +389,9 @@ HWY_INLINE void decode(const Problem& p, const Arguments& args, const DecodeBuff
   }
   const std::uint32_t* open = p.skips_tiles() ? open_words(c, buffers) : nullptr;
   const Probes probes = p.threshold > 0 ? find_probes(open, c.tiles) : Probes{};
-  const float* cut =
-      p.threshold > 0 ? buffers.cut + item.sequence.batch * p.num_heads + item.kv_head * p.group_size : nullptr;
+  const float* cut = p.threshold > 0
+                         ? buffers.cut + item.sequence.batch * p.num_heads + item.kv_head * p.group_size
+                         : nullptr;
   const std::int64_t first = item.split * buffers.keys_per_split / s.tile_keys;
   const std::int64_t last = min_of(c.tiles, (item.split + 1) * buffers.keys_per_split / s.tile_keys);
   for (std::int64_t n = first; n < last; ++n) {
@@ -392,7 +410,8 @@ HWY_INLINE void decode(const Problem& p, const Arguments& args, const DecodeBuff
     buffers.row_max[slot] = s.row_max[g];
     buffers.row_sum[slot] = s.row_sum[g];
     for (std::int64_t i = 0; i < round_up(p.head_dim_v, kLanes); i += kLanes)
-      hn::Store(hn::Load(kFloat, s.out + g * s.value_pitch + i), kFloat, buffers.partial_out + slot * buffers.pitch + i);
+      hn::Store(hn::Load(kFloat, s.out + g * s.value_pitch + i), kFloat,
+                buffers.partial_out + slot * buffers.pitch + i);
   }
 }
 
@@ -410,8 +429,9 @@ HWY_INLINE void decode_combine(const Problem& p, const Arguments& args, const De
                 : max;
     double sink_log2 = -__builtin_inf();
     if (p.has_sink)
-      sink_log2 = static_cast<double>(load_scalar(args.sink.data, args.sink.dtype, head * args.sink.stride_head)) *
-                  kLog2E;
+      sink_log2 =
+          static_cast<double>(load_scalar(args.sink.data, args.sink.dtype, head * args.sink.stride_head)) *
+          kLog2E;
     for (std::int64_t i = 0; i < padded; ++i) sum[i] = 0;
     double total = 0;
     if (max != kNegativeInfinity) {
@@ -429,12 +449,14 @@ HWY_INLINE void decode_combine(const Problem& p, const Arguments& args, const De
     double denominator = total;
     if (p.has_sink) {
       denominator = total == 0 ? 0 : total + __builtin_exp2(sink_log2 - static_cast<double>(max));
-      lse_log2 = total == 0 || __builtin_isinf(denominator) ? sink_log2
-                                                            : static_cast<double>(max) + __builtin_log2(denominator);
+      lse_log2 = total == 0 || __builtin_isinf(denominator)
+                     ? sink_log2
+                     : static_cast<double>(max) + __builtin_log2(denominator);
     }
     const float factor = total == 0 ? 0.0f : static_cast<float>(1.0 / denominator);
     if (args.lse.present())
-      static_cast<float*>(args.lse.data)[item.sequence.batch * args.lse.stride_batch + head * args.lse.stride_head] =
+      static_cast<float*>(
+          args.lse.data)[item.sequence.batch * args.lse.stride_batch + head * args.lse.stride_head] =
           static_cast<float>(lse_log2 * kLn2);
     const RowSource target = row_source(args.out, item.sequence.batch, 0, head);
     with_element_type(args.out.dtype, [&](auto* type) HWY_ATTR {

@@ -106,22 +106,22 @@ HWY_INLINE void start_row_tile(const Problem& p, const Arguments& args, const Se
   t.head = head;
   t.tile = make_row_tile(p, args, sequence, head, tile_index);
   t.started = false;
-  pack_transposed(row_source(args.query, sequence.batch, sequence.q_begin, head), t.tile.begin,
-                  t.tile.rows, p.head_dim, logit.pre_scale, staging, t.query);
+  pack_transposed(row_source(args.query, sequence.batch, sequence.q_begin, head), t.tile.begin, t.tile.rows,
+                  p.head_dim, logit.pre_scale, staging, t.query);
   t.gate = make_gate_test(p, sequence, t.tile.begin, t.tile.alpha, t.tile.rows);
   for (std::int64_t r = 0; r < kRows; ++r) {
     t.row_max[r] = kNegativeInfinity;
     t.row_sum[r] = 0;
     t.cut[r] = kLowestCut;
-    t.log2_thr[r] =
-        p.threshold > 0 && r < t.tile.rows ? log2_threshold(p, sequence, t.tile.begin + r) : 0.0f;
+    t.log2_thr[r] = p.threshold > 0 && r < t.tile.rows ? log2_threshold(p, sequence, t.tile.begin + r) : 0.0f;
   }
   t.map = nullptr;
   if (args.skip_map.present)
     t.map = args.skip_map.data + sequence.batch * args.skip_map.stride_batch +
-            head * args.skip_map.stride_head + (sequence.row_tile_begin + tile_index) * args.skip_map.stride_tile;
-  t.cursor.ranges = visible_key_tiles(visibility, t.tile.begin, t.tile.begin + t.tile.rows,
-                                      skip_tile_keys(p.head_dim));
+            head * args.skip_map.stride_head +
+            (sequence.row_tile_begin + tile_index) * args.skip_map.stride_tile;
+  t.cursor.ranges =
+      visible_key_tiles(visibility, t.tile.begin, t.tile.begin + t.tile.rows, skip_tile_keys(p.head_dim));
   t.cursor.start();
 }
 
@@ -131,7 +131,8 @@ HWY_INLINE void finish_row_tile(const Problem& p, const Arguments& args, const S
   float sink_log2 = kNegativeInfinity;
   if (p.has_sink)
     sink_log2 = static_cast<float>(
-        static_cast<double>(load_scalar(args.sink.data, args.sink.dtype, t.head * args.sink.stride_head)) * kLog2E);
+        static_cast<double>(load_scalar(args.sink.data, args.sink.dtype, t.head * args.sink.stride_head)) *
+        kLog2E);
   const std::int64_t batch = sequence.batch;  // packed tensors have stride_batch 0
   for (std::int64_t r = 0; r < kRows; ++r) {
     const double max = t.row_max[r], sum = t.row_sum[r];
@@ -227,10 +228,11 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
         pack_rows(key_rows, key_begin, keys, p.head_dim, scratch.key, scratch.key_pitch);
         loaded.key = true;
       }
-      gemm<Init::zero>({t.query, kRows, scratch.key, scratch.key_pitch, 1, p.head_dim, scratch.scores, kRows}, keys,
-                       t.tile.lanes);
+      gemm<Init::zero>({t.query, kRows, scratch.key, scratch.key_pitch, 1, p.head_dim, scratch.scores, kRows},
+                       keys, t.tile.lanes);
       if (logit.any())
-        apply_logit(logit, t.tile, scratch.delta, visibility.offset, key_begin, keys, scratch.scores, nullptr);
+        apply_logit(logit, t.tile, scratch.delta, visibility.offset, key_begin, keys, scratch.scores,
+                    nullptr);
       if (seen == TileVisibility::partial) apply_mask(visibility, t.tile, key_begin, keys, scratch.scores);
       row_maxima(scratch.scores, keys, t.tile.lanes, scratch.maxima, p.threshold > 0);
       if (p.threshold > 0 && !vote(scratch.maxima, t.cut, t.tile.rows)) continue;

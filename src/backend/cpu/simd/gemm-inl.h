@@ -74,7 +74,8 @@ HWY_INLINE void gemm_block(const Gemm& g, const float* HWY_RESTRICT a, const flo
 
 // One panel of kVectors vectors against all n: blocks of kBlock, then a remainder.
 template <int kVectors, Init kInit>
-HWY_NOINLINE void gemm_panel(const Gemm& g, std::int64_t n_count, std::int64_t v_begin, const float* factors) {
+HWY_NOINLINE void gemm_panel(const Gemm& g, std::int64_t n_count, std::int64_t v_begin,
+                             const float* factors) {
   const float* a = g.a + v_begin;
   if (kInit == Init::scale) factors += v_begin;
   std::int64_t n = 0;
@@ -111,7 +112,8 @@ HWY_NOINLINE void gemm_panel(const Gemm& g, std::int64_t n_count, std::int64_t v
 
 // n_count rows of C by v_count lanes (rounded up to whole vectors). `factors`, one per lane, with Init::scale only.
 template <Init kInit>
-HWY_INLINE void gemm(const Gemm& g, std::int64_t n_count, std::int64_t v_count, const float* factors = nullptr) {
+HWY_INLINE void gemm(const Gemm& g, std::int64_t n_count, std::int64_t v_count,
+                     const float* factors = nullptr) {
   std::int64_t v = 0;
   for (; v + (kPanel - 1) * kLanes < v_count; v += kPanel * kLanes)
     gemm_panel<kPanel, kInit>(g, n_count, v, factors);

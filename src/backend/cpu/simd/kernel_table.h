@@ -53,13 +53,14 @@ struct BackwardItem {
 struct DecodeBuffers {
   std::int64_t splits = 1;
   std::int64_t keys_per_split = 0;
-  std::int64_t words = 0;         // per (sequence, key head)
-  float* partial_out = nullptr;   // [batch, num_heads, splits, pitch], unnormalised
-  std::int64_t pitch = 0;         // head_dim_v in whole vectors
-  float* row_max = nullptr;       // [batch, num_heads, splits], log2 units
-  float* row_sum = nullptr;       // [batch, num_heads, splits]
-  std::uint32_t* open = nullptr;  // [batch, num_kv_heads, words]: candidate tiles; only with a threshold or a gate
-  float* cut = nullptr;           // [batch, num_heads]: R + log2 thr; only with a threshold
+  std::int64_t words = 0;        // per (sequence, key head)
+  float* partial_out = nullptr;  // [batch, num_heads, splits, pitch], unnormalised
+  std::int64_t pitch = 0;        // head_dim_v in whole vectors
+  float* row_max = nullptr;      // [batch, num_heads, splits], log2 units
+  float* row_sum = nullptr;      // [batch, num_heads, splits]
+  std::uint32_t* open =
+      nullptr;           // [batch, num_kv_heads, words]: candidate tiles; only with a threshold or a gate
+  float* cut = nullptr;  // [batch, num_heads]: R + log2 thr; only with a threshold
 };
 
 struct DecodeItem {
@@ -76,14 +77,19 @@ struct KernelTable {
   void (*forward)(const Problem&, const Arguments&, const ForwardItem&, void* scratch);
 
   std::size_t (*backward_scratch)(const Problem&);
-  void (*row_statistics)(const Problem&, const Arguments&, const BackwardBuffers&, const RowTileItem&, void* scratch);
-  void (*backward)(const Problem&, const Arguments&, const BackwardBuffers&, const BackwardItem&, void* scratch);
-  void (*finish_rows)(const Problem&, const Arguments&, const BackwardBuffers&, const RowTileItem&, void* scratch);
+  void (*row_statistics)(const Problem&, const Arguments&, const BackwardBuffers&, const RowTileItem&,
+                         void* scratch);
+  void (*backward)(const Problem&, const Arguments&, const BackwardBuffers&, const BackwardItem&,
+                   void* scratch);
+  void (*finish_rows)(const Problem&, const Arguments&, const BackwardBuffers&, const RowTileItem&,
+                      void* scratch);
 
   std::size_t (*decode_scratch)(const Problem&);
-  void (*decode_plan)(const Problem&, const Arguments&, const DecodeBuffers&, const DecodeItem&, void* scratch);
+  void (*decode_plan)(const Problem&, const Arguments&, const DecodeBuffers&, const DecodeItem&,
+                      void* scratch);
   void (*decode)(const Problem&, const Arguments&, const DecodeBuffers&, const DecodeItem&, void* scratch);
-  void (*decode_combine)(const Problem&, const Arguments&, const DecodeBuffers&, const DecodeItem&, void* scratch);
+  void (*decode_combine)(const Problem&, const Arguments&, const DecodeBuffers&, const DecodeItem&,
+                         void* scratch);
 };
 
 const KernelTable& sse4_kernels();

@@ -19,8 +19,10 @@ constexpr bool is_named(const char* a, const char* b) {
   return *a == *b;
 }
 static_assert(!is_named(FSA_TEXT(FSA_SIMD_TARGET), "avx512") || HWY_TARGET <= HWY_AVX3, "flags lack AVX-512");
-static_assert(!is_named(FSA_TEXT(FSA_SIMD_TARGET), "avx2") || HWY_TARGET == HWY_AVX2, "flags lack AVX2, FMA or AES");
-static_assert(!is_named(FSA_TEXT(FSA_SIMD_TARGET), "sse4") || HWY_TARGET == HWY_SSE4, "flags lack SSE4.2 or AES");
+static_assert(!is_named(FSA_TEXT(FSA_SIMD_TARGET), "avx2") || HWY_TARGET == HWY_AVX2,
+              "flags lack AVX2, FMA or AES");
+static_assert(!is_named(FSA_TEXT(FSA_SIMD_TARGET), "sse4") || HWY_TARGET == HWY_SSE4,
+              "flags lack SSE4.2 or AES");
 
 }  // namespace FSA_SIMD_TARGET
 
@@ -32,12 +34,12 @@ const KernelTable& FSA_JOIN(FSA_SIMD_TARGET, _kernels)() {
       [](const Problem& p, const Arguments& a, const ForwardItem& item, void* scratch)
           HWY_ATTR { FSA_SIMD_TARGET::forward(p, a, item, scratch); },
       [](const Problem& p) HWY_ATTR { return FSA_SIMD_TARGET::backward_scratch(p); },
-      [](const Problem& p, const Arguments& a, const BackwardBuffers& b, const RowTileItem& item, void* scratch)
-          HWY_ATTR { FSA_SIMD_TARGET::row_statistics(p, a, b, item, scratch); },
-      [](const Problem& p, const Arguments& a, const BackwardBuffers& b, const BackwardItem& item, void* scratch)
-          HWY_ATTR { FSA_SIMD_TARGET::backward(p, a, b, item, scratch); },
-      [](const Problem& p, const Arguments& a, const BackwardBuffers& b, const RowTileItem& item, void* scratch)
-          HWY_ATTR { FSA_SIMD_TARGET::finish_rows(p, a, b, item, scratch); },
+      [](const Problem& p, const Arguments& a, const BackwardBuffers& b, const RowTileItem& item,
+         void* scratch) HWY_ATTR { FSA_SIMD_TARGET::row_statistics(p, a, b, item, scratch); },
+      [](const Problem& p, const Arguments& a, const BackwardBuffers& b, const BackwardItem& item,
+         void* scratch) HWY_ATTR { FSA_SIMD_TARGET::backward(p, a, b, item, scratch); },
+      [](const Problem& p, const Arguments& a, const BackwardBuffers& b, const RowTileItem& item,
+         void* scratch) HWY_ATTR { FSA_SIMD_TARGET::finish_rows(p, a, b, item, scratch); },
       [](const Problem& p) HWY_ATTR { return FSA_SIMD_TARGET::decode_scratch(p); },
       [](const Problem& p, const Arguments& a, const DecodeBuffers& b, const DecodeItem& item, void* scratch)
           HWY_ATTR { FSA_SIMD_TARGET::decode_plan(p, a, b, item, scratch); },

@@ -37,8 +37,9 @@ HWY_INLINE RowSource row_source(const Operand& operand, std::int64_t batch, std:
   RowSource source;
   const std::int64_t size = bytes_of(operand.dtype);
   source.dtype = operand.dtype;
-  source.base = static_cast<const char*>(operand.data) +
-                (batch * operand.stride_batch + first_row * operand.stride_row + head * operand.stride_head) * size;
+  source.base =
+      static_cast<const char*>(operand.data) +
+      (batch * operand.stride_batch + first_row * operand.stride_row + head * operand.stride_head) * size;
   source.row_bytes = operand.stride_row * size;
   return source;
 }
@@ -61,7 +62,8 @@ HWY_INLINE RowSource key_source(const Problem& problem, const Arguments& args, c
 }
 
 // Addresses of rows [begin, begin + count), page by page: one division per page and not one per row.
-HWY_INLINE void row_pointers(const RowSource& source, std::int64_t begin, std::int64_t count, const char** pointers) {
+HWY_INLINE void row_pointers(const RowSource& source, std::int64_t begin, std::int64_t count,
+                             const char** pointers) {
   if (source.gather != nullptr || source.pages == nullptr) {
     for (std::int64_t r = 0; r < count; ++r) pointers[r] = source.row(begin + r);
     return;

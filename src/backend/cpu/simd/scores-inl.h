@@ -51,8 +51,8 @@ HWY_INLINE LogitPolicies logit_policies(const Problem& problem) {
 }
 
 // scores += pre_scale * g(alpha_i * delta_j)
-HWY_INLINE void add_pair_gate(const LogitPolicies& p, const RowTile& tile, const float* delta, std::int64_t keys,
-                              float* scores) {
+HWY_INLINE void add_pair_gate(const LogitPolicies& p, const RowTile& tile, const float* delta,
+                              std::int64_t keys, float* scores) {
   const Float pre_scale = hn::Set(kFloat, p.pre_scale);
   for (std::int64_t j = 0; j < keys; ++j) {
     const Float delta_j = hn::Set(kFloat, delta[j]);
@@ -93,16 +93,17 @@ HWY_INLINE void add_alibi(const RowTile& tile, std::int64_t offset, std::int64_t
   }
 }
 
-HWY_INLINE void apply_logit(const LogitPolicies& p, const RowTile& tile, const float* delta, std::int64_t offset,
-                            std::int64_t key_begin, std::int64_t keys, float* scores, float* tanh_out) {
+HWY_INLINE void apply_logit(const LogitPolicies& p, const RowTile& tile, const float* delta,
+                            std::int64_t offset, std::int64_t key_begin, std::int64_t keys, float* scores,
+                            float* tanh_out) {
   if (p.pair_gate) add_pair_gate(p, tile, delta, keys, scores);
   if (p.softcap_log2 != 0) apply_softcap(p, tile, keys, scores, tanh_out);
   if (p.alibi) add_alibi(tile, offset, key_begin, keys, scores);
 }
 
 // scores = -inf where the row does not see the key. For one key every band is a range of rows.
-HWY_INLINE void apply_mask(const Visibility& v, const RowTile& tile, std::int64_t key_begin, std::int64_t keys,
-                           float* scores) {
+HWY_INLINE void apply_mask(const Visibility& v, const RowTile& tile, std::int64_t key_begin,
+                           std::int64_t keys, float* scores) {
   const Float hidden = hn::Set(kFloat, kNegativeInfinity);
   for (std::int64_t j = 0; j < keys; ++j) {
     const std::int64_t key = key_begin + j;
@@ -125,7 +126,8 @@ HWY_INLINE void apply_mask(const Visibility& v, const RowTile& tile, std::int64_
       const auto row = hn::Iota(kInt, static_cast<std::int32_t>(r));
       auto seen = hn::Lt(row, row);
       for (int c = 0; c < count; ++c)
-        seen = hn::Or(seen, hn::And(hn::Gt(row, hn::Set(kInt, first[c])), hn::Lt(row, hn::Set(kInt, last[c]))));
+        seen =
+            hn::Or(seen, hn::And(hn::Gt(row, hn::Set(kInt, first[c])), hn::Lt(row, hn::Set(kInt, last[c]))));
       float* s = scores + j * kRows + r;
       hn::Store(hn::IfThenElse(hn::RebindMask(kFloat, seen), hn::Load(kFloat, s), hidden), kFloat, s);
     }
@@ -139,7 +141,8 @@ HWY_INLINE Visibility visibility_of(const Problem& problem, const Arguments& arg
                            problem.window_right, nullptr);
   std::int64_t sizes[4];
   for (int c = 0; c < 4; ++c)
-    sizes[c] = args.window_sizes.data[kv_head * args.window_sizes.stride_row + c * args.window_sizes.stride_column];
+    sizes[c] =
+        args.window_sizes.data[kv_head * args.window_sizes.stride_row + c * args.window_sizes.stride_column];
   return make_visibility(sequence.seqlen_q, sequence.seqlen_k, true, -1, -1, sizes);
 }
 
@@ -150,14 +153,15 @@ HWY_INLINE RowTile make_row_tile(const Problem& problem, const Arguments& args, 
   tile.rows = min_of(kRows, sequence.seqlen_q - tile.begin);
   tile.lanes = round_up(tile.rows, kLanes);
   if (problem.has_alibi)
-    tile.slope = static_cast<float>(
-        static_cast<double>(load_scalar(args.alibi_slopes.data, args.alibi_slopes.dtype,
-                                        sequence.batch * args.alibi_slopes.stride_batch +
-                                            head * args.alibi_slopes.stride_head)) *
-        kLog2E);
+    tile.slope =
+        static_cast<float>(static_cast<double>(load_scalar(args.alibi_slopes.data, args.alibi_slopes.dtype,
+                                                           sequence.batch * args.alibi_slopes.stride_batch +
+                                                               head * args.alibi_slopes.stride_head)) *
+                           kLog2E);
   if (problem.has_gate) {
     for (float& a : tile.alpha) a = 0;
-    pack_scalars(row_source(args.alpha, sequence.batch, sequence.q_begin, head), tile.begin, tile.rows, tile.alpha);
+    pack_scalars(row_source(args.alpha, sequence.batch, sequence.q_begin, head), tile.begin, tile.rows,
+                 tile.alpha);
   }
   return tile;
 }
@@ -193,8 +197,8 @@ struct Arena {
 
 // rows [begin, begin + count) of `source`, times `factor`, transposed: target[dim][row], zero beyond the rows.
 // `staging` holds 64 rows at pitch round_up(dim, kLanes).
-HWY_INLINE void pack_transposed(const RowSource& source, std::int64_t begin, std::int64_t count, std::int64_t dim,
-                                float factor, float* staging, float* target) {
+HWY_INLINE void pack_transposed(const RowSource& source, std::int64_t begin, std::int64_t count,
+                                std::int64_t dim, float factor, float* staging, float* target) {
   const std::int64_t pitch = round_up(dim, kLanes);
   pack_rows(source, begin, count, dim, staging, pitch);
   if (factor != 1.0f) {

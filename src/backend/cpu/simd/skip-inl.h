@@ -28,8 +28,8 @@ HWY_INLINE Extremes extremes_of(const float* values, std::int64_t count) {
 struct GateTest {
   bool on = false;
   Extremes alpha;
-  double scale_log2 = 1;   // softmax_scale * log2 e
-  double log2_gamma = 0;   // -inf: never skips
+  double scale_log2 = 1;  // softmax_scale * log2 e
+  double log2_gamma = 0;  // -inf: never skips
   bool log_sigmoid = true;
   double best = -__builtin_inf();
 
@@ -42,8 +42,9 @@ struct GateTest {
         if (corner != corner) return true;
         product = max_of(product, corner);
       }
-    const double gate =
-        log_sigmoid ? min_of(product, 0.0) - __builtin_log1p(__builtin_exp(-__builtin_fabs(product))) : product;
+    const double gate = log_sigmoid
+                            ? min_of(product, 0.0) - __builtin_log1p(__builtin_exp(-__builtin_fabs(product)))
+                            : product;
     if (__builtin_isfinite(best) && (gate - best) * scale_log2 < log2_gamma) return false;
     best = max_of(best, gate);
     return true;
@@ -69,8 +70,7 @@ HWY_INLINE GateTest make_gate_test(const Problem& problem, const Sequence& seque
 
 // log2 of clamp(threshold / visible_len, 0, 1) for a row.
 HWY_INLINE float log2_threshold(const Problem& problem, const Sequence& sequence, std::int64_t row) {
-  const std::int64_t visible =
-      problem.causal_lengths() ? row + sequence.offset() + 1 : sequence.seqlen_k;
+  const std::int64_t visible = problem.causal_lengths() ? row + sequence.offset() + 1 : sequence.seqlen_k;
   if (visible <= 0) return 0;  // sees nothing, never votes
   const double share = problem.threshold / static_cast<double>(visible);
   return share >= 1 ? 0.0f : static_cast<float>(__builtin_log2(share));
@@ -90,7 +90,8 @@ HWY_INLINE void row_maxima(const float* scores, std::int64_t keys, std::int64_t 
     m0 = hn::Max(m0, m1);
     if (propagate_nan) {  // Max keeps a NaN on some machines and drops it on others
       auto poisoned = hn::Lt(hn::Zero(kFloat), hn::Zero(kFloat));
-      for (j = 0; j < keys; ++j) poisoned = hn::Or(poisoned, hn::IsNaN(hn::Load(kFloat, scores + j * kRows + r)));
+      for (j = 0; j < keys; ++j)
+        poisoned = hn::Or(poisoned, hn::IsNaN(hn::Load(kFloat, scores + j * kRows + r)));
       m0 = hn::IfThenElse(poisoned, hn::NaN(kFloat), m0);
     }
     hn::Store(m0, kFloat, maxima + r);

@@ -169,8 +169,8 @@ HWY_INLINE void transpose_4x4(const float* source, std::int64_t source_pitch, fl
 }
 
 // target[column][row] = source[row][column]; both extents rounded up to four, which both buffers must hold.
-HWY_INLINE void transpose(const float* source, std::int64_t source_pitch, std::int64_t rows, std::int64_t columns,
-                          float* target, std::int64_t target_pitch) {
+HWY_INLINE void transpose(const float* source, std::int64_t source_pitch, std::int64_t rows,
+                          std::int64_t columns, float* target, std::int64_t target_pitch) {
   for (std::int64_t column = 0; column < columns; column += 4)
     for (std::int64_t row = 0; row < rows; row += 4)
       transpose_4x4(source + row * source_pitch + column, source_pitch, target + column * target_pitch + row,
