@@ -34,7 +34,7 @@ HELD_OUT_WINDOWS = 16
 DEFAULTS = {
     "attention": list(kinds.NAMES),
     "device": "cpu",
-    "steps": 400,
+    "steps": 300,
     "context": 2048,
     "text": [],
     "seed": 0,

@@ -117,9 +117,13 @@ class ByteLM(nn.Module):
                 parameter.normal_(0, 0.2, generator=generator)
             elif parameter.dim() > 1:
                 std = 1 / math.sqrt(parameter.shape[-1])
-                if name.endswith(("to_out.weight", "from_hidden.weight")):
-                    std /= math.sqrt(2 * self.config.layers)
+                if name.endswith(("to_query.weight", "to_key.weight")):
+                    std /= 2  # content speaks softly at first: position has the word (start_locally)
+                elif name.endswith(("to_out.weight", "from_hidden.weight")):
+                    std /= 2 * math.sqrt(2 * self.config.layers)
                 parameter.normal_(0, std, generator=generator)
+        # Logits start with a deviation of about 1; the embedding, which they share, has 0.2.
+        self.norm.weight.fill_(1 / (0.2 * math.sqrt(self.config.dim)))
         for layer, block in enumerate(self.blocks):
             self.start_locally(layer, block)
 

@@ -8,14 +8,7 @@
 
 namespace fsa::cpu::FSA_SIMD_TARGET {
 
-// 2^x. Relative error below 1e-7 for results >= 2^-126; smaller results are 0 (no denormals, which
-// would cost 100 cycles each). -inf gives 0, NaN gives NaN, x > 127.5 is not needed: arguments are <= 0 but for
-// rounding.
-HWY_INLINE Float exp2(Float x) {
-  // x is the second operand, so that a NaN passes through the maximum.
-  const Float clamped = hn::Max(hn::Set(kFloat, -127.0f), x);
-  const Float whole = hn::Round(clamped);
-  const Float f = hn::Sub(clamped, whole);  // in [-0.5, 0.5]
+HWY_INLINE Float exp2_polynomial(Float f) {  // f in [-0.5, 0.5]
   // Minimax of degree 6 with p(0) = 1: relative error 2e-9 before rounding.
   Float p = hn::Set(kFloat, 1.5353361811343437e-4f);
   p = hn::MulAdd(p, f, hn::Set(kFloat, 1.3398874445209907e-3f));
@@ -23,10 +16,28 @@ HWY_INLINE Float exp2(Float x) {
   p = hn::MulAdd(p, f, hn::Set(kFloat, 5.5503324710274124e-2f));
   p = hn::MulAdd(p, f, hn::Set(kFloat, 2.4022647913619632e-1f));
   p = hn::MulAdd(p, f, hn::Set(kFloat, 6.931472028551279e-1f));
-  p = hn::MulAdd(p, f, hn::Set(kFloat, 1.0f));
+  return hn::MulAdd(p, f, hn::Set(kFloat, 1.0f));
+}
+
+// 2^x. Relative error below 1e-7 for results >= 2^-126; smaller results are 0 (no denormals, which
+// would cost 100 cycles each). -inf gives 0, NaN gives NaN, x > 127.5 is not needed: arguments are <= 0 but for
+// rounding.
+HWY_INLINE Float exp2(Float x) {
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+  // Four instructions around the polynomial instead of eight. "Not less" keeps a NaN; what is masked out becomes 0.
+  const __mmask16 normal = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const Float whole{_mm512_roundscale_ps(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  const Float p = exp2_polynomial(hn::Sub(x, whole));
+  return Float{_mm512_maskz_scalef_ps(normal, p.raw, whole.raw)};
+#else
+  // x is the second operand, so that a NaN passes through the maximum.
+  const Float clamped = hn::Max(hn::Set(kFloat, -127.0f), x);
+  const Float whole = hn::Round(clamped);
+  const Float p = exp2_polynomial(hn::Sub(clamped, whole));
   // whole = -127 gives the exponent field 0, that is a factor of 0.
   const auto exponent = hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(kInt, whole), hn::Set(kInt, 127)));
   return hn::Mul(p, hn::BitCast(kFloat, exponent));
+#endif
 }
 
 // log(sigmoid(x)) = min(x, 0) - log1p(exp(-|x|)), exact to a few ulp everywhere.
