@@ -74,7 +74,7 @@ def thresholds_reach(rows: list[SweepRow], trained_with: str, context: int) -> C
 
 def zero_threshold(equal: bool, trained_with: str) -> Check:
     return judged(
-        f"threshold 0 gives dense attention bit for bit ({trained_with}-trained model)",
+        f"threshold 0 changes no bit of the result ({trained_with}-trained model)",
         equal,
         "all logits of a held-out window are equal" if equal else "logits of a held-out window differ",
     )

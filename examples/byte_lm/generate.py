@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -93,7 +94,8 @@ class DecodeCheck:
 
     @property
     def passed(self) -> bool:
-        return self.equal + self.ties == self.tokens
+        # NaN logits would choose the same token everywhere.
+        return self.equal + self.ties == self.tokens and math.isfinite(self.logit_error)
 
 
 @torch.no_grad()

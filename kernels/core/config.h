@@ -10,6 +10,7 @@ enum class ElementType : uint8 { bf16, fp16 };
 
 inline constexpr int32 kElementBytes = 2;
 inline constexpr int32 kRowsPerWarpgroup = 64;   // rows of one WGMMA, and of one skip tile
+constexpr int32 skip_tile_keys(int32 head_dim) { return head_dim <= 128 ? 128 : 64; }
 inline constexpr int32 kChunkColumns = 64;       // 128 bytes: the widest swizzled TMA box
 inline constexpr int32 kMaxSegments = 8;         // runs of key tiles that one work tile may visit
 inline constexpr int32 kWorkSlots = 2;           // work tiles announced ahead of the consumers

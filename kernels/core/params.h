@@ -42,8 +42,16 @@ struct ForwardParams {
   int32 max_seqlen_k;
   int32 window_left;    // keys before the diagonal, kOpenWindow when unlimited
   int32 window_right;   // keys after it; 0 is causal
-  int32 heads_per_wave; // (batch, head) pairs that walk their row tiles together, so their K and V share the L2
+  int32 heads_per_wave;  // (batch, head) pairs that walk their row tiles together, so their K and V share the L2
   float softmax_scale_log2;  // softmax_scale * log2(e), positive
+
+  // Threshold skipping only.
+  float threshold;          // of the softmax, > 0
+  int32 causal_lengths;     // the threshold of a row is divided by its own visible length, not by seqlen_k
+  int32* skip_map;          // zeroed; one bit per key tile, 1 = kept; null: not wanted
+  int64 skip_map_stride_batch;  // words; 0 when packed
+  int64 skip_map_stride_head;
+  int64 skip_map_stride_tile;   // from one tile of 64 rows to the next
 };
 
 inline constexpr int32 kOpenWindow = 1 << 30;

@@ -21,10 +21,19 @@ struct OnlineSoftmax {
   float factor[kRowsPerThread] = {1, 1};   // what rescale() has to apply
   bool grown = false;                      // the same in the whole warp
 
+  struct RowPair {
+    float of[kRowsPerThread];
+  };
+
   // Turns logits into p and updates m and l; if `grown`, the accumulated output still needs rescale().
   template <int32 kCount>
   FSA_DEVICE void update(float (&rS)[kCount], float scale) {
-    raise(row_maximum(rS), scale);
+    update(rS, row_maximum(rS, [](float a, float b) { return fmaxf(a, b); }), scale);
+  }
+  // The same when the row maxima are known already.
+  template <int32 kCount>
+  FSA_DEVICE void update(float (&rS)[kCount], const RowPair& top, float scale) {
+    raise(top, scale);
     exponentiate(rS, scale);
   }
 
@@ -34,10 +43,27 @@ struct OnlineSoftmax {
     for (int32 i = 0; i < kCount; ++i) rO[i] *= factor[fragment_slot(i)];
   }
 
-  FSA_DEVICE void finish() {
+  template <int32 kCount, class Max>
+  FSA_DEVICE static RowPair row_maximum(const float (&rS)[kCount], Max max) {
+    // Two chains a row: one would be bound by latency.
+    float chain[4] = {rS[0], rS[1], rS[2], rS[3]};
+#pragma unroll
+    for (int32 i = 4; i < kCount; ++i) chain[i % 4] = max(chain[i % 4], rS[i]);
+    RowPair top;
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot)
-      row_sum[slot] = reduce_row(row_sum[slot], [](float a, float b) { return a + b; });
+      top.of[slot] = reduce_row(max(chain[2 * slot], chain[2 * slot + 1]), max);
+    return top;
+  }
+
+  // l of the whole row.
+  FSA_DEVICE float total(int32 slot) const {
+    return reduce_row(row_sum[slot], [](float a, float b) { return a + b; });
+  }
+
+  FSA_DEVICE void finish() {
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) row_sum[slot] = total(slot);
   }
 
   // Natural logarithm of the sum of exponentials; -inf for a row without a key.
@@ -46,24 +72,6 @@ struct OnlineSoftmax {
   }
 
  private:
-  struct RowPair {
-    float of[kRowsPerThread];
-  };
-
-  template <int32 kCount>
-  FSA_DEVICE static RowPair row_maximum(const float (&rS)[kCount]) {
-    // Two chains a row: one would be bound by latency.
-    float chain[4] = {rS[0], rS[1], rS[2], rS[3]};
-#pragma unroll
-    for (int32 i = 4; i < kCount; ++i) chain[i % 4] = fmaxf(chain[i % 4], rS[i]);
-    RowPair top;
-#pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot)
-      top.of[slot] = reduce_row(fmaxf(chain[2 * slot], chain[2 * slot + 1]),
-                                [](float a, float b) { return fmaxf(a, b); });
-    return top;
-  }
-
   FSA_DEVICE void raise(const RowPair& top, float scale) {
     float next[kRowsPerThread];
     bool mine = false;

@@ -21,6 +21,7 @@
 #include "core/config.h"
 #include "core/params.h"
 #include "policy/online_softmax.cuh"
+#include "policy/skip.cuh"
 #include "policy/work_tile.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/sync.cuh"
@@ -50,6 +51,7 @@ struct ForwardTypes {
   using Tiles = typename Config::TileIterator;
   using Schedule = typename Config::Schedule;
   using Logit = typename Config::Logit;
+  using Skip = typename Config::Skip;
   using Epilogue = typename Config::Epilogue;
   using QueryTile = SwizzledTile<kBlockM, kHeadDim>;
   using KeyTile = SwizzledTile<kBlockN, kHeadDim>;
@@ -62,6 +64,7 @@ struct ForwardTypes {
   static_assert(kNumConsumers == 2 || kNumConsumers == 3, "block_m is 128 or 192: two or three consumer warpgroups");
   static_assert(kHeadDimV <= kHeadDim, "the output is staged in the query's shared memory");
   static_assert(kBlockN % 16 == 0, "P V takes 16 keys at a time");
+  static_assert(!Skip::kVotes || kBlockN == skip_tile_keys(kHeadDim), "one vote decides one skip tile");
   static_assert(kBlockN <= 256, "a TMA box has at most 256 rows");
   static_assert(KeyTile::kBytes % kSharedAlignment == 0 && ValueTile::kBytes % kSharedAlignment == 0,
                 "every stage must start on a swizzle period");
@@ -115,37 +118,37 @@ FSA_DEVICE void produce(const ForwardParams& params, ForwardStorage<Types>& stor
   Ring<Types::kStages> key, value;
 
   const auto load_value = [&](const WorkTile& work, int32 tile) {
-    ptx::wait(storage.value_empty[value.stage], value.phase ^ 1);
-    Source::template load_value<Types::kBlockN, Types::kHeadDimV>(params, work, tile, storage.value[value.stage],
-                                                                  storage.value_full[value.stage]);
+    ptx::wait(storage.value_empty[value.stage()], value.phase() ^ 1);
+    Source::template load_value<Types::kBlockN, Types::kHeadDimV>(params, work, tile, storage.value[value.stage()],
+                                                                  storage.value_full[value.stage()]);
     value.advance();
   };
 
   for (bool more = true; more; slot.advance()) {
-    ptx::wait(storage.work_empty[slot.stage], slot.phase ^ 1);
-    WorkTile& work = storage.work[slot.stage];
+    ptx::wait(storage.work_empty[slot.stage()], slot.phase() ^ 1);
+    WorkTile& work = storage.work[slot.stage()];
     more = schedule.next(params, work);
     if (more)
       Types::Tiles::describe(params, work);
     else
       work.sequence = -1;
-    ptx::arrive(storage.work_full[slot.stage]);
+    ptx::arrive(storage.work_full[slot.stage()]);
     if (!more || work.num_segments == 0) continue;
 
     int32 previous = -1;
     for (int32 s = 0; s < work.num_segments; ++s) {
       const Segment segment = work.segments[s];
       for (int32 tile = segment.first; tile > segment.first - segment.count; --tile) {
-        ptx::wait(storage.key_empty[key.stage], key.phase ^ 1);
-        Source::template load_key<Types::kBlockN, Types::kHeadDim>(params, work, tile, storage.key[key.stage],
-                                                                   storage.key_full[key.stage]);
+        ptx::wait(storage.key_empty[key.stage()], key.phase() ^ 1);
+        Source::template load_key<Types::kBlockN, Types::kHeadDim>(params, work, tile, storage.key[key.stage()],
+                                                                   storage.key_full[key.stage()]);
         key.advance();
         if (previous >= 0) {
           load_value(work, previous);
         } else {
-          ptx::wait(storage.query_empty[query.stage], query.phase ^ 1);
+          ptx::wait(storage.query_empty[query.stage()], query.phase() ^ 1);
           Source::template load_query<Types::kBlockM, Types::kHeadDim>(
-              params, work, storage.query[query.stage], storage.query_full[query.stage]);
+              params, work, storage.query[query.stage()], storage.query_full[query.stage()]);
           query.advance();
         }
         previous = tile;
@@ -193,7 +196,7 @@ struct Consumer {
     using KeyTile = typename Types::KeyTile;
     ptx::wgmma_fence();
     const uint64 a = QueryTile::inner_columns(query_address);
-    const uint64 b = KeyTile::inner_columns(shared_address(storage.key[key.stage]));
+    const uint64 b = KeyTile::inner_columns(shared_address(storage.key[key.stage()]));
 #pragma unroll
     for (int32 step = 0; step < Types::kHeadDim / 16; ++step)
       ptx::multiply_shared<Types::kElement, Types::kBlockN>(
@@ -206,7 +209,7 @@ struct Consumer {
   FSA_DEVICE void issue_output() {
     using ValueTile = typename Types::ValueTile;
     ptx::wgmma_fence();
-    const uint64 b = ValueTile::inner_rows(shared_address(storage.value[value.stage]));
+    const uint64 b = ValueTile::inner_rows(shared_address(storage.value[value.stage()]));
 #pragma unroll
     for (int32 step = 0; step < Types::kBlockN / 16; ++step)
       ptx::multiply_registers<Types::kElement, Types::kHeadDimV>(
@@ -225,11 +228,11 @@ struct Consumer {
   FSA_DEVICE void clear_unused_values(const WorkTile& work, int32 tile) {
     const int32 used = work.seqlen_k - tile * Types::kBlockN;
     if (used >= Types::kBlockN) return;
-    ptx::wait(storage.value_full[value.stage], value.phase);
+    ptx::wait(storage.value_full[value.stage()], value.phase());
     constexpr int32 kUnits = Types::kHeadDimV * kElementBytes / kUnitBytes;
     for (int32 item = static_cast<int32>(threadIdx.x) % kWarpgroupThreads; item < (Types::kBlockN - used) * kUnits;
          item += kWarpgroupThreads)
-      *reinterpret_cast<uint4*>(storage.value[value.stage] +
+      *reinterpret_cast<uint4*>(storage.value[value.stage()] +
                                 Types::ValueTile::unit_offset(used + item / kUnits, item % kUnits)) =
           make_uint4(0, 0, 0, 0);
     ptx::fence_shared_for_async();
@@ -237,33 +240,30 @@ struct Consumer {
   }
 
   FSA_DEVICE void first_step(const WorkTile& work, const Segment& segment) {
-    ptx::wait(storage.key_full[key.stage], key.phase);
+    ptx::wait(storage.key_full[key.stage()], key.phase());
     issue_scores();
     ptx::wgmma_wait<0>();
     ptx::settle(rS);
-    release(storage.key_empty[key.stage]);
+    release(storage.key_empty[key.stage()]);
     key.advance();
 
     Types::Logit::apply(params, work, rS);
     if (segment.masked)
       Types::Mask::apply(params, work, rS, work.m_begin + row, segment.first * Types::kBlockN);
     clear_unused_values(work, segment.first);
-    softmax = OnlineSoftmax();
     softmax.update(rS, scale);
     pack_probabilities();
-#pragma unroll
-    for (int32 i = 0; i < Types::kHeadDimV / 2; ++i) rO[i] = 0;
   }
 
   template <bool kMasked>
   FSA_DEVICE void step(const WorkTile& work, int32 tile) {
-    ptx::wait(storage.key_full[key.stage], key.phase);
+    ptx::wait(storage.key_full[key.stage()], key.phase());
     issue_scores();
-    ptx::wait(storage.value_full[value.stage], value.phase);
+    ptx::wait(storage.value_full[value.stage()], value.phase());
     issue_output();
     ptx::wgmma_wait<1>();
     ptx::settle(rS);
-    release(storage.key_empty[key.stage]);
+    release(storage.key_empty[key.stage()]);
     key.advance();
 
     Types::Logit::apply(params, work, rS);
@@ -281,25 +281,27 @@ struct Consumer {
     ptx::wgmma_wait<0>();
     ptx::settle(rO);
     ptx::settle(rP);
-    release(storage.value_empty[value.stage]);
+    release(storage.value_empty[value.stage()]);
     value.advance();
     pack_probabilities();
   }
 
   FSA_DEVICE void last_output() {
-    ptx::wait(storage.value_full[value.stage], value.phase);
+    ptx::wait(storage.value_full[value.stage()], value.phase());
     issue_output();
     ptx::wgmma_wait<0>();
     ptx::settle(rO);
-    release(storage.value_empty[value.stage]);
+    release(storage.value_empty[value.stage()]);
     value.advance();
   }
 
-  FSA_DEVICE void attend(const WorkTile& work) {
-    uint8* const sQ = storage.query[query.stage] + index * (kRowsPerWarpgroup * kLineBytes);
-    query_address = shared_address(sQ);
-    ptx::wait(storage.query_full[query.stage], query.phase);
+  FSA_DEVICE void finish_output() {
+    release(storage.value_empty[value.stage()]);
+    value.advance();
+  }
 
+  // Every tile counts.
+  FSA_DEVICE void sweep(const WorkTile& work) {
     first_step(work, work.segments[0]);
     for (int32 s = 0; s < work.num_segments; ++s) {
       const Segment segment = work.segments[s];
@@ -311,24 +313,119 @@ struct Consumer {
         for (; tile > end; --tile) step<false>(work, tile);
     }
     last_output();
+  }
+
+  // Tiles are voted on. At the start S of this tile is complete, and P V of the one before is in flight if that was
+  // kept. The two outcomes are two whole arms, each issuing its own next multiplies: a branch around P V alone, with S
+  // in flight, would make ptxas serialise every multiply of the kernel.
+  template <bool kMasked>
+  FSA_DEVICE void vote_step(const WorkTile& work, typename Types::Skip& skip, int32 tile, bool more, bool& in_flight) {
+    Types::Logit::apply(params, work, rS);
+    if constexpr (kMasked) Types::Mask::apply(params, work, rS, work.m_begin + row, tile * Types::kBlockN);
+    const auto top = OnlineSoftmax::row_maximum(rS, [](float a, float b) { return ptx::max_nan(a, b); });
+    if (ptx::barrier_any(kWarpgroupBarrier + index, kWarpgroupThreads, skip.wants(top, scale))) {
+      softmax.update(rS, top, scale);
+      ptx::settle(rS);
+      ptx::wgmma_wait<0>();
+      ptx::settle(rO);
+      ptx::settle(rP);
+      if (in_flight) finish_output();
+      pack_probabilities();
+      if (softmax.grown) softmax.rescale(rO);
+      skip.raise(softmax, scale);
+      if (static_cast<int32>(threadIdx.x) % kWarpgroupThreads == 0)
+        Types::Skip::record(params, work, work.m_begin + row, tile);
+      in_flight = true;
+      if (more) {
+        ptx::wait(storage.key_full[key.stage()], key.phase());
+        issue_scores();
+        ptx::wait(storage.value_full[value.stage()], value.phase());
+        issue_output();
+        ptx::wgmma_wait<1>();
+        ptx::settle(rS);
+        release(storage.key_empty[key.stage()]);
+        key.advance();
+      } else {
+        ptx::wait(storage.value_full[value.stage()], value.phase());
+        issue_output();
+      }
+    } else {
+      if (more) {
+        ptx::wait(storage.key_full[key.stage()], key.phase());
+        issue_scores();
+        ptx::wgmma_wait<0>();
+        ptx::settle(rS);
+        release(storage.key_empty[key.stage()]);
+        key.advance();
+      }
+      ptx::wgmma_wait<0>();
+      ptx::settle(rO);
+      ptx::settle(rP);
+      if (in_flight) finish_output();
+      in_flight = false;
+      // A stage may be given back only once its load has landed, wanted or not.
+      ptx::wait(storage.value_full[value.stage()], value.phase());
+      finish_output();
+    }
+  }
+
+  FSA_DEVICE void sweep_voting(const WorkTile& work) {
+    typename Types::Skip skip(params, work, work.m_begin + row);
+    ptx::wait(storage.key_full[key.stage()], key.phase());
+    issue_scores();
+    ptx::wgmma_wait<0>();
+    ptx::settle(rS);
+    release(storage.key_empty[key.stage()]);
+    key.advance();
+    clear_unused_values(work, work.segments[0].first);
+
+    bool in_flight = false;
+    for (int32 s = 0; s < work.num_segments; ++s) {
+      const Segment segment = work.segments[s];
+      const int32 last = segment.first - segment.count + 1;
+      const bool more = s + 1 < work.num_segments;
+      if (segment.masked)
+        for (int32 tile = segment.first; tile >= last; --tile)
+          vote_step<true>(work, skip, tile, more || tile > last, in_flight);
+      else
+        for (int32 tile = segment.first; tile >= last; --tile)
+          vote_step<false>(work, skip, tile, more || tile > last, in_flight);
+    }
+    ptx::wgmma_wait<0>();
+    ptx::settle(rO);
+    if (in_flight) finish_output();
+  }
+
+  FSA_DEVICE void attend(const WorkTile& work) {
+    uint8* const sQ = storage.query[query.stage()] + index * (kRowsPerWarpgroup * kLineBytes);
+    query_address = shared_address(sQ);
+    softmax = OnlineSoftmax();
+#pragma unroll
+    for (int32 i = 0; i < Types::kHeadDimV / 2; ++i) rO[i] = 0;
+    ptx::wait(storage.query_full[query.stage()], query.phase());
+
+    if constexpr (Types::Skip::kVotes)
+      sweep_voting(work);
+    else
+      sweep(work);
 
     Types::Epilogue::template finish<Types::kElement, Types::kBlockM, Types::kHeadDimV>(
         params, work, index * kRowsPerWarpgroup, sQ, kWarpgroupBarrier + index, rO, softmax, scale);
-    if (static_cast<int32>(threadIdx.x) % kWarpgroupThreads == 0) ptx::arrive(storage.query_empty[query.stage]);
+    if (static_cast<int32>(threadIdx.x) % kWarpgroupThreads == 0) ptx::arrive(storage.query_empty[query.stage()]);
     query.advance();
   }
 
   FSA_DEVICE void run() {
     for (;; slot.advance()) {
-      ptx::wait(storage.work_full[slot.stage], slot.phase);
-      const WorkTile& work = storage.work[slot.stage];
+      ptx::wait(storage.work_full[slot.stage()], slot.phase());
+      const WorkTile& work = storage.work[slot.stage()];
       if (work.sequence < 0) return;
       if (work.num_segments > 0)
         attend(work);
       else
         Types::Epilogue::finish_empty(params, work, index * kRowsPerWarpgroup);
       __syncwarp();
-      release(storage.work_empty[slot.stage]);
+      release(storage.work_empty[slot.stage()]);
     }
   }
 };

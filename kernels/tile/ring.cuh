@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A position in a ring of shared-memory stages.
 //
-// Consumers wait on full[stage] with `phase`, producers on empty[stage] with `phase ^ 1`, which passes at once the
+// Consumers wait on full[stage()] for phase(), producers on empty[stage()] for phase() ^ 1, which passes at once the
 // first time round.
 #pragma once
 
@@ -9,20 +9,16 @@
 
 namespace fsa::kernels {
 
+// One register: the producer has few.
 template <int32 kStages>
 struct Ring {
-  int32 stage = 0;
-  uint32 phase = 0;
+  static_assert((kStages & (kStages - 1)) == 0, "the number of stages is a power of two");
 
-  FSA_DEVICE void advance() {
-    if constexpr (kStages == 1) {
-      phase ^= 1;
-    } else {
-      const bool wraps = stage == kStages - 1;
-      stage = wraps ? 0 : stage + 1;
-      phase ^= wraps;
-    }
-  }
+  uint32 position = 0;
+
+  FSA_DEVICE int32 stage() const { return static_cast<int32>(position % kStages); }
+  FSA_DEVICE uint32 phase() const { return position / kStages & 1; }
+  FSA_DEVICE void advance() { ++position; }
 };
 
 }  // namespace fsa::kernels

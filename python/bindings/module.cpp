@@ -62,7 +62,7 @@ nb::dict to_dict(const Explanation& explanation) {
   return dict;
 }
 
-// The GIL is released around every call, so that Python threads run meanwhile.
+// The GIL is released around what may take long, so that Python threads run meanwhile.
 template <typename Function>
 decltype(auto) without_gil(Function function) {
   const nb::gil_scoped_release release;

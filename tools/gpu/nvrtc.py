@@ -33,11 +33,13 @@ class ForwardConfig:
     stages: int = 2
     left: bool = False
     right: bool = False
+    skip: str = "Never"
     defines: tuple[str, ...] = field(default=())
 
     @property
     def name(self) -> str:
         mask = {(False, False): "full", (False, True): "causal"}.get((self.left, self.right), "window")
+        mask += "" if self.skip == "Never" else "_threshold"
         extra = "".join(f"_{d}" for d in self.defines)
         return (
             f"forward_sm90_{self.element}_d{self.head_dim}x{self.head_dim_v}_{mask}"
@@ -61,6 +63,7 @@ class ForwardConfig:
 #include "policy/mask.cuh"
 #include "policy/range_tiles.cuh"
 #include "policy/schedule.cuh"
+#include "policy/skip.cuh"
 #include "policy/store_output.cuh"
 #include "sm90/forward.cuh"
 
@@ -75,6 +78,7 @@ struct Config {{
   using TileIterator = RangeTiles<Mask, {self.block_m}, {self.block_n}>;
   using Schedule = LongestFirst<{self.block_m}>;
   using Logit = Scale;
+  using Skip = {self.skip};
   using Epilogue = StoreOutput;
 }};
 }}  // namespace fsa::kernels

@@ -133,6 +133,7 @@ BackwardBuffers backward_buffers(const Problem& p, Carver& memory) {
   const std::int64_t tiles = p.num_heads * b.tiles_per_head;
   b.out_dot_grad = memory.take<float>(tiles * kSkipTileRows);
   b.lse_log2 = memory.take<float>(tiles * kSkipTileRows);
+  b.lse_log2_low = memory.take<float>(tiles * kSkipTileRows);
   b.sink_partial = memory.take<double>(p.has_sink ? tiles : 0);
   b.grad_query = memory.take<float>(b.segments * tiles * p.head_dim * kSkipTileRows);
   b.grad_alpha = memory.take<float>(p.has_gate ? b.segments * tiles * kSkipTileRows : 0);

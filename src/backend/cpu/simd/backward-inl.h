@@ -84,6 +84,7 @@ HWY_INLINE void row_statistics(const Problem& p, const Arguments& args, const Ba
   const std::int64_t slot = buffer_tile(buffers, item.head, item.tile_begin, item.tile);
   float* dots = buffers.out_dot_grad + slot * kRows;
   float* lse_log2 = buffers.lse_log2 + slot * kRows;
+  float* lse_log2_low = buffers.lse_log2_low + slot * kRows;
   const std::int64_t begin = item.tile * kRows;
   const std::int64_t rows = min_of(kRows, sequence.seqlen_q - begin);
   const RowSource out = row_source(args.out, sequence.batch, sequence.q_begin, item.head);
@@ -94,6 +95,7 @@ HWY_INLINE void row_statistics(const Problem& p, const Arguments& args, const Ba
   for (std::int64_t r = 0; r < kRows; ++r) {
     dots[r] = 0;
     lse_log2[r] = __builtin_inff();  // 2^(S - inf) = 0: rows beyond the tile contribute nothing
+    lse_log2_low[r] = 0;
     if (r >= rows) continue;
     const std::int64_t row = begin + r;
     const auto at = [&](const Operand& o) HWY_ATTR {
@@ -109,7 +111,9 @@ HWY_INLINE void row_statistics(const Problem& p, const Arguments& args, const Ba
       sum = hn::MulAdd(hn::Load(kFloat, out_row + c), hn::Load(kFloat, grad_row + c), sum);
     dots[r] = hn::GetLane(hn::SumOfLanes(kFloat, sum));
     if (args.grad_lse.present()) dots[r] -= static_cast<const float*>(args.grad_lse.data)[at(args.grad_lse)];
-    lse_log2[r] = static_cast<float>(static_cast<double>(lse) * kLog2E);
+    const double exact = static_cast<double>(lse) * kLog2E;
+    lse_log2[r] = static_cast<float>(exact);
+    if (__builtin_isfinite(lse)) lse_log2_low[r] = static_cast<float>(exact - static_cast<double>(lse_log2[r]));
     if (p.has_sink)
       sink_grad -= __builtin_exp(sink - static_cast<double>(lse)) * static_cast<double>(dots[r]);
   }
@@ -120,6 +124,7 @@ struct BackwardRowTile {
   RowTile tile;
   const float* dots;
   const float* lse_log2;
+  const float* lse_log2_low;
   float* grad_query;  // [head_dim][64] of this segment
   float* grad_alpha;  // [64] of this segment, or null
   bool touched;       // grad_query holds something
@@ -129,12 +134,12 @@ struct BackwardRowTile {
 HWY_INLINE void grad_scores_of(const BackwardRowTile& t, std::int64_t keys, const float* tanh, float* scores,
                                float* grad_scores) {
   for (std::int64_t r = 0; r < t.tile.lanes; r += kLanes) {
-    const Float lse = hn::Load(kFloat, t.lse_log2 + r);
+    const Float lse = hn::Load(kFloat, t.lse_log2 + r), lse_low = hn::Load(kFloat, t.lse_log2_low + r);
     const Float dot = hn::Load(kFloat, t.dots + r);
     for (std::int64_t j = 0; j < keys; ++j) {
       float* s = scores + j * kRows + r;
       float* g = grad_scores + j * kRows + r;
-      const Float p = exp2(hn::Sub(hn::Load(kFloat, s), lse));
+      const Float p = exp2(hn::Sub(hn::Sub(hn::Load(kFloat, s), lse), lse_low));
       Float ds = hn::Mul(p, hn::Sub(hn::Load(kFloat, g), dot));
       if (tanh != nullptr) {
         const Float th = hn::Load(kFloat, tanh + j * kRows + r);
@@ -228,6 +233,7 @@ HWY_INLINE void backward_row_tile(const Problem& p, const Arguments& args, const
       t.tile = make_row_tile(p, args, sequence, head, m);
       t.dots = buffers.out_dot_grad + slot * kRows;
       t.lse_log2 = buffers.lse_log2 + slot * kRows;
+      t.lse_log2_low = buffers.lse_log2_low + slot * kRows;
       t.grad_query = buffers.grad_query + segment_slot * p.head_dim * kRows;
       t.grad_alpha = p.has_gate ? buffers.grad_alpha + segment_slot * kRows : nullptr;
       t.touched = buffers.touched[segment_slot] != 0;

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Is a key tile worth its exponentials and P V? Decided by each warpgroup for its own 64 rows.
+#pragma once
+
+#include "policy/online_softmax.cuh"
+#include "policy/work_tile.cuh"
+
+namespace fsa::kernels {
+
+// Every tile is.
+struct Never {
+  static constexpr bool kVotes = false;
+};
+
+// A row wants a tile when its largest probability there, by what is known so far, may reach threshold / visible_len:
+// when scale max S >= scale m + log2 l + log2(threshold / visible_len). The right side is kept per row as `cut`. A row
+// that has seen no key yet wants any tile in which it sees one. The tile is kept when one row wants it.
+class ThresholdSkip {
+ public:
+  static constexpr bool kVotes = true;
+
+  // `row`: the thread's first row, from the start of the sequence.
+  FSA_DEVICE ThresholdSkip(const ForwardParams& params, const WorkTile& work, int32 row) {
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+      used_[slot] = row + 8 * slot < work.seqlen_q;
+      const int32 length = params.causal_lengths ? row + 8 * slot + work.offset() + 1 : work.seqlen_k;
+      log2_threshold_[slot] = ptx::log2_approx(min_of(params.threshold / max_of(length, 1), 1.0f));
+      cut_[slot] = -kLargestFloat;  // above the -inf of a row without a visible key, below everything else
+    }
+  }
+
+  // A NaN wants the tile: it must not be hidden.
+  FSA_DEVICE bool wants(const OnlineSoftmax::RowPair& top, float scale) const {
+    bool wants = false;
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot)
+      wants = wants || (used_[slot] && !(top.of[slot] * scale < cut_[slot]));
+    return wants;
+  }
+
+  // After a kept tile.
+  FSA_DEVICE void raise(const OnlineSoftmax& softmax, float scale) {
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+      const float sum = softmax.total(slot);
+      cut_[slot] = sum == 0 ? -kLargestFloat
+                            : softmax.row_max[slot] * scale + ptx::log2_approx(sum) + log2_threshold_[slot];
+    }
+  }
+
+  // One thread for the 64 rows from `row`; key tile `tile` was kept.
+  FSA_DEVICE static void record(const ForwardParams& params, const WorkTile& work, int32 row, int32 tile) {
+    if (params.skip_map == nullptr) return;
+    const int32 before = params.cu_seqlens_q ? work.q_begin / kRowsPerWarpgroup + work.sequence : 0;
+    atomicOr(params.skip_map + work.q_map_batch * params.skip_map_stride_batch +
+                 work.head * params.skip_map_stride_head +
+                 (before + row / kRowsPerWarpgroup) * params.skip_map_stride_tile + tile / 32,
+             1 << (tile % 32));
+  }
+
+ private:
+  static constexpr float kLargestFloat = __builtin_bit_cast(float, 0x7f7fffffu);
+
+  float cut_[kRowsPerThread];
+  float log2_threshold_[kRowsPerThread];
+  bool used_[kRowsPerThread];
+};
+
+}  // namespace fsa::kernels
