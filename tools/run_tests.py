@@ -87,7 +87,10 @@ def ctest(preset: str, **environment: str) -> Totals:
         return Totals(failed=1)
     report = BUILD / preset / "ctest.xml"
     report.unlink(missing_ok=True)
-    ok = run("ctest", "--preset", preset, "--quiet", "--output-junit", report, **environment)
+    jobs = str(os.cpu_count() or 1)
+    ok = run(
+        "ctest", "--preset", preset, "--parallel", jobs, "--quiet", "--output-junit", report, **environment
+    )
     return read_junit(report, ok)
 
 
@@ -96,9 +99,10 @@ def cpp() -> Totals:
 
 
 def sanitizers() -> Totals:
+    # detect_stack_use_after_return would misalign AVX-512 variables: GCC bug 110027.
     return ctest(
         "asan",
-        ASAN_OPTIONS="detect_stack_use_after_return=1:strict_string_checks=1",
+        ASAN_OPTIONS="detect_stack_use_after_return=0:strict_string_checks=1",
         UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
     )
 

@@ -16,7 +16,7 @@ struct StoreOutput {
   FSA_DEVICE static void finish(const ForwardParams& params, const WorkTile& work, int32 row_begin, uint8* shared,
                                 int32 barrier, float (&rO)[kColumns / 2], OnlineSoftmax& softmax, float scale) {
     using Tile = SwizzledTile<kTileRows, kColumns>;
-    const int32 thread = static_cast<int32>(threadIdx.x) % kWarpgroupThreads;
+    const int32 thread = warpgroup_thread();
     softmax.finish();
     write_lse(params, work, row_begin, thread, softmax, scale);
     normalise(work, row_begin, thread, rO, softmax);
@@ -62,7 +62,7 @@ struct StoreOutput {
 
   // A tile in which no row sees a key: out 0, lse -inf.
   FSA_DEVICE static void finish_empty(const ForwardParams& params, const WorkTile& work, int32 row_begin) {
-    const int32 thread = static_cast<int32>(threadIdx.x) % kWarpgroupThreads;
+    const int32 thread = warpgroup_thread();
     const int32 rows = min_of(work.rows - (work.m_begin + row_begin), kRowsPerWarpgroup);
     const int32 units = params.head_dim_v / 8;
     for (int32 item = thread; item < rows * units; item += kWarpgroupThreads)

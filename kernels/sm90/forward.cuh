@@ -58,8 +58,8 @@ struct ForwardTypes {
   using ValueTile = SwizzledTile<kBlockN, kHeadDimV>;
 
   // 64 K registers: a launch gives each of the warpgroups the same share, setmaxnreg moves it to the consumers.
-  static constexpr int32 kConsumerRegisters = kNumConsumers == 2 ? 232 : 160;
-  static constexpr int32 kProducerRegisters = kNumConsumers == 2 ? 40 : 32;
+  static constexpr int32 kConsumerRegisters = kNumConsumers == 2 ? 240 : 160;
+  static constexpr int32 kProducerRegisters = kNumConsumers == 2 ? 24 : 32;
 
   static_assert(kNumConsumers == 2 || kNumConsumers == 3, "block_m is 128 or 192: two or three consumer warpgroups");
   static_assert(kHeadDimV <= kHeadDim, "the output is staged in the query's shared memory");
@@ -182,7 +182,7 @@ struct Consumer {
       : params(params_),
         storage(storage_),
         index(index_),
-        row(index_ * kRowsPerWarpgroup + fragment_row(static_cast<int32>(threadIdx.x) % kWarpgroupThreads, 0)),
+        row(index_ * kRowsPerWarpgroup + fragment_row(warpgroup_thread(), 0)),
         scale(Types::Logit::exponent_scale(params_)) {}
 
   // Warps arrive one by one: each knows only its own share of a multiply to be complete.
@@ -230,7 +230,7 @@ struct Consumer {
     if (used >= Types::kBlockN) return;
     ptx::wait(storage.value_full[value.stage()], value.phase());
     constexpr int32 kUnits = Types::kHeadDimV * kElementBytes / kUnitBytes;
-    for (int32 item = static_cast<int32>(threadIdx.x) % kWarpgroupThreads; item < (Types::kBlockN - used) * kUnits;
+    for (int32 item = warpgroup_thread(); item < (Types::kBlockN - used) * kUnits;
          item += kWarpgroupThreads)
       *reinterpret_cast<uint4*>(storage.value[value.stage()] +
                                 Types::ValueTile::unit_offset(used + item / kUnits, item % kUnits)) =
@@ -333,7 +333,7 @@ struct Consumer {
       pack_probabilities();
       if (softmax.grown) softmax.rescale(rO);
       skip.raise(softmax, scale);
-      if (static_cast<int32>(threadIdx.x) % kWarpgroupThreads == 0)
+      if (warpgroup_thread() == 0)
         Types::Skip::record(params, work, work.m_begin + row, tile);
       in_flight = true;
       if (more) {
@@ -411,7 +411,7 @@ struct Consumer {
 
     Types::Epilogue::template finish<Types::kElement, Types::kBlockM, Types::kHeadDimV>(
         params, work, index * kRowsPerWarpgroup, sQ, kWarpgroupBarrier + index, rO, softmax, scale);
-    if (static_cast<int32>(threadIdx.x) % kWarpgroupThreads == 0) ptx::arrive(storage.query_empty[query.stage()]);
+    if (warpgroup_thread() == 0) ptx::arrive(storage.query_empty[query.stage()]);
     query.advance();
   }
 

@@ -35,14 +35,17 @@ TILES = {
     (256, "128x80"): (1, 2),
 }
 DEFAULT_TILE = {64: "192x128", 128: "128x128", 256: "128x80"}
+THRESHOLD_TILE = {64: "128x128", 128: "128x128", 256: "128x64"}
 
 
-def config_for(head_dim: int, tile: str, element: str, left: bool, right: bool) -> ForwardConfig:
+def config_for(
+    head_dim: int, tile: str, element: str, left: bool, right: bool, skip: str = "Never"
+) -> ForwardConfig:
     block_m, block_n = map(int, tile.split("x"))
     query_stages, stages = TILES[head_dim, tile]
     return ForwardConfig(
         element=element, head_dim=head_dim, head_dim_v=head_dim, block_m=block_m, block_n=block_n,
-        query_stages=query_stages, stages=stages, left=left, right=right,
+        query_stages=query_stages, stages=stages, left=left, right=right, skip=skip,
     )  # fmt: skip
 
 
@@ -112,6 +115,9 @@ class Problem:
     seqused_k: object = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    threshold: float = 0
+    causal_lengths: bool = False
+    skip_map: object = None  # int32 [batch, heads, row tiles, words], or packed [heads, row tiles, words]
 
 
 class Kernel:
@@ -144,12 +150,16 @@ class Kernel:
 
         out_stride = (0, *out.stride()[:2]) if packed_q else out.stride()[:3]
         lse_stride = (0, lse.stride(0)) if packed_q else lse.stride()[:2]
+        map_stride = (0, 0, 0)
+        if p.skip_map is not None:
+            map_stride = (0, *p.skip_map.stride()[:2]) if packed_q else p.skip_map.stride()[:3]
         body = struct.pack(
-            "<QqqqQqqQQQQQ8iif", pointer(out), *out_stride, pointer(lse), *lse_stride,
+            "<QqqqQqqQQQQQ8iiffiQqqq", pointer(out), *out_stride, pointer(lse), *lse_stride,
             pointer(p.cu_seqlens_q), pointer(p.cu_seqlens_k), pointer(p.seqused_q), pointer(p.seqused_k),
             pointer(self.counter), batch, heads, heads // kv_heads, p.v.shape[-1], max_q, max_k,
             OPEN_WINDOW if p.window_left < 0 else p.window_left,
             OPEN_WINDOW if p.window_right < 0 else p.window_right, heads_per_wave, LOG2E / math.sqrt(head_dim),
+            p.threshold, p.causal_lengths, pointer(p.skip_map), *map_stride,
         )  # fmt: skip
         params = (maps + body).ljust(704, b"\0")
         storage = ctypes.create_string_buffer(704 + 64)
@@ -335,6 +345,159 @@ def check(args: argparse.Namespace) -> bool:
     return good
 
 
+def topics(batch: int, seqlen: int, heads: int, kv_heads: int, head_dim: int, dtype):
+    """q, k, v whose 256-token segments draw one of ten directions: about a tenth of the tiles matters."""
+    import torch
+
+    directions = torch.nn.functional.normalize(torch.randn(10, head_dim, device="cuda"), dim=-1)
+    segment = torch.randint(10, (batch, -(-seqlen // 256)), device="cuda").repeat_interleave(256, 1)[:, :seqlen]
+    base = math.sqrt(14 * math.sqrt(head_dim)) * directions[segment][:, :, None]
+
+    def noisy(count: int):
+        return (base + 0.3 * torch.randn(batch, seqlen, count, head_dim, device="cuda")).to(dtype)
+
+    return noisy(heads), noisy(kv_heads), torch.randn(batch, seqlen, kv_heads, head_dim, device="cuda").to(dtype)
+
+
+def kept_tiles(p: Problem, b: int, head: int, row_tile: int, tiles: int) -> list[bool]:
+    """Which key tiles the kernel kept."""
+    first = 0 if p.cu_seqlens_q is None else int(p.cu_seqlens_q[b]) // 64 + b
+    words = p.skip_map[head, first + row_tile] if p.q.dim() == 3 else p.skip_map[b, head, row_tile]
+    words = [int(w) & 0xFFFFFFFF for w in words]
+    return [bool(words[t // 32] >> (t % 32) & 1) for t in range(tiles)]
+
+
+def judge_threshold(p: Problem, out, lse, block_n: int) -> tuple[float, float, float, str]:
+    """Replays the kernel's own decisions in float64: error ratio, lse error, kept share, what is wrong."""
+    import torch
+
+    group = p.q.shape[-2] // p.k.shape[-2]
+    worst = worst_lse = 0.0
+    wrong, kept_count, visible_count = "", 0, 0
+    for b, (q0, _), (k0, _), used_q, used_k in sequences(p):
+        for head, row_tile in itertools.product(range(p.q.shape[-2]), range(-(-used_q // 64))):
+            begin, end = 64 * row_tile, min(64 * row_tile + 64, used_q)
+            q = take(p.q, b, q0, used_q)[begin:end, head].double()
+            k = take(p.k, b, k0, used_k)[:, head // group].double()
+            v = take(p.v, b, k0, used_k)[:, head // group].double()
+            logits = q @ k.T / math.sqrt(q.shape[-1])
+            i = torch.arange(begin, end, device="cuda")[:, None] + used_k - used_q
+            hidden = (torch.arange(used_k, device="cuda")[None] > i) & (p.window_right == 0)
+            logits = logits.masked_fill(hidden, -math.inf)
+            length = i[:, 0] + 1 if p.causal_lengths else torch.full_like(i[:, 0], used_k)
+            cut = (p.threshold / length.clamp(min=1)).clamp(0, 1).log2()
+            total = torch.full((end - begin,), -math.inf, dtype=torch.float64, device="cuda")
+            tiles = -(-used_k // block_n)
+            kept = kept_tiles(p, b, head, row_tile, tiles)
+            keep_column = torch.zeros(used_k, dtype=torch.bool, device="cuda")
+            for tile in reversed(range(tiles)):
+                part = logits[:, tile * block_n : (tile + 1) * block_n]
+                top = part.amax(1)
+                sees = ~top.isneginf()
+                # How far above its cut the tile lies, in log2 units; a row's first keys always count.
+                margin = torch.where(total.isneginf(), math.inf, (top - total) * LOG2E - cut)[sees]
+                highest = margin.max().item() if margin.numel() else -math.inf
+                visible_count += bool(sees.any())
+                kept_count += kept[tile]
+                if highest > 1e-2 and not kept[tile] or highest < -1e-2 and kept[tile]:
+                    wrong = wrong or f"tile {tile} of row tile {row_tile}: margin {highest:.3g}, kept {kept[tile]}"
+                if kept[tile]:
+                    keep_column[tile * block_n : (tile + 1) * block_n] = True
+                    total = torch.logaddexp(total, torch.logsumexp(part, 1))
+            chosen = logits.masked_fill(~keep_column[None], -math.inf)
+            exact = torch.exp(chosen - total[:, None]).nan_to_num(0) @ v
+            low = (q.to(p.q.dtype) / math.sqrt(q.shape[-1])) @ k.to(p.q.dtype).T
+            low = low.float().masked_fill(hidden | ~keep_column[None], -math.inf)
+            naive = torch.softmax(low, -1).nan_to_num(0).to(p.q.dtype) @ v.to(p.q.dtype)
+            got = take(out, b, q0, used_q)[begin:end, head].double()
+            got_lse = (lse[head, q0 + begin : q0 + end] if p.q.dim() == 3 else lse[b, head, begin:end]).double()
+            allowed = max((naive.double() - exact).abs().max().item(), 1e-3)
+            error = (got - exact).abs().max().item()
+            worst = max(worst, error / allowed if error == error else math.inf)
+            difference = (got_lse - total).masked_fill(total.isneginf() & got_lse.isneginf(), 0).abs().max().item()
+            worst_lse = max(worst_lse, difference if difference == difference else math.inf)
+    if not worst <= 2 or not worst_lse <= 2e-4:
+        wrong = wrong or f"error ratio {worst:.3g}, lse {worst_lse:.2g}"
+    return worst, worst_lse, kept_count / max(visible_count, 1), wrong
+
+
+def new_skip_map(p: Problem, block_n: int):
+    import torch
+
+    packed = p.cu_seqlens_q is not None
+    batch = p.cu_seqlens_q.shape[0] - 1 if packed else p.q.shape[0]
+    row_tiles = p.q.shape[0] // 64 + batch if packed else -(-p.q.shape[1] // 64)
+    words = -(-(-(-(p.max_seqlen_k if packed else p.k.shape[1]) // block_n)) // 32)
+    shape = (p.q.shape[-2], row_tiles, words) if packed else (batch, p.q.shape[-2], row_tiles, words)
+    return torch.zeros(shape, dtype=torch.int32, device="cuda")
+
+
+def check_threshold(args: argparse.Namespace) -> bool:
+    """The vote, its skip map, and the output given the map."""
+    import torch
+
+    masks = {"full": (False, False), "causal": (False, True)}
+    configs = {
+        (d, name): with_checks(config_for(d, THRESHOLD_TILE[d], "bf16", *mask, skip="ThresholdSkip"))
+        for d in args.head_dim for name, mask in masks.items()
+    }  # fmt: skip
+    cubins = compile_all(list(configs.values()), args.jobs)
+    driver, good = Driver(), True
+    torch.zeros(1, device="cuda")
+    for (d, name), config in configs.items():
+        kernel = Kernel(driver, config, cubins[config])
+        causal = {"window_right": 0, "causal_lengths": True} if name == "causal" else {}
+        torch.manual_seed(0)
+        packed = topics(1, 1700, 2, 1, d, torch.bfloat16)
+        cu = torch.tensor([0, 700, 700, 1030, 1700], dtype=torch.int32, device="cuda")
+        cases = [
+            ("topics", Problem(*topics(1, 1500, 4, 2, d, torch.bfloat16), threshold=1.0, **causal)),
+            ("nothing skipped", Problem(*topics(1, 700, 2, 2, d, torch.bfloat16), threshold=1e-30, **causal)),
+            ("packed", Problem(*(x[0] for x in packed), threshold=0.5, cu_seqlens_q=cu, cu_seqlens_k=cu,
+                               max_seqlen_q=700, max_seqlen_k=700, **causal)),
+        ]  # fmt: skip
+        for case, p in cases:
+            p.skip_map = new_skip_map(p, config.block_n)
+            out, lse = kernel.run(p)
+            ratio, lse_error, kept, wrong = judge_threshold(p, out, lse, config.block_n)
+            good = good and not wrong
+            print(f"threshold d{d} {name} {case}: kept {kept:.3f}, error ratio {ratio:.2f}, lse {lse_error:.1e} {wrong}")
+    return good
+
+
+def bench_threshold(args: argparse.Namespace) -> bool:
+    """Causal, 16 query and 8 key-value heads, topic inputs: dense, the vote's price, and what skipping gains."""
+    import torch
+
+    configs = {}
+    for d in args.head_dim:
+        configs[d, "Never"] = config_for(d, DEFAULT_TILE[d], "bf16", False, True)
+        configs[d, "ThresholdSkip"] = config_for(d, THRESHOLD_TILE[d], "bf16", False, True, skip="ThresholdSkip")
+    cubins = compile_all(list(configs.values()), args.jobs)
+    driver = Driver()
+    torch.zeros(1, device="cuda")
+    kernels = {key: Kernel(driver, config, cubins[config]) for key, config in configs.items()}
+    for d, seqlen in itertools.product(args.head_dim, args.seqlen):
+        torch.manual_seed(0)
+        q, k, v = topics(1, seqlen, 16, 8, d, torch.bfloat16)
+        out, lse = torch.empty_like(q), torch.empty(1, 16, seqlen, device="cuda")
+        dense = Problem(q, k, v, window_right=0)
+        one = replace(dense, threshold=1.0, causal_lengths=True)
+        with_map = replace(one, skip_map=new_skip_map(one, kernels[d, "ThresholdSkip"].config.block_n))
+        vote = kernels[d, "ThresholdSkip"]
+        times = interleaved_ms(
+            [kernels[d, "Never"].prepare(dense, out, lse), vote.prepare(replace(one, threshold=1e-30), out, lse),
+             vote.prepare(one, out, lse), vote.prepare(with_map, out, lse)], args.samples,
+        )  # fmt: skip
+        tiles = vote.config.block_n
+        visible = sum(-(-64 * (t + 1) // tiles) for t in range(-(-seqlen // 64))) * 16
+        kept = sum(bin(int(w) & 0xFFFFFFFF).count("1") for w in with_map.skip_map.flatten().tolist()) / visible
+        print(f"d{d} {seqlen}: dense {times[0]:.3f} ms, vote without skipping {times[1]:.3f} ({times[1] / times[0]:.3f}), "
+              f"threshold 1 {times[2]:.3f} ms ({times[0] / times[2]:.2f} x dense, kept {kept:.3f}), "
+              f"with map {times[3]:.3f}", flush=True)  # fmt: skip
+    return True
+
+
 def interleaved_ms(functions: list, samples: int) -> list[float]:
     """Median milliseconds of each function, taken in turn so that all see the same clocks."""
     import torch
@@ -399,13 +562,18 @@ def bench(args: argparse.Namespace) -> bool:
 def compile_only(args: argparse.Namespace) -> bool:
     chosen = [(d, t) for d in args.head_dim for t in (args.kernel or [DEFAULT_TILE[d]]) if (d, t) in TILES]
     masks = [(False, False), (False, True), (True, True)]
-    compile_all([config_for(d, t, e, *m) for d, t in chosen for e in args.element for m in masks], args.jobs)
+    dense = [config_for(d, t, e, *m) for d, t in chosen for e in args.element for m in masks]
+    threshold = [
+        config_for(d, THRESHOLD_TILE[d], e, *m, skip="ThresholdSkip")
+        for d in args.head_dim for e in args.element for m in masks
+    ]  # fmt: skip
+    compile_all(dense + threshold, args.jobs)
     return True
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["compile", "check", "bench"])
+    parser.add_argument("action", choices=["compile", "check", "bench", "check-threshold", "bench-threshold"])
     parser.add_argument("--head-dim", type=int, nargs="*", default=[64, 128, 256])
     parser.add_argument("--kernel", nargs="*", help="tiles block_m x block_n; default: the shipped one of each head_dim")
     parser.add_argument("--element", nargs="*", default=["bf16"], choices=["bf16", "fp16"])
@@ -413,7 +581,11 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
-    return 0 if {"compile": compile_only, "check": check, "bench": bench}[args.action](args) else 1
+    actions = {
+        "compile": compile_only, "check": check, "bench": bench,
+        "check-threshold": check_threshold, "bench-threshold": bench_threshold,
+    }  # fmt: skip
+    return 0 if actions[args.action](args) else 1
 
 
 if __name__ == "__main__":
