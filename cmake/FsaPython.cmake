@@ -10,7 +10,7 @@ endif()
 find_package(nanobind CONFIG REQUIRED)
 
 file(GLOB fsa_binding_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/python/bindings/*.cpp)
-nanobind_add_module(_C STABLE_ABI NB_STATIC NB_SUPPRESS_WARNINGS ${fsa_binding_sources})
+nanobind_add_module(_C NOMINSIZE STABLE_ABI NB_STATIC NB_SUPPRESS_WARNINGS ${fsa_binding_sources})
 target_compile_features(_C PRIVATE cxx_std_20)
 target_compile_options(_C PRIVATE -Wall -Wextra $<$<BOOL:${FSA_WERROR}>:-Werror>)
 target_include_directories(_C PRIVATE ${PROJECT_SOURCE_DIR}/python/bindings ${PROJECT_SOURCE_DIR}/third_party)

@@ -91,7 +91,14 @@ def ctest(preset: str, **environment: str) -> Totals:
     ok = run(
         "ctest", "--preset", preset, "--parallel", jobs, "--quiet", "--output-junit", report, **environment
     )
+    print_failures(report)
     return read_junit(report, ok)
+
+
+def print_failures(report: Path) -> None:
+    for case in ET.parse(report).getroot().iter("testcase") if report.exists() else ():
+        if case.find("failure") is not None:
+            print(f"-- {case.get('name')}\n{case.findtext('system-out', '')}")
 
 
 def cpp() -> Totals:

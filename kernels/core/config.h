@@ -24,7 +24,8 @@ struct ForwardTile {
   int32 block_m;       // query rows, 64 per consumer warpgroup
   int32 block_n;       // keys, multiple of 16
   int32 query_stages;  // 2: the next query tile loads under the current one
-  int32 stages;        // of key and value each
+  int32 key_stages;
+  int32 value_stages;  // with a vote: divided among the consumer warpgroups
 };
 
 constexpr int32 round_up(int32 value, int32 multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -37,9 +38,9 @@ inline constexpr int32 kWorkTileBytes = 144;
 
 // Dynamic shared memory of the forward kernel; the kernel asserts that its SharedStorage has this size.
 constexpr int32 forward_shared_bytes(const ForwardTile& t) {
-  const int32 tiles =
-      t.query_stages * forward_query_bytes(t) + t.stages * (forward_key_bytes(t) + forward_value_bytes(t));
-  const int32 barriers = 8 * (2 * t.query_stages + 4 * t.stages + 2 * kWorkSlots);
+  const int32 tiles = t.query_stages * forward_query_bytes(t) + t.key_stages * forward_key_bytes(t) +
+                      t.value_stages * forward_value_bytes(t);
+  const int32 barriers = 8 * 2 * (t.query_stages + t.key_stages + t.value_stages + kWorkSlots);
   return round_up(tiles + kWorkSlots * kWorkTileBytes + barriers, kSharedAlignment);
 }
 

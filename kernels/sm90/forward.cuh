@@ -40,30 +40,35 @@ struct ForwardTypes {
   static constexpr int32 kHeadDimV = kTile.head_dim_v;
   static constexpr int32 kBlockM = kTile.block_m;
   static constexpr int32 kBlockN = kTile.block_n;
-  static constexpr int32 kStages = kTile.stages;
+  static constexpr int32 kKeyStages = kTile.key_stages;
+  static constexpr int32 kValueStages = kTile.value_stages;
   static constexpr int32 kQueryStages = kTile.query_stages;
   static constexpr int32 kNumConsumers = kBlockM / kRowsPerWarpgroup;
   static constexpr int32 kConsumerThreads = kNumConsumers * kWarpgroupThreads;
   static constexpr int32 kConsumerWarps = kConsumerThreads / kWarpThreads;
+
+  using Skip = typename Config::Skip;
+  // Without a vote, all consumers share each V stage. With one, they want different tiles: each has stages of its own.
+  static constexpr int32 kConsumerValueStages = Skip::kVotes ? kValueStages / kNumConsumers : kValueStages;
 
   using Source = typename Config::KvSource;
   using Mask = typename Config::Mask;
   using Tiles = typename Config::TileIterator;
   using Schedule = typename Config::Schedule;
   using Logit = typename Config::Logit;
-  using Skip = typename Config::Skip;
   using Epilogue = typename Config::Epilogue;
   using QueryTile = SwizzledTile<kBlockM, kHeadDim>;
   using KeyTile = SwizzledTile<kBlockN, kHeadDim>;
   using ValueTile = SwizzledTile<kBlockN, kHeadDimV>;
 
   // 64 K registers: a launch gives each of the warpgroups the same share, setmaxnreg moves it to the consumers.
-  static constexpr int32 kConsumerRegisters = kNumConsumers == 2 ? 240 : 160;
-  static constexpr int32 kProducerRegisters = kNumConsumers == 2 ? 24 : 32;
+  static constexpr int32 kConsumerRegisters = kNumConsumers == 2 ? 232 : 160;
+  static constexpr int32 kProducerRegisters = kNumConsumers == 2 ? 40 : 32;
 
   static_assert(kNumConsumers == 2 || kNumConsumers == 3, "block_m is 128 or 192: two or three consumer warpgroups");
   static_assert(kHeadDimV <= kHeadDim, "the output is staged in the query's shared memory");
   static_assert(kBlockN % 16 == 0, "P V takes 16 keys at a time");
+  static_assert(!Skip::kVotes || kConsumerValueStages == 2, "V of a kept tile loads beside P V of the one before");
   static_assert(!Skip::kVotes || kBlockN == skip_tile_keys(kHeadDim), "one vote decides one skip tile");
   static_assert(kBlockN <= 256, "a TMA box has at most 256 rows");
   static_assert(KeyTile::kBytes % kSharedAlignment == 0 && ValueTile::kBytes % kSharedAlignment == 0,
@@ -73,15 +78,15 @@ struct ForwardTypes {
 template <class Types>
 struct alignas(kSharedAlignment) ForwardStorage {
   uint8 query[Types::kQueryStages][Types::QueryTile::kBytes];
-  uint8 key[Types::kStages][Types::KeyTile::kBytes];
-  uint8 value[Types::kStages][Types::ValueTile::kBytes];
+  uint8 key[Types::kKeyStages][Types::KeyTile::kBytes];
+  uint8 value[Types::kValueStages][Types::ValueTile::kBytes];
   WorkTile work[kWorkSlots];
   ptx::Mbarrier query_full[Types::kQueryStages];
   ptx::Mbarrier query_empty[Types::kQueryStages];
-  ptx::Mbarrier key_full[Types::kStages];
-  ptx::Mbarrier key_empty[Types::kStages];
-  ptx::Mbarrier value_full[Types::kStages];
-  ptx::Mbarrier value_empty[Types::kStages];
+  ptx::Mbarrier key_full[Types::kKeyStages];
+  ptx::Mbarrier key_empty[Types::kKeyStages];
+  ptx::Mbarrier value_full[Types::kValueStages];
+  ptx::Mbarrier value_empty[Types::kValueStages];
   ptx::Mbarrier work_full[kWorkSlots];
   ptx::Mbarrier work_empty[kWorkSlots];
 };
@@ -95,9 +100,11 @@ FSA_DEVICE void init_barriers(ForwardStorage<Types>& storage) {
     ptx::init(storage.query_full[i], 1);
     ptx::init(storage.query_empty[i], Types::kNumConsumers);
   }
-  for (int32 i = 0; i < Types::kStages; ++i) {
+  for (int32 i = 0; i < Types::kKeyStages; ++i) {
     ptx::init(storage.key_full[i], 1);
     ptx::init(storage.key_empty[i], Types::kConsumerWarps);
+  }
+  for (int32 i = 0; i < Types::kValueStages; ++i) {
     ptx::init(storage.value_full[i], 1);
     ptx::init(storage.value_empty[i], Types::kConsumerWarps);
   }
@@ -115,9 +122,11 @@ FSA_DEVICE void produce(const ForwardParams& params, ForwardStorage<Types>& stor
   typename Types::Schedule schedule(params);
   Ring<kWorkSlots> slot;
   Ring<Types::kQueryStages> query;
-  Ring<Types::kStages> key, value;
+  Ring<Types::kKeyStages> key;
+  Ring<Types::kValueStages> value;
 
   const auto load_value = [&](const WorkTile& work, int32 tile) {
+    if constexpr (Types::Skip::kVotes) return;  // the consumers fetch what they want
     ptx::wait(storage.value_empty[value.stage()], value.phase() ^ 1);
     Source::template load_value<Types::kBlockN, Types::kHeadDimV>(params, work, tile, storage.value[value.stage()],
                                                                   storage.value_full[value.stage()]);
@@ -171,7 +180,8 @@ struct Consumer {
 
   Ring<kWorkSlots> slot;
   Ring<Types::kQueryStages> query;
-  Ring<Types::kStages> key, value;
+  Ring<Types::kKeyStages> key;
+  Ring<Types::kConsumerValueStages> value;
 
   float rS[Types::kBlockN / 2];
   float rO[Types::kHeadDimV / 2];
@@ -188,6 +198,10 @@ struct Consumer {
   // Warps arrive one by one: each knows only its own share of a multiply to be complete.
   FSA_DEVICE static void release(ptx::Mbarrier& empty) {
     if (lane_id() == 0) ptx::arrive(empty);
+  }
+
+  FSA_DEVICE int32 value_stage() const {
+    return Types::Skip::kVotes ? index * Types::kConsumerValueStages + value.stage() : value.stage();
   }
 
   // S = Q K^T
@@ -209,7 +223,7 @@ struct Consumer {
   FSA_DEVICE void issue_output() {
     using ValueTile = typename Types::ValueTile;
     ptx::wgmma_fence();
-    const uint64 b = ValueTile::inner_rows(shared_address(storage.value[value.stage()]));
+    const uint64 b = ValueTile::inner_rows(shared_address(storage.value[value_stage()]));
 #pragma unroll
     for (int32 step = 0; step < Types::kBlockN / 16; ++step)
       ptx::multiply_registers<Types::kElement, Types::kHeadDimV>(
@@ -228,11 +242,11 @@ struct Consumer {
   FSA_DEVICE void clear_unused_values(const WorkTile& work, int32 tile) {
     const int32 used = work.seqlen_k - tile * Types::kBlockN;
     if (used >= Types::kBlockN) return;
-    ptx::wait(storage.value_full[value.stage()], value.phase());
+    ptx::wait(storage.value_full[value_stage()], value.phase());
     constexpr int32 kUnits = Types::kHeadDimV * kElementBytes / kUnitBytes;
     for (int32 item = warpgroup_thread(); item < (Types::kBlockN - used) * kUnits;
          item += kWarpgroupThreads)
-      *reinterpret_cast<uint4*>(storage.value[value.stage()] +
+      *reinterpret_cast<uint4*>(storage.value[value_stage()] +
                                 Types::ValueTile::unit_offset(used + item / kUnits, item % kUnits)) =
           make_uint4(0, 0, 0, 0);
     ptx::fence_shared_for_async();
@@ -259,7 +273,7 @@ struct Consumer {
   FSA_DEVICE void step(const WorkTile& work, int32 tile) {
     ptx::wait(storage.key_full[key.stage()], key.phase());
     issue_scores();
-    ptx::wait(storage.value_full[value.stage()], value.phase());
+    ptx::wait(storage.value_full[value_stage()], value.phase());
     issue_output();
     ptx::wgmma_wait<1>();
     ptx::settle(rS);
@@ -281,22 +295,17 @@ struct Consumer {
     ptx::wgmma_wait<0>();
     ptx::settle(rO);
     ptx::settle(rP);
-    release(storage.value_empty[value.stage()]);
+    release(storage.value_empty[value_stage()]);
     value.advance();
     pack_probabilities();
   }
 
   FSA_DEVICE void last_output() {
-    ptx::wait(storage.value_full[value.stage()], value.phase());
+    ptx::wait(storage.value_full[value_stage()], value.phase());
     issue_output();
     ptx::wgmma_wait<0>();
     ptx::settle(rO);
-    release(storage.value_empty[value.stage()]);
-    value.advance();
-  }
-
-  FSA_DEVICE void finish_output() {
-    release(storage.value_empty[value.stage()]);
+    release(storage.value_empty[value_stage()]);
     value.advance();
   }
 
@@ -315,58 +324,72 @@ struct Consumer {
     last_output();
   }
 
-  // Tiles are voted on. At the start S of this tile is complete, and P V of the one before is in flight if that was
-  // kept. The two outcomes are two whole arms, each issuing its own next multiplies: a branch around P V alone, with S
-  // in flight, would make ptxas serialise every multiply of the kernel.
+  // Tiles are voted on. At the start S of this tile is complete, and P V of an earlier one may be in flight. The two
+  // outcomes are two whole arms, each issuing its own next multiplies: a branch around P V alone, with S in flight,
+  // would make ptxas serialise every multiply of the kernel.
+  //
+  // V is fetched once it is wanted, by the warpgroup that wants it, into stages that nobody else touches: its own
+  // multiplies are all there is to wait for, and a skipped V costs no bandwidth. After a kept tile the next one is
+  // likely to be kept too, and its V is fetched ahead of the vote.
   template <bool kMasked>
-  FSA_DEVICE void vote_step(const WorkTile& work, typename Types::Skip& skip, int32 tile, bool more, bool& in_flight) {
+  FSA_DEVICE void vote_step(const WorkTile& work, typename Types::Skip& skip, int32 tile, int32 next, bool& fetched) {
     Types::Logit::apply(params, work, rS);
     if constexpr (kMasked) Types::Mask::apply(params, work, rS, work.m_begin + row, tile * Types::kBlockN);
     const auto top = OnlineSoftmax::row_maximum(rS, [](float a, float b) { return ptx::max_nan(a, b); });
     if (ptx::barrier_any(kWarpgroupBarrier + index, kWarpgroupThreads, skip.wants(top, scale))) {
+      // Every warp has completed the P V before the last, which read this stage.
+      if (!fetched) fetch_value(work, tile);
+      if (warpgroup_thread() == 0) Types::Skip::record(params, work, work.m_begin + row, tile);
       softmax.update(rS, top, scale);
       ptx::settle(rS);
       ptx::wgmma_wait<0>();
       ptx::settle(rO);
       ptx::settle(rP);
-      if (in_flight) finish_output();
       pack_probabilities();
       if (softmax.grown) softmax.rescale(rO);
-      skip.raise(softmax, scale);
-      if (warpgroup_thread() == 0)
-        Types::Skip::record(params, work, work.m_begin + row, tile);
-      in_flight = true;
-      if (more) {
+      if constexpr (kMasked) clear_unused_values(work, tile);
+      fetched = next >= 0;
+      if (fetched) {
+        ptx::barrier_sync(kWarpgroupBarrier + index, kWarpgroupThreads);  // P V of all warps is complete
+        value.advance();
+        fetch_value(work, next);
+        --value.position;
         ptx::wait(storage.key_full[key.stage()], key.phase());
         issue_scores();
-        ptx::wait(storage.value_full[value.stage()], value.phase());
+        ptx::wait(storage.value_full[value_stage()], value.phase());
         issue_output();
+        skip.raise(softmax, scale);
         ptx::wgmma_wait<1>();
         ptx::settle(rS);
         release(storage.key_empty[key.stage()]);
         key.advance();
       } else {
-        ptx::wait(storage.value_full[value.stage()], value.phase());
+        ptx::wait(storage.value_full[value_stage()], value.phase());
         issue_output();
       }
+      value.advance();
     } else {
-      if (more) {
-        ptx::wait(storage.key_full[key.stage()], key.phase());
-        issue_scores();
-        ptx::wgmma_wait<0>();
-        ptx::settle(rS);
-        release(storage.key_empty[key.stage()]);
-        key.advance();
+      if (fetched) {  // in vain; the stage is free once the load has landed
+        ptx::wait(storage.value_full[value_stage()], value.phase());
+        value.advance();
+        fetched = false;
       }
+      if (next < 0) return;
+      ptx::wait(storage.key_full[key.stage()], key.phase());
+      issue_scores();
       ptx::wgmma_wait<0>();
+      ptx::settle(rS);
       ptx::settle(rO);
       ptx::settle(rP);
-      if (in_flight) finish_output();
-      in_flight = false;
-      // A stage may be given back only once its load has landed, wanted or not.
-      ptx::wait(storage.value_full[value.stage()], value.phase());
-      finish_output();
+      release(storage.key_empty[key.stage()]);
+      key.advance();
     }
+  }
+
+  FSA_DEVICE void fetch_value(const WorkTile& work, int32 tile) {
+    if (warpgroup_thread() == 0)
+      Types::Source::template load_value<Types::kBlockN, Types::kHeadDimV>(
+          params, work, tile, storage.value[value_stage()], storage.value_full[value_stage()]);
   }
 
   FSA_DEVICE void sweep_voting(const WorkTile& work) {
@@ -377,23 +400,22 @@ struct Consumer {
     ptx::settle(rS);
     release(storage.key_empty[key.stage()]);
     key.advance();
-    clear_unused_values(work, work.segments[0].first);
 
-    bool in_flight = false;
+    bool fetched = false;
     for (int32 s = 0; s < work.num_segments; ++s) {
       const Segment segment = work.segments[s];
       const int32 last = segment.first - segment.count + 1;
-      const bool more = s + 1 < work.num_segments;
-      if (segment.masked)
-        for (int32 tile = segment.first; tile >= last; --tile)
-          vote_step<true>(work, skip, tile, more || tile > last, in_flight);
-      else
-        for (int32 tile = segment.first; tile >= last; --tile)
-          vote_step<false>(work, skip, tile, more || tile > last, in_flight);
+      const int32 beyond = s + 1 < work.num_segments ? work.segments[s + 1].first : -1;
+      for (int32 tile = segment.first; tile >= last; --tile) {
+        const int32 next = tile > last ? tile - 1 : beyond;
+        if (segment.masked)
+          vote_step<true>(work, skip, tile, next, fetched);
+        else
+          vote_step<false>(work, skip, tile, next, fetched);
+      }
     }
     ptx::wgmma_wait<0>();
     ptx::settle(rO);
-    if (in_flight) finish_output();
   }
 
   FSA_DEVICE void attend(const WorkTile& work) {

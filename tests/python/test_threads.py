@@ -85,7 +85,9 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_after_fork():
     """The threads of the pool do not survive a fork; the child starts its own and computes the same."""
     code = """
-import os, sys
+import os
+import torch
+torch.set_num_threads(1)
 import test_threads as t
 from flash_sparse_attention import _C
 _C.set_num_threads(3)
@@ -100,7 +102,8 @@ for _ in range(3):
     t.assert_equal(t.everything(names, t.DECODE[:1], ("float32",)), expected, "the parent")
 print("forked")
 """
-    done = run_python(code)
+    # torch's own OpenMP threads do not survive a fork either, and would hang: one thread has no pool.
+    done = run_python(code, OMP_NUM_THREADS="1")
     assert done.returncode == 0 and "forked" in done.stdout, done.stdout + done.stderr
 
 

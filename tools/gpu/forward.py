@@ -24,28 +24,36 @@ OPEN_WINDOW = 1 << 30
 LOG2E = math.log2(math.e)
 L2_BUDGET_BYTES = 32 << 20
 
-# (head_dim, block_m x block_n) -> stages of the query ring and of the key and value rings.
+# (head_dim, block_m x block_n) -> stages of query, key and value.
 TILES = {
-    (64, "128x128"): (2, 4),
-    (64, "192x128"): (2, 4),
-    (128, "128x128"): (2, 2),
-    (128, "128x160"): (1, 2),
-    (128, "128x176"): (1, 2),
-    (256, "128x64"): (1, 2),
-    (256, "128x80"): (1, 2),
+    (64, "128x128"): (2, 4, 4),
+    (64, "192x128"): (2, 4, 4),
+    (128, "128x128"): (2, 2, 2),
+    (128, "128x176"): (1, 2, 2),
+    (256, "128x64"): (1, 2, 2),
+    (256, "128x80"): (1, 2, 2),
 }
+# With a vote: the tile is the skip tile, and each of two warpgroups has two value stages.
+THRESHOLD_TILE = {64: ("128x128", (2, 4, 4)), 128: ("128x128", (1, 2, 4))}
 DEFAULT_TILE = {64: "192x128", 128: "128x128", 256: "128x80"}
-THRESHOLD_TILE = {64: "128x128", 128: "128x128", 256: "128x64"}
 
 
-def config_for(
-    head_dim: int, tile: str, element: str, left: bool, right: bool, skip: str = "Never"
+def config_for(head_dim: int, tile: str, element: str, left: bool, right: bool) -> ForwardConfig:
+    return _config(head_dim, tile, TILES[head_dim, tile], element, left, right, "Never")
+
+
+def threshold_config(head_dim: int, element: str, left: bool, right: bool) -> ForwardConfig:
+    tile, stages = THRESHOLD_TILE[head_dim]
+    return _config(head_dim, tile, stages, element, left, right, "ThresholdSkip")
+
+
+def _config(
+    head_dim: int, tile: str, stages: tuple[int, int, int], element: str, left: bool, right: bool, skip: str
 ) -> ForwardConfig:
     block_m, block_n = map(int, tile.split("x"))
-    query_stages, stages = TILES[head_dim, tile]
     return ForwardConfig(
         element=element, head_dim=head_dim, head_dim_v=head_dim, block_m=block_m, block_n=block_n,
-        query_stages=query_stages, stages=stages, left=left, right=right, skip=skip,
+        query_stages=stages[0], key_stages=stages[1], value_stages=stages[2], left=left, right=right, skip=skip,
     )  # fmt: skip
 
 
@@ -438,8 +446,8 @@ def check_threshold(args: argparse.Namespace) -> bool:
 
     masks = {"full": (False, False), "causal": (False, True)}
     configs = {
-        (d, name): with_checks(config_for(d, THRESHOLD_TILE[d], "bf16", *mask, skip="ThresholdSkip"))
-        for d in args.head_dim for name, mask in masks.items()
+        (d, name): with_checks(threshold_config(d, "bf16", *mask))
+        for d in args.head_dim if d in THRESHOLD_TILE for name, mask in masks.items()
     }  # fmt: skip
     cubins = compile_all(list(configs.values()), args.jobs)
     driver, good = Driver(), True
@@ -470,14 +478,14 @@ def bench_threshold(args: argparse.Namespace) -> bool:
     import torch
 
     configs = {}
-    for d in args.head_dim:
+    for d in set(args.head_dim) & set(THRESHOLD_TILE):
         configs[d, "Never"] = config_for(d, DEFAULT_TILE[d], "bf16", False, True)
-        configs[d, "ThresholdSkip"] = config_for(d, THRESHOLD_TILE[d], "bf16", False, True, skip="ThresholdSkip")
+        configs[d, "ThresholdSkip"] = threshold_config(d, "bf16", False, True)
     cubins = compile_all(list(configs.values()), args.jobs)
     driver = Driver()
     torch.zeros(1, device="cuda")
     kernels = {key: Kernel(driver, config, cubins[config]) for key, config in configs.items()}
-    for d, seqlen in itertools.product(args.head_dim, args.seqlen):
+    for d, seqlen in itertools.product(sorted(set(args.head_dim) & set(THRESHOLD_TILE)), args.seqlen):
         torch.manual_seed(0)
         q, k, v = topics(1, seqlen, 16, 8, d, torch.bfloat16)
         out, lse = torch.empty_like(q), torch.empty(1, 16, seqlen, device="cuda")
@@ -564,8 +572,8 @@ def compile_only(args: argparse.Namespace) -> bool:
     masks = [(False, False), (False, True), (True, True)]
     dense = [config_for(d, t, e, *m) for d, t in chosen for e in args.element for m in masks]
     threshold = [
-        config_for(d, THRESHOLD_TILE[d], e, *m, skip="ThresholdSkip")
-        for d in args.head_dim for e in args.element for m in masks
+        threshold_config(d, e, *m)
+        for d in args.head_dim if d in THRESHOLD_TILE for e in args.element for m in masks
     ]  # fmt: skip
     compile_all(dense + threshold, args.jobs)
     return True

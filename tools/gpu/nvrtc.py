@@ -30,7 +30,8 @@ class ForwardConfig:
     block_m: int = 128
     block_n: int = 128
     query_stages: int = 2
-    stages: int = 2
+    key_stages: int = 2
+    value_stages: int = 2
     left: bool = False
     right: bool = False
     skip: str = "Never"
@@ -43,7 +44,7 @@ class ForwardConfig:
         extra = "".join(f"_{d}" for d in self.defines)
         return (
             f"forward_sm90_{self.element}_d{self.head_dim}x{self.head_dim_v}_{mask}"
-            f"_{self.block_m}x{self.block_n}s{self.stages}{extra}"
+            f"_{self.block_m}x{self.block_n}s{self.key_stages}{extra}"
         )
 
     @property
@@ -53,8 +54,9 @@ class ForwardConfig:
     @property
     def shared_bytes(self) -> int:
         tiles = self.query_stages * self.block_m * self.head_dim * 2
-        tiles += self.stages * self.block_n * (self.head_dim + self.head_dim_v) * 2
-        return -(-(tiles + 2 * 144 + 8 * (2 * self.query_stages + 4 * self.stages + 4)) // 1024) * 1024
+        tiles += self.block_n * (self.key_stages * self.head_dim + self.value_stages * self.head_dim_v) * 2
+        barriers = 8 * 2 * (self.query_stages + self.key_stages + self.value_stages + 2)
+        return -(-(tiles + 2 * 144 + barriers) // 1024) * 1024
 
     def source(self) -> str:
         bools = ", ".join(str(b).lower() for b in (self.left, self.right))
@@ -72,7 +74,8 @@ struct Config {{
   static constexpr ElementType kElement = ElementType::{self.element};
   static constexpr ForwardTile kTile = {{
       .head_dim = {self.head_dim}, .head_dim_v = {self.head_dim_v}, .block_m = {self.block_m},
-      .block_n = {self.block_n}, .query_stages = {self.query_stages}, .stages = {self.stages}}};
+      .block_n = {self.block_n}, .query_stages = {self.query_stages}, .key_stages = {self.key_stages},
+      .value_stages = {self.value_stages}}};
   using KvSource = ContiguousTma;
   using Mask = WindowMask<{bools}>;
   using TileIterator = RangeTiles<Mask, {self.block_m}, {self.block_n}>;
