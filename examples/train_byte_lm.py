@@ -30,7 +30,7 @@ from byte_lm.train import History, Interrupt, load_checkpoint, save_checkpoint, 
 
 RUNS = Path("runs")
 CHECKPOINT = "checkpoint.pt"
-HELD_OUT_WINDOWS = 16
+HELD_OUT_WINDOWS = 12
 DEFAULTS = {
     "attention": list(kinds.NAMES),
     "device": "cpu",

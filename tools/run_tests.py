@@ -52,8 +52,8 @@ def cpp_files() -> list[Path]:
 def format_and_lint() -> Totals:
     totals = Totals()
     totals.add(run("clang-format", "--dry-run", "-Werror", *(path.relative_to(ROOT) for path in cpp_files())))
-    totals.add(run("ruff", "check", *PYTHON_FOLDERS))
-    totals.add(run("ruff", "format", "--check", *PYTHON_FOLDERS))
+    totals.add(run("ruff", "check", "--output-format", "concise", *PYTHON_FOLDERS))
+    totals.add(run("ruff", "format", "--check", "--output-format", "concise", *PYTHON_FOLDERS))
     return totals
 
 

@@ -14,8 +14,7 @@ from .kinds import AttentionKind, kept_fractions, kept_tiles
 from .model import ByteLM, Projected
 
 TIMING_ROUNDS = 5
-ENOUGH_KEPT = 0.5  # the sweep goes on until at most this fraction is kept
-DOUBLINGS_BEYOND = 2
+ENOUGH_KEPT = 0.5  # the sweep must reach this fraction of the tiles
 
 
 def synchronize(device: torch.device) -> None:
@@ -104,17 +103,14 @@ class SweepRow:
 
 
 def threshold_sweep(model: ByteLM, kind: AttentionKind, windows: Tensor) -> list[SweepRow]:
-    """Held-out loss of `model`, trained with `kind`, under rising thresholds: 1, 2, 4, ... until at most
-    ENOUGH_KEPT is kept and DOUBLINGS_BEYOND further, at most to the length of the context, where the
-    threshold probability of every row has reached 1 and larger ones change nothing."""
+    """Held-out loss of `model`, trained with `kind`, under the thresholds 1, 2, 4, ... up to the length of the
+    context, where the threshold probability of every row has reached 1 and larger ones change nothing."""
     rows: list[SweepRow] = []
-    seqlen = windows.shape[1] - 1
-    threshold, beyond = 1.0, 0
-    while threshold < 2 * seqlen and beyond <= DOUBLINGS_BEYOND:
+    threshold = 1.0
+    while threshold < 2 * (windows.shape[1] - 1):
         result = held_out(model, kind.under(threshold), windows)
         assert result.kept is not None and result.kept_by_head is not None
         rows.append(SweepRow(threshold, result.loss, result.kept, result.kept_by_head))
-        beyond += result.kept <= ENOUGH_KEPT
         threshold *= 2
     return rows
 

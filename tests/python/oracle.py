@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -148,11 +148,11 @@ def scores(
     heads: range,
     reorder: bool = False,
     unit: float = 1.0,
-    head_dims: Tensor | None = None,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Tensor:
     """Logits before the masks times `unit`, [len(heads), seqlen_q, keys], differentiable in `leaves`.
 
-    reorder multiplies the keys by the scale instead of the products; head_dims is an order of summation.
+    reorder multiplies the keys by the scale instead of the products.
     """
     group = leaves["query"].shape[-2] // leaves["key"].shape[-2]
     kv = [h // group for h in heads]
@@ -160,8 +160,6 @@ def scores(
     scale = softmax_scale(problem) * (1.0 if softcap else unit)
     query = _rows_of_query(problem, leaves["query"], s)[:, heads.start : heads.stop].transpose(0, 1)
     key = _rows_of_key(problem, leaves["key"], s)[:, kv].transpose(0, 1)
-    if head_dims is not None:
-        query, key = query[..., head_dims], key[..., head_dims]
     added = None
     if "alpha" in leaves:
         alpha = _rows_of_query(problem, _sequence_first(problem, "alpha", leaves["alpha"]), s)
@@ -169,10 +167,10 @@ def scores(
         alpha, delta = alpha[:, heads.start : heads.stop].T, delta[:, kv].T
         added = gate(problem, alpha[:, :, None] * delta[:, None, :])
     if reorder:
-        logits = query @ (key * scale).transpose(1, 2)
+        logits = product(query, (key * scale).transpose(1, 2))
         logits = logits if added is None else logits + added * scale
     else:
-        logits = query @ key.transpose(1, 2)
+        logits = product(query, key.transpose(1, 2))
         logits = (logits if added is None else logits + added) * scale
     if softcap:
         logits = (softcap * unit) * torch.tanh(logits / softcap)
@@ -243,7 +241,8 @@ def attend(
     by_hand: out by a softmax in powers of two, and gradients by the formulas of docs/semantics.md with
     P = 2^(S log2 e - lse log2 e) of the rounded lse, instead of torch.softmax and autograd. float64 to the last
     digits the same; in lower precision another naive computation with errors of its own.
-    shuffle: with by_hand, the seed of a random order of summation over keys and over head_dim.
+    shuffle: with by_hand, products are textbook loops, one term after the other in a random order of this seed,
+    accumulated in at least float32.
     """
     names = [n for n in GRADIENTS if n in problem.tensors]
     wants_grads = grad_out is not None or grad_lse is not None
@@ -323,21 +322,30 @@ def _probabilities_base_2(scaled: Tensor, mask: Tensor, sink: Tensor | None) -> 
     return p_out.to(dtype), p.to(dtype), torch.exp2(sink - back).to(dtype), lse
 
 
+def textbook_product(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """a @ b, one rank-1 term after the other in a random order, accumulated in at least float32."""
+    g = torch.Generator().manual_seed(seed)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        wide = torch.promote_types(a.dtype, torch.float32)
+        total = torch.zeros(*a.shape[:-1], b.shape[-1], dtype=wide)
+        for k in torch.randperm(b.shape[-2], generator=g).tolist():
+            total += a[..., k, None].to(wide) * b[..., k, None, :].to(wide)
+        return total.to(a.dtype)
+
+    return product
+
+
 def _attend_by_hand(problem, s, leaves, heads, mask, g_out, g_lse, result, shuffle) -> None:
     group = leaves["query"].shape[-2] // leaves["key"].shape[-2]
     kv = [h // group for h in heads]
     scale, softcap = softmax_scale(problem), problem.options.get("softcap", 0.0)
-    head_dims, order = None, torch.arange(s.keys)
-    if shuffle is not None:
-        g = torch.Generator().manual_seed(shuffle)
-        head_dims = torch.randperm(leaves["query"].shape[-1], generator=g)
-        order = torch.randperm(s.keys, generator=g)
-    mask = mask[:, :, order]
-    scaled = scores(problem, s, leaves, heads, reorder=True, unit=LOG2_E, head_dims=head_dims)[:, :, order]
+    product = torch.matmul if shuffle is None else textbook_product(shuffle)
+    scaled = scores(problem, s, leaves, heads, reorder=True, unit=LOG2_E, product=product)
     sink = leaves["sink"][heads.start : heads.stop] if "sink" in leaves else None
     p_out, p, p_sink, lse = _probabilities_base_2(scaled, mask, sink)
-    values = _values(problem, s, leaves, heads)[:, order]
-    out = p_out @ values
+    values = _values(problem, s, leaves, heads)
+    out = product(p_out, values)
     _rows_of_query(problem, result.out, s)[:, heads.start : heads.stop] = out.transpose(0, 1)
     _lse_rows(problem, result.lse, s, heads)[...] = lse.to(result.lse.dtype)
     if g_out is None and g_lse is None:
@@ -346,13 +354,13 @@ def _attend_by_hand(problem, s, leaves, heads, mask, g_out, g_lse, result, shuff
     d_p = torch.zeros_like(p)
     if g_out is not None:
         out_dot_grad = (out * g_out).sum(dim=2)
-        d_p = g_out @ values.transpose(1, 2)
+        d_p = product(g_out, values.transpose(1, 2))
     if g_lse is not None:
         out_dot_grad = out_dot_grad - g_lse
     d_s = torch.where(mask, p * (d_p - out_dot_grad[:, :, None]), p.new_zeros(()))
     if softcap:
         tensors = {name: tensor for name, tensor in problem.tensors.items() if name != "alibi_slopes"}
-        capped = scores(Problem(problem.case, tensors, problem.options), s, leaves, heads)[:, :, order]
+        capped = scores(Problem(problem.case, tensors, problem.options), s, leaves, heads)
         d_s = d_s * (1 - (capped / softcap).square())
     d_s = d_s * scale
 
@@ -360,23 +368,23 @@ def _attend_by_hand(problem, s, leaves, heads, mask, g_out, g_lse, result, shuff
         target = _sequence_first(problem, name, result.grads[name]) if name == "alpha" else result.grads[name]
         _rows_of_query(problem, target, s)[:, heads.start : heads.stop] += part
 
-    def add_keys(name: str, part: Tensor) -> None:  # part [seqlen_k, len(heads), ...] in `order`
+    def add_keys(name: str, part: Tensor) -> None:  # part [seqlen_k, len(heads), ...]
         target = _sequence_first(problem, name, result.grads[name]) if name == "delta" else result.grads[name]
         rows = target[s.k_begin : s.k_begin + s.seqlen_k] if "cu_seqlens_k" in problem.tensors else None
         rows = target[s.index, : s.seqlen_k] if rows is None else rows
         for column, head in enumerate(kv):
-            rows[order, head] += part[:, column]
+            rows[:, head] += part[:, column]
 
-    keys = _rows_of_key(problem, leaves["key"], s)[:, kv].transpose(0, 1)[:, order]
-    add_rows("query", (d_s @ keys).transpose(0, 1))
+    keys = _rows_of_key(problem, leaves["key"], s)[:, kv].transpose(0, 1)
+    add_rows("query", product(d_s, keys).transpose(0, 1))
     query = _rows_of_query(problem, leaves["query"], s)[:, heads.start : heads.stop].transpose(0, 1)
-    add_keys("key", (d_s.transpose(1, 2) @ query).transpose(0, 1))
+    add_keys("key", product(d_s.transpose(1, 2), query).transpose(0, 1))
     if g_out is not None:
-        add_keys("value", (p.transpose(1, 2) @ g_out).transpose(0, 1))
+        add_keys("value", product(p.transpose(1, 2), g_out).transpose(0, 1))
     if "alpha" in leaves:
         alpha = _rows_of_query(problem, _sequence_first(problem, "alpha", leaves["alpha"]), s)
         delta = _rows_of_key(problem, _sequence_first(problem, "delta", leaves["delta"]), s)
-        alpha, delta = alpha[:, heads.start : heads.stop].T, delta[:, kv].T[:, order]
+        alpha, delta = alpha[:, heads.start : heads.stop].T, delta[:, kv].T
         if problem.options.get("log_sigmoid_gate", True):
             d_s = d_s * torch.sigmoid(-alpha[:, :, None] * delta[:, None, :])
         add_rows("alpha", (d_s * delta[:, None, :]).sum(dim=2).T)
