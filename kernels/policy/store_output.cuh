@@ -11,7 +11,8 @@
 namespace fsa::kernels {
 
 struct StoreOutput {
-  // Where a warpgroup stages its rows: `shared` is the first of its rows in a tile of kTileRows rows.
+  // Where a warpgroup stages its rows: `shared` is the first of its rows in a tile of kTileRows rows. It may be
+  // overwritten after wait_staging().
   template <ElementType kElement, int32 kTileRows, int32 kColumns>
   FSA_DEVICE static void finish(const ForwardParams& params, const WorkTile& work, int32 row_begin, uint8* shared,
                                 int32 barrier, float (&rO)[kColumns / 2], OnlineSoftmax& softmax, float scale) {
@@ -44,7 +45,6 @@ struct StoreOutput {
               {chunk * kChunkColumns, work.q_begin + work.m_begin + row_begin, work.head, work.q_map_batch},
               shared + chunk * Tile::kChunkBytes);
         ptx::commit_stores();
-        ptx::wait_stores_read();
       }
     } else {  // a box would overrun into the next sequence
       constexpr int32 kUnits = kColumns / 8;
@@ -59,6 +59,9 @@ struct StoreOutput {
       ptx::barrier_sync(barrier, kWarpgroupThreads);
     }
   }
+
+  // The thread that issued the stores.
+  FSA_DEVICE static void wait_staging() { ptx::wait_stores_read(); }
 
   // A tile in which no row sees a key: out 0, lse -inf.
   FSA_DEVICE static void finish_empty(const ForwardParams& params, const WorkTile& work, int32 row_begin) {

@@ -187,6 +187,7 @@ struct Consumer {
   float rO[Types::kHeadDimV / 2];
   uint32 rP[Types::kBlockN / 4];
   OnlineSoftmax softmax;
+  bool output_staged = false;  // the previous query stage still holds output rows
 
   FSA_DEVICE Consumer(const ForwardParams& params_, ForwardStorage<Types>& storage_, int32 index_)
       : params(params_),
@@ -202,6 +203,17 @@ struct Consumer {
 
   FSA_DEVICE int32 value_stage() const {
     return Types::Skip::kVotes ? index * Types::kConsumerValueStages + value.stage() : value.stage();
+  }
+
+  // With two query stages the wait for the copy engine falls into the next work tile, after its first multiply was
+  // issued: +3 % at seqlen 2048, +2 % at 16384 (H200, head_dim 128 causal, 2026-11).
+  FSA_DEVICE void release_query() {
+    if (!output_staged) return;
+    if (warpgroup_thread() == 0) {
+      Types::Epilogue::wait_staging();
+      ptx::arrive(storage.query_empty[(query.position - 1) % Types::kQueryStages]);
+    }
+    output_staged = false;
   }
 
   // S = Q K^T
@@ -312,6 +324,7 @@ struct Consumer {
   // Every tile counts.
   FSA_DEVICE void sweep(const WorkTile& work) {
     first_step(work, work.segments[0]);
+    if constexpr (Types::kQueryStages > 1) release_query();
     for (int32 s = 0; s < work.num_segments; ++s) {
       const Segment segment = work.segments[s];
       const int32 end = segment.first - segment.count;
@@ -329,17 +342,19 @@ struct Consumer {
   // would make ptxas serialise every multiply of the kernel.
   //
   // V is fetched once it is wanted, by the warpgroup that wants it, into stages that nobody else touches: its own
-  // multiplies are all there is to wait for, and a skipped V costs no bandwidth. After a kept tile the next one is
-  // likely to be kept too, and its V is fetched ahead of the vote.
+  // multiplies are all there is to wait for, and a skipped V costs no bandwidth.
   template <bool kMasked>
-  FSA_DEVICE void vote_step(const WorkTile& work, typename Types::Skip& skip, int32 tile, int32 next, bool& fetched) {
+  FSA_DEVICE void vote_step(const WorkTile& work, typename Types::Skip& skip, int32 tile, bool more) {
     Types::Logit::apply(params, work, rS);
     if constexpr (kMasked) Types::Mask::apply(params, work, rS, work.m_begin + row, tile * Types::kBlockN);
     const auto top = OnlineSoftmax::row_maximum(rS, [](float a, float b) { return ptx::max_nan(a, b); });
     if (ptx::barrier_any(kWarpgroupBarrier + index, kWarpgroupThreads, skip.wants(top, scale))) {
       // Every warp has completed the P V before the last, which read this stage.
-      if (!fetched) fetch_value(work, tile);
-      if (warpgroup_thread() == 0) Types::Skip::record(params, work, work.m_begin + row, tile);
+      if (warpgroup_thread() == 0) {
+        Types::Source::template load_value<Types::kBlockN, Types::kHeadDimV>(
+            params, work, tile, storage.value[value_stage()], storage.value_full[value_stage()]);
+        Types::Skip::record(params, work, work.m_begin + row, tile);
+      }
       softmax.update(rS, top, scale);
       ptx::settle(rS);
       ptx::wgmma_wait<0>();
@@ -348,12 +363,7 @@ struct Consumer {
       pack_probabilities();
       if (softmax.grown) softmax.rescale(rO);
       if constexpr (kMasked) clear_unused_values(work, tile);
-      fetched = next >= 0;
-      if (fetched) {
-        ptx::barrier_sync(kWarpgroupBarrier + index, kWarpgroupThreads);  // P V of all warps is complete
-        value.advance();
-        fetch_value(work, next);
-        --value.position;
+      if (more) {
         ptx::wait(storage.key_full[key.stage()], key.phase());
         issue_scores();
         ptx::wait(storage.value_full[value_stage()], value.phase());
@@ -368,13 +378,7 @@ struct Consumer {
         issue_output();
       }
       value.advance();
-    } else {
-      if (fetched) {  // in vain; the stage is free once the load has landed
-        ptx::wait(storage.value_full[value_stage()], value.phase());
-        value.advance();
-        fetched = false;
-      }
-      if (next < 0) return;
+    } else if (more) {
       ptx::wait(storage.key_full[key.stage()], key.phase());
       issue_scores();
       ptx::wgmma_wait<0>();
@@ -386,12 +390,6 @@ struct Consumer {
     }
   }
 
-  FSA_DEVICE void fetch_value(const WorkTile& work, int32 tile) {
-    if (warpgroup_thread() == 0)
-      Types::Source::template load_value<Types::kBlockN, Types::kHeadDimV>(
-          params, work, tile, storage.value[value_stage()], storage.value_full[value_stage()]);
-  }
-
   FSA_DEVICE void sweep_voting(const WorkTile& work) {
     typename Types::Skip skip(params, work, work.m_begin + row);
     ptx::wait(storage.key_full[key.stage()], key.phase());
@@ -400,19 +398,18 @@ struct Consumer {
     ptx::settle(rS);
     release(storage.key_empty[key.stage()]);
     key.advance();
+    if constexpr (Types::kQueryStages > 1) release_query();
 
-    bool fetched = false;
     for (int32 s = 0; s < work.num_segments; ++s) {
       const Segment segment = work.segments[s];
       const int32 last = segment.first - segment.count + 1;
-      const int32 beyond = s + 1 < work.num_segments ? work.segments[s + 1].first : -1;
-      for (int32 tile = segment.first; tile >= last; --tile) {
-        const int32 next = tile > last ? tile - 1 : beyond;
-        if (segment.masked)
-          vote_step<true>(work, skip, tile, next, fetched);
-        else
-          vote_step<false>(work, skip, tile, next, fetched);
-      }
+      const bool more = s + 1 < work.num_segments;
+      if (segment.masked)
+        for (int32 tile = segment.first; tile >= last; --tile)
+          vote_step<true>(work, skip, tile, more || tile > last);
+      else
+        for (int32 tile = segment.first; tile >= last; --tile)
+          vote_step<false>(work, skip, tile, more || tile > last);
     }
     ptx::wgmma_wait<0>();
     ptx::settle(rO);
@@ -433,15 +430,16 @@ struct Consumer {
 
     Types::Epilogue::template finish<Types::kElement, Types::kBlockM, Types::kHeadDimV>(
         params, work, index * kRowsPerWarpgroup, sQ, kWarpgroupBarrier + index, rO, softmax, scale);
-    if (warpgroup_thread() == 0) ptx::arrive(storage.query_empty[query.stage()]);
     query.advance();
+    output_staged = true;
+    if constexpr (Types::kQueryStages == 1) release_query();
   }
 
   FSA_DEVICE void run() {
     for (;; slot.advance()) {
       ptx::wait(storage.work_full[slot.stage()], slot.phase());
       const WorkTile& work = storage.work[slot.stage()];
-      if (work.sequence < 0) return;
+      if (work.sequence < 0) break;
       if (work.num_segments > 0)
         attend(work);
       else
@@ -449,6 +447,7 @@ struct Consumer {
       __syncwarp();
       release(storage.work_empty[slot.stage()]);
     }
+    release_query();  // shared memory must outlive the stores that read it
   }
 };
 

@@ -121,17 +121,24 @@ HWY_INLINE void dot_rows(const float* query, std::int64_t query_pitch, const T* 
   for (int r = 0; r < kCount; ++r) scores[r * score_pitch] = hn::GetLane(hn::SumOfLanes(kFloat, sums[r]));
 }
 
+// Rows of one head lie far apart in memory, a walk that no hardware prefetcher follows. While the scores of a key are
+// computed, the key kAhead rows on and the value of this key are fetched.
+inline constexpr std::int64_t kAhead = 8;
+
+HWY_INLINE void prefetch_row(const char* row, std::int64_t bytes) {
+  for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+}
+
 template <class T>
-HWY_INLINE void dot_tile(const DecodeContext& c, const char* const* rows, std::int64_t keys,
-                         std::int64_t dim) {
+HWY_INLINE void dot_tile(const DecodeContext& c, const char* const* rows, const char* const* ahead,
+                         const char* const* values, std::int64_t keys, std::int64_t dim) {
   const DecodeScratch& s = c.s;
-  constexpr std::int64_t kAhead =
-      8;  // rows: a cache row of one head is a strided walk that no prefetcher follows
-  const std::int64_t row_bytes = dim * static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t key_bytes = c.p.head_dim * bytes_of(c.key.dtype);
+  const std::int64_t value_bytes = c.p.head_dim_v * bytes_of(c.value.dtype);
   for (std::int64_t j = 0; j < keys; ++j) {
     const T* key = reinterpret_cast<const T*>(rows[j]);
-    if (j + kAhead < keys)
-      for (std::int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(rows[j + kAhead] + b);
+    prefetch_row(ahead[j], key_bytes);
+    prefetch_row(values[j], value_bytes);
     std::int64_t g = 0;
     for (; g + 4 <= c.p.group_size; g += 4)
       dot_rows<4>(s.query + g * s.query_pitch, s.query_pitch, key, dim, s.tile_keys,
@@ -142,33 +149,40 @@ HWY_INLINE void dot_tile(const DecodeContext& c, const char* const* rows, std::i
   }
 }
 
+// Addresses of `count` rows from position `begin`; a gathered position of -1 reads key 0 and is masked afterwards.
+HWY_INLINE void position_pointers(const DecodeContext& c, RowSource source, std::int64_t begin,
+                                  std::int64_t count, const char** rows) {
+  if (!c.p.gathered) return row_pointers(source, begin, count, rows);
+  source.gather = nullptr;
+  for (std::int64_t j = 0; j < count; ++j)
+    rows[j] = source.row(max_of<std::int64_t>(position_of(c, begin + j), 0));
+}
+
 HWY_INLINE void decode_products(const DecodeContext& c, std::int64_t begin, std::int64_t keys) {
-  const char* rows[kPointerChunk];
-  RowSource source = c.key;
-  if (c.p.gathered) {  // a position of -1 reads key 0 and is masked afterwards
-    for (std::int64_t j = 0; j < keys; ++j) {
-      source.gather = nullptr;
-      rows[j] = source.row(max_of<std::int64_t>(position_of(c, begin + j), 0));
-    }
-  } else {
-    row_pointers(source, begin, keys, rows);
-  }
+  const char* rows[kPointerChunk + kAhead];
+  const char* values[kPointerChunk];
+  const std::int64_t known = min_of(keys + kAhead, c.positions - begin);
+  position_pointers(c, c.key, begin, known, rows);
+  position_pointers(c, c.value, begin, keys, values);
+  for (std::int64_t j = known; j < keys + kAhead; ++j) rows[j] = rows[known - 1];
+  const char* const* ahead = rows + kAhead;
   if (c.p.head_dim % kLanes == 0) {
     with_element_type(c.key.dtype, [&](auto* type) HWY_ATTR {
-      dot_tile<std::remove_pointer_t<decltype(type)>>(c, rows, keys, c.p.head_dim);
+      dot_tile<std::remove_pointer_t<decltype(type)>>(c, rows, ahead, values, keys, c.p.head_dim);
     });
     return;
   }
   // A row that is not a whole number of vectors is widened and padded first: nothing may be read beyond it.
+  const char* padded_rows[kPointerChunk];
   with_element_type(c.key.dtype, [&](auto* type) HWY_ATTR {
     using T = std::remove_pointer_t<decltype(type)>;
     for (std::int64_t j = 0; j < keys; ++j) {
       float* padded = c.s.key + j * c.s.query_pitch;
       widen_row(reinterpret_cast<const T*>(rows[j]), c.p.head_dim, padded);
-      rows[j] = reinterpret_cast<const char*>(padded);
+      padded_rows[j] = reinterpret_cast<const char*>(padded);
     }
   });
-  dot_tile<float>(c, rows, keys, round_up(c.p.head_dim, kLanes));
+  dot_tile<float>(c, padded_rows, ahead, values, keys, round_up(c.p.head_dim, kLanes));
 }
 
 // Base-2 logits of a tile for every row of the group; -inf where the key is not seen and beyond `keys`.
