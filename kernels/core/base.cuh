@@ -26,8 +26,8 @@ FSA_DEVICE constexpr int32 ceil_div(int32 a, int32 b) { return (a + b - 1) / b; 
 // The same in every lane, in a form that the compiler can keep in uniform registers.
 FSA_DEVICE int32 warp_uniform(int32 value) { return __shfl_sync(0xffffffffu, value, 0); }
 
-// Read anew each time: what is derived from it then stays local, where the compiler would otherwise compute addresses
-// of the prologue and epilogue ahead of the persistent loop and spill them.
+// Read anew each time: what is derived from it then stays local, where the compiler would otherwise compute
+// addresses of the prologue and epilogue ahead of the persistent loop and spill them.
 FSA_DEVICE int32 thread_id() {
   int32 id;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));

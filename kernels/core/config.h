@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What host and device must agree on before a kernel is compiled. Read by both compilers: constexpr PODs only.
+// What host and device must agree on before a kernel is compiled. Read by both compilers: constexpr PODs
+// only.
 #pragma once
 
 #include "core/types.h"
@@ -9,15 +10,15 @@ namespace fsa::kernels {
 enum class ElementType : uint8 { bf16, fp16 };
 
 inline constexpr int32 kElementBytes = 2;
-inline constexpr int32 kRowsPerWarpgroup = 64;   // rows of one WGMMA, and of one skip tile
+inline constexpr int32 kRowsPerWarpgroup = 64;  // rows of one WGMMA, and of one skip tile
 constexpr int32 skip_tile_keys(int32 head_dim) { return head_dim <= 128 ? 128 : 64; }
 inline constexpr int32 kChunkColumns = 64;       // 128 bytes: the widest swizzled TMA box
 inline constexpr int32 kMaxSegments = 8;         // runs of key tiles that one work tile may visit
 inline constexpr int32 kWorkSlots = 2;           // work tiles announced ahead of the consumers
 inline constexpr int32 kSharedAlignment = 1024;  // of a 128-byte swizzled tile
 
-// The shape of one forward kernel. Padded head dimensions: the tensor maps fill the columns beyond the real ones
-// with zeros, so one kernel serves every head_dim up to its own.
+// The shape of one forward kernel. Padded head dimensions: the tensor maps fill the columns beyond the real
+// ones with zeros, so one kernel serves every head_dim up to its own.
 struct ForwardTile {
   int32 head_dim;      // of query and key, multiple of 64
   int32 head_dim_v;    // of value and out, multiple of 64

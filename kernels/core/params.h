@@ -12,14 +12,14 @@ struct alignas(64) TensorMap {
 };
 
 struct ForwardParams {
-  // Each map has the dimensions (head_dim, row, head, batch); packed tensors have one batch entry of total rows.
-  // Boxes: 64 columns by 64 rows (query, out) or block_n rows (key, value), 128-byte swizzle.
+  // Each map has the dimensions (head_dim, row, head, batch); packed tensors have one batch entry of total
+  // rows. Boxes: 64 columns by 64 rows (query, out) or block_n rows (key, value), 128-byte swizzle.
   TensorMap query_map;
   TensorMap key_map;
   TensorMap value_map;
   TensorMap out_map;
 
-  void* out;              // for row tiles that end inside a sequence, which TMA would overrun
+  void* out;               // for row tiles that end inside a sequence, which TMA would overrun
   int64 out_stride_batch;  // elements; 0 when packed
   int64 out_stride_row;
   int64 out_stride_head;
@@ -36,22 +36,22 @@ struct ForwardParams {
 
   int32 batch;
   int32 num_heads;
-  int32 group_size;     // query heads per key-value head
-  int32 head_dim_v;     // real columns of out
-  int32 max_seqlen_q;   // rows of every sequence when batched, an upper bound when packed
+  int32 group_size;    // query heads per key-value head
+  int32 head_dim_v;    // real columns of out
+  int32 max_seqlen_q;  // rows of every sequence when batched, an upper bound when packed
   int32 max_seqlen_k;
-  int32 window_left;    // keys before the diagonal, kOpenWindow when unlimited
-  int32 window_right;   // keys after it; 0 is causal
-  int32 heads_per_wave;  // (batch, head) pairs that walk their row tiles together, so their K and V share the L2
+  int32 window_left;   // keys before the diagonal, kOpenWindow when unlimited
+  int32 window_right;  // keys after it; 0 is causal
+  int32 heads_per_wave;  // (batch, head) pairs that walk their row tiles together: K and V share the L2
   float softmax_scale_log2;  // softmax_scale * log2(e), positive
 
   // Threshold skipping only.
-  float threshold;          // of the softmax, > 0
-  int32 causal_lengths;     // the threshold of a row is divided by its own visible length, not by seqlen_k
-  int32* skip_map;          // zeroed; one bit per key tile, 1 = kept; null: not wanted
+  float threshold;       // of the softmax, > 0
+  int32 causal_lengths;  // the threshold of a row is divided by its own visible length, not by seqlen_k
+  int32* skip_map;       // zeroed; one bit per key tile, 1 = kept; null: not wanted
   int64 skip_map_stride_batch;  // words; 0 when packed
   int64 skip_map_stride_head;
-  int64 skip_map_stride_tile;   // from one tile of 64 rows to the next
+  int64 skip_map_stride_tile;  // from one tile of 64 rows to the next
 };
 
 inline constexpr int32 kOpenWindow = 1 << 30;

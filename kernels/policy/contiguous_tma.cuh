@@ -28,20 +28,20 @@ struct ContiguousTma {
     for (int32 row = 0; row < kRows; row += kRowsPerWarpgroup)
 #pragma unroll
       for (int32 chunk = 0; chunk < Tile::kChunks; ++chunk)
-        ptx::load_box(
-            shared + chunk * Tile::kChunkBytes + row * kLineBytes, params.query_map,
-            {chunk * kChunkColumns, work.q_begin + work.m_begin + row, work.head, work.q_map_batch}, full);
+        ptx::load_box(shared + chunk * Tile::kChunkBytes + row * kLineBytes, params.query_map,
+                      {chunk * kChunkColumns, work.q_begin + work.m_begin + row, work.head, work.q_map_batch},
+                      full);
   }
 
   template <int32 kRows, int32 kColumns>
-  FSA_DEVICE static void load_key(const ForwardParams& params, const WorkTile& work, int32 tile, uint8* shared,
-                                  ptx::Mbarrier& full) {
+  FSA_DEVICE static void load_key(const ForwardParams& params, const WorkTile& work, int32 tile,
+                                  uint8* shared, ptx::Mbarrier& full) {
     load<SwizzledTile<kRows, kColumns>>(params.key_map, work, tile * kRows, shared, full);
   }
 
   template <int32 kRows, int32 kColumns>
-  FSA_DEVICE static void load_value(const ForwardParams& params, const WorkTile& work, int32 tile, uint8* shared,
-                                    ptx::Mbarrier& full) {
+  FSA_DEVICE static void load_value(const ForwardParams& params, const WorkTile& work, int32 tile,
+                                    uint8* shared, ptx::Mbarrier& full) {
     load<SwizzledTile<kRows, kColumns>>(params.value_map, work, tile * kRows, shared, full);
   }
 

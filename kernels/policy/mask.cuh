@@ -25,8 +25,8 @@ struct WindowMask {
 
   // rS: logits of rows `row` and `row + 8` (the thread's two) by the keys from `key_begin`.
   template <int32 kCount>
-  FSA_DEVICE static void apply(const ForwardParams& params, const WorkTile& work, float (&rS)[kCount], int32 row,
-                               int32 key_begin) {
+  FSA_DEVICE static void apply(const ForwardParams& params, const WorkTile& work, float (&rS)[kCount],
+                               int32 row, int32 key_begin) {
     const int32 thread_column = fragment_column(lane_id(), 0);
     KeyRange range[kRowsPerThread];
 #pragma unroll

@@ -3,9 +3,9 @@
 //
 //   p = 2^(scale s - scale m),   l = sum p,   o = sum p v
 //
-// m is a past row maximum, not always the latest: while no row of the warp has outgrown it by more than 2^8, p and l
-// stay far from overflow and o needs no rescaling. Float32 sums and bf16 or fp16 p lose nothing by a common factor.
-// The conditional rescale is worth about 3 % at head_dim 128.
+// m is a past row maximum, not always the latest: while no row of the warp has outgrown it by more than 2^8,
+// p and l stay far from overflow and o needs no rescaling. Float32 sums and bf16 or fp16 p lose nothing by a
+// common factor. The conditional rescale is worth about 3 % at head_dim 128.
 #pragma once
 
 #include "ptx/math.cuh"
@@ -103,7 +103,8 @@ struct OnlineSoftmax {
       chain[i % 4] += rS[i];
     }
 #pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot) row_sum[slot] += chain[2 * slot] + chain[2 * slot + 1];
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot)
+      row_sum[slot] += chain[2 * slot] + chain[2 * slot + 1];
   }
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Key tiles of a work tile when every row sees one interval of keys: at most a masked run, a full run and another
-// masked run, from right to left.
+// Key tiles of a work tile when every row sees one interval of keys: at most a masked run, a full run and
+// another masked run, from right to left.
 #pragma once
 
 #include "policy/mask.cuh"

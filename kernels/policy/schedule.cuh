@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which CTA computes which work tile: a counter in global memory hands them out, longest first.
 //
-// Heads are taken in waves whose keys and values fit the L2 together; within a wave row tiles run from the last
-// (the longest when causal) to the first, and heads fastest, so CTAs that run at one time share what they read.
+// Heads are taken in waves whose keys and values fit the L2 together; within a wave row tiles run from the
+// last (the longest when causal) to the first, and heads fastest, so CTAs that run at one time share what
+// they read.
 #pragma once
 
 #include "policy/work_tile.cuh"
@@ -35,7 +36,9 @@ class LongestFirst {
 
  private:
   // Recomputed, not kept: the producer has few registers.
-  FSA_DEVICE static int32 blocks(const ForwardParams& params) { return ceil_div(params.max_seqlen_q, kBlockM); }
+  FSA_DEVICE static int32 blocks(const ForwardParams& params) {
+    return ceil_div(params.max_seqlen_q, kBlockM);
+  }
   FSA_DEVICE static int32 heads(const ForwardParams& params) { return params.batch * params.num_heads; }
 
   FSA_DEVICE static bool describe(const ForwardParams& params, int32 index, WorkTile& work) {
@@ -55,7 +58,8 @@ class LongestFirst {
     work.q_begin = params.cu_seqlens_q ? params.cu_seqlens_q[sequence] : 0;
     work.k_begin = params.cu_seqlens_k ? params.cu_seqlens_k[sequence] : 0;
     work.rows = params.cu_seqlens_q ? params.cu_seqlens_q[sequence + 1] - work.q_begin : params.max_seqlen_q;
-    const int32 keys = params.cu_seqlens_k ? params.cu_seqlens_k[sequence + 1] - work.k_begin : params.max_seqlen_k;
+    const int32 keys =
+        params.cu_seqlens_k ? params.cu_seqlens_k[sequence + 1] - work.k_begin : params.max_seqlen_k;
     work.seqlen_q = params.seqused_q ? params.seqused_q[sequence] : work.rows;
     work.seqlen_k = params.seqused_k ? params.seqused_k[sequence] : keys;
     work.m_begin = m_block * kBlockM;

@@ -12,9 +12,10 @@ struct Never {
   static constexpr bool kVotes = false;
 };
 
-// A row wants a tile when its largest probability there, by what is known so far, may reach threshold / visible_len:
-// when scale max S >= scale m + log2 l + log2(threshold / visible_len). The right side is kept per row as `cut`. A row
-// that has seen no key yet wants any tile in which it sees one. The tile is kept when one row wants it.
+// A row wants a tile when its largest probability there, by what is known so far, may reach threshold /
+// visible_len: when scale max S >= scale m + log2 l + log2(threshold / visible_len). The right side is kept
+// per row as `cut`. A row that has seen no key yet wants any tile in which it sees one. The tile is kept when
+// one row wants it.
 class ThresholdSkip {
  public:
   static constexpr bool kVotes = true;

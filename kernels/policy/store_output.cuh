@@ -11,11 +11,12 @@
 namespace fsa::kernels {
 
 struct StoreOutput {
-  // Where a warpgroup stages its rows: `shared` is the first of its rows in a tile of kTileRows rows. It may be
-  // overwritten after wait_staging().
+  // Where a warpgroup stages its rows: `shared` is the first of its rows in a tile of kTileRows rows. It may
+  // be overwritten after wait_staging().
   template <ElementType kElement, int32 kTileRows, int32 kColumns>
-  FSA_DEVICE static void finish(const ForwardParams& params, const WorkTile& work, int32 row_begin, uint8* shared,
-                                int32 barrier, float (&rO)[kColumns / 2], OnlineSoftmax& softmax, float scale) {
+  FSA_DEVICE static void finish(const ForwardParams& params, const WorkTile& work, int32 row_begin,
+                                uint8* shared, int32 barrier, float (&rO)[kColumns / 2],
+                                OnlineSoftmax& softmax, float scale) {
     using Tile = SwizzledTile<kTileRows, kColumns>;
     const int32 thread = warpgroup_thread();
     softmax.finish();
@@ -29,8 +30,9 @@ struct StoreOutput {
     const uint32 base = shared_address(shared);
 #pragma unroll
     for (int32 i = 0; i < kColumns / 2; i += 8)
-      ptx::store_matrices(base + Tile::unit_offset(row, i / 4 + lane / 16), ptx::pack<kElement>(rO[i], rO[i + 1]),
-                          ptx::pack<kElement>(rO[i + 2], rO[i + 3]), ptx::pack<kElement>(rO[i + 4], rO[i + 5]),
+      ptx::store_matrices(base + Tile::unit_offset(row, i / 4 + lane / 16),
+                          ptx::pack<kElement>(rO[i], rO[i + 1]), ptx::pack<kElement>(rO[i + 2], rO[i + 3]),
+                          ptx::pack<kElement>(rO[i + 4], rO[i + 5]),
                           ptx::pack<kElement>(rO[i + 6], rO[i + 7]));
     ptx::fence_shared_for_async();
     ptx::barrier_sync(barrier, kWarpgroupThreads);
@@ -78,8 +80,8 @@ struct StoreOutput {
   // Rows beyond the used length are written too, as rows without a key.
   FSA_DEVICE static bool used(const WorkTile& work, int32 row) { return work.m_begin + row < work.seqlen_q; }
 
-  FSA_DEVICE static void write_lse(const ForwardParams& params, const WorkTile& work, int32 row_begin, int32 thread,
-                                   const OnlineSoftmax& softmax, float scale) {
+  FSA_DEVICE static void write_lse(const ForwardParams& params, const WorkTile& work, int32 row_begin,
+                                   int32 thread, const OnlineSoftmax& softmax, float scale) {
     if (thread % 4 != 0) return;
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot) {

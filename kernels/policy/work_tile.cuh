@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One unit of scheduling: block_m query rows of one head, and the runs of key tiles that they visit. The producer
-// writes it to shared memory; everybody else reads it there.
+// One unit of scheduling: block_m query rows of one head, and the runs of key tiles that they visit. The
+// producer writes it to shared memory; everybody else reads it there.
 #pragma once
 
 #include "core/base.cuh"
@@ -17,17 +17,17 @@ struct Segment {
 };
 
 struct WorkTile {
-  int32 sequence;   // -1: no more work
+  int32 sequence;     // -1: no more work
   int32 q_map_batch;  // batch coordinate in the tensor maps: `sequence`, or 0 when packed
   int32 k_map_batch;
   int32 head;
   int32 kv_head;
-  int32 q_begin;    // row of the sequence's first query in the tensor
+  int32 q_begin;  // row of the sequence's first query in the tensor
   int32 k_begin;
-  int32 rows;       // that the tensor holds for the sequence
-  int32 seqlen_q;   // of them in use
+  int32 rows;      // that the tensor holds for the sequence
+  int32 seqlen_q;  // of them in use
   int32 seqlen_k;
-  int32 m_begin;    // first row of the tile, from the sequence's start
+  int32 m_begin;       // first row of the tile, from the sequence's start
   int32 num_segments;  // 0: no row sees a key
   Segment segments[kMaxSegments];
 

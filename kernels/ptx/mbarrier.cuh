@@ -11,7 +11,8 @@ struct alignas(8) Mbarrier {
 };
 
 FSA_DEVICE void init(Mbarrier& barrier, uint32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals)
+               : "memory");
 }
 
 // Makes initialised barriers visible to the copy engine and to the other threads' first waits.
@@ -22,7 +23,8 @@ FSA_DEVICE void arrive(Mbarrier& barrier) {
 }
 
 FSA_DEVICE void arrive_expect_bytes(Mbarrier& barrier, uint32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
+               "r"(bytes)
                : "memory");
 }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Warpgroup matrix multiply: D[64 x N] (+)= A[64 x 16] * B[16 x N], float32 accumulators in registers.
 //
-// Inline assembly has no way to name "all registers of an array", so the operand lists are spelled by macros, eight
-// registers a row. Everything outside this file sees two functions, multiply_shared and multiply_registers.
+// Inline assembly has no way to name "all registers of an array", so the operand lists are spelled by macros,
+// eight registers a row. Everything outside this file sees two functions, multiply_shared and
+// multiply_registers.
 #pragma once
 
 #include "core/base.cuh"
@@ -21,7 +22,8 @@ FSA_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Multiplies write their registers behind the compiler's back: values may be used only after wgmma_wait and this.
+// Multiplies write their registers behind the compiler's back: values may be used only after wgmma_wait and
+// this.
 template <int32 kCount>
 FSA_DEVICE void settle(float (&registers)[kCount]) {
 #pragma unroll
@@ -50,60 +52,44 @@ FSA_DEVICE void settle(uint32 (&registers)[kCount]) {
 #define FSA_TEXT_14 "%112, %113, %114, %115, %116, %117, %118, %119"
 #define FSA_TEXT_15 "%120, %121, %122, %123, %124, %125, %126, %127"
 
-#define FSA_LIST_8(d, i)                                                                                \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),             \
+#define FSA_LIST_8(d, i)                                                                      \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 
-#define FSA_TEXT_N64 \
-   FSA_TEXT_0 ", " FSA_TEXT_1 ", " FSA_TEXT_2 ", " FSA_TEXT_3
-#define FSA_LIST_N64(d) \
-   FSA_LIST_8(d, 0), FSA_LIST_8(d, 8), FSA_LIST_8(d, 16), FSA_LIST_8(d, 24)
-#define FSA_TEXT_N80 \
-   FSA_TEXT_N64 ", " FSA_TEXT_4
-#define FSA_LIST_N80(d) \
-   FSA_LIST_N64(d), FSA_LIST_8(d, 32)
-#define FSA_TEXT_N96 \
-   FSA_TEXT_N80 ", " FSA_TEXT_5
-#define FSA_LIST_N96(d) \
-   FSA_LIST_N80(d), FSA_LIST_8(d, 40)
-#define FSA_TEXT_N112 \
-   FSA_TEXT_N96 ", " FSA_TEXT_6
-#define FSA_LIST_N112(d) \
-   FSA_LIST_N96(d), FSA_LIST_8(d, 48)
-#define FSA_TEXT_N128 \
-   FSA_TEXT_N112 ", " FSA_TEXT_7
-#define FSA_LIST_N128(d) \
-   FSA_LIST_N112(d), FSA_LIST_8(d, 56)
-#define FSA_TEXT_N160 \
-   FSA_TEXT_N128 ", " FSA_TEXT_8 ", " FSA_TEXT_9
-#define FSA_LIST_N160(d) \
-   FSA_LIST_N128(d), FSA_LIST_8(d, 64), FSA_LIST_8(d, 72)
-#define FSA_TEXT_N176 \
-   FSA_TEXT_N160 ", " FSA_TEXT_10
-#define FSA_LIST_N176(d) \
-   FSA_LIST_N160(d), FSA_LIST_8(d, 80)
-#define FSA_TEXT_N192 \
-   FSA_TEXT_N176 ", " FSA_TEXT_11
-#define FSA_LIST_N192(d) \
-   FSA_LIST_N176(d), FSA_LIST_8(d, 88)
-#define FSA_TEXT_N256 \
-   FSA_TEXT_N192 ", " FSA_TEXT_12 ", " FSA_TEXT_13 ", " FSA_TEXT_14 ", " FSA_TEXT_15
+#define FSA_TEXT_N64 FSA_TEXT_0 ", " FSA_TEXT_1 ", " FSA_TEXT_2 ", " FSA_TEXT_3
+#define FSA_LIST_N64(d) FSA_LIST_8(d, 0), FSA_LIST_8(d, 8), FSA_LIST_8(d, 16), FSA_LIST_8(d, 24)
+#define FSA_TEXT_N80 FSA_TEXT_N64 ", " FSA_TEXT_4
+#define FSA_LIST_N80(d) FSA_LIST_N64(d), FSA_LIST_8(d, 32)
+#define FSA_TEXT_N96 FSA_TEXT_N80 ", " FSA_TEXT_5
+#define FSA_LIST_N96(d) FSA_LIST_N80(d), FSA_LIST_8(d, 40)
+#define FSA_TEXT_N112 FSA_TEXT_N96 ", " FSA_TEXT_6
+#define FSA_LIST_N112(d) FSA_LIST_N96(d), FSA_LIST_8(d, 48)
+#define FSA_TEXT_N128 FSA_TEXT_N112 ", " FSA_TEXT_7
+#define FSA_LIST_N128(d) FSA_LIST_N112(d), FSA_LIST_8(d, 56)
+#define FSA_TEXT_N160 FSA_TEXT_N128 ", " FSA_TEXT_8 ", " FSA_TEXT_9
+#define FSA_LIST_N160(d) FSA_LIST_N128(d), FSA_LIST_8(d, 64), FSA_LIST_8(d, 72)
+#define FSA_TEXT_N176 FSA_TEXT_N160 ", " FSA_TEXT_10
+#define FSA_LIST_N176(d) FSA_LIST_N160(d), FSA_LIST_8(d, 80)
+#define FSA_TEXT_N192 FSA_TEXT_N176 ", " FSA_TEXT_11
+#define FSA_LIST_N192(d) FSA_LIST_N176(d), FSA_LIST_8(d, 88)
+#define FSA_TEXT_N256 FSA_TEXT_N192 ", " FSA_TEXT_12 ", " FSA_TEXT_13 ", " FSA_TEXT_14 ", " FSA_TEXT_15
 #define FSA_LIST_N256(d) \
-   FSA_LIST_N192(d), FSA_LIST_8(d, 96), FSA_LIST_8(d, 104), FSA_LIST_8(d, 112), FSA_LIST_8(d, 120)
+  FSA_LIST_N192(d), FSA_LIST_8(d, 96), FSA_LIST_8(d, 104), FSA_LIST_8(d, 112), FSA_LIST_8(d, 120)
 
-#define FSA_WGMMA_SHARED(N, TYPE, A, B, P)                                                              \
-  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " P ", 0;\n"                         \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FSA_TEXT_N##N "}, " A \
-               ", " B ", accumulate, 1, 1, 0, 0;\n}\n"                                                  \
-               : FSA_LIST_N##N(d)                                                                       \
-               : "l"(a), "l"(b), "r"(accumulate)                                                        \
+#define FSA_WGMMA_SHARED(N, TYPE, A, B, P)                                                        \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " P                            \
+               ", 0;\n"                                                                           \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FSA_TEXT_N##N \
+               "}, " A ", " B ", accumulate, 1, 1, 0, 0;\n}\n"                                    \
+               : FSA_LIST_N##N(d)                                                                 \
+               : "l"(a), "l"(b), "r"(accumulate)                                                  \
                : "memory")
 
-#define FSA_WGMMA_REGISTERS(N, TYPE, A0, A1, A2, A3, B)                                                  \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FSA_TEXT_N##N "}, {" \
-               A0 ", " A1 ", " A2 ", " A3 "}, " B ", 1, 1, 1, 1;\n"                                      \
-               : FSA_LIST_N##N(d)                                                                       \
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b)                                             \
+#define FSA_WGMMA_REGISTERS(N, TYPE, A0, A1, A2, A3, B)                                           \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FSA_TEXT_N##N \
+               "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", 1, 1, 1, 1;\n"                        \
+               : FSA_LIST_N##N(d)                                                                 \
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b)                                       \
                : "memory")
 
 // Both operands in shared memory, each stored with the 16 inner values contiguous.
@@ -111,32 +97,50 @@ template <ElementType kElement, int32 kN>
 FSA_DEVICE void multiply_shared(float (&d)[kN / 2], uint64 a, uint64 b, uint32 accumulate) {
   constexpr bool kBf16 = kElement == ElementType::bf16;
   if constexpr (kN == 64) {
-    if constexpr (kBf16) FSA_WGMMA_SHARED(64, "bf16", "%32", "%33", "%34");
-    else FSA_WGMMA_SHARED(64, "f16", "%32", "%33", "%34");
-  }   else if constexpr (kN == 80) {
-    if constexpr (kBf16) FSA_WGMMA_SHARED(80, "bf16", "%40", "%41", "%42");
-    else FSA_WGMMA_SHARED(80, "f16", "%40", "%41", "%42");
-  }   else if constexpr (kN == 96) {
-    if constexpr (kBf16) FSA_WGMMA_SHARED(96, "bf16", "%48", "%49", "%50");
-    else FSA_WGMMA_SHARED(96, "f16", "%48", "%49", "%50");
-  }   else if constexpr (kN == 112) {
-    if constexpr (kBf16) FSA_WGMMA_SHARED(112, "bf16", "%56", "%57", "%58");
-    else FSA_WGMMA_SHARED(112, "f16", "%56", "%57", "%58");
-  }   else if constexpr (kN == 128) {
-    if constexpr (kBf16) FSA_WGMMA_SHARED(128, "bf16", "%64", "%65", "%66");
-    else FSA_WGMMA_SHARED(128, "f16", "%64", "%65", "%66");
-  }   else if constexpr (kN == 160) {
-    if constexpr (kBf16) FSA_WGMMA_SHARED(160, "bf16", "%80", "%81", "%82");
-    else FSA_WGMMA_SHARED(160, "f16", "%80", "%81", "%82");
-  }   else if constexpr (kN == 176) {
-    if constexpr (kBf16) FSA_WGMMA_SHARED(176, "bf16", "%88", "%89", "%90");
-    else FSA_WGMMA_SHARED(176, "f16", "%88", "%89", "%90");
-  }   else if constexpr (kN == 192) {
-    if constexpr (kBf16) FSA_WGMMA_SHARED(192, "bf16", "%96", "%97", "%98");
-    else FSA_WGMMA_SHARED(192, "f16", "%96", "%97", "%98");
-  }   else if constexpr (kN == 256) {
-    if constexpr (kBf16) FSA_WGMMA_SHARED(256, "bf16", "%128", "%129", "%130");
-    else FSA_WGMMA_SHARED(256, "f16", "%128", "%129", "%130");
+    if constexpr (kBf16)
+      FSA_WGMMA_SHARED(64, "bf16", "%32", "%33", "%34");
+    else
+      FSA_WGMMA_SHARED(64, "f16", "%32", "%33", "%34");
+  } else if constexpr (kN == 80) {
+    if constexpr (kBf16)
+      FSA_WGMMA_SHARED(80, "bf16", "%40", "%41", "%42");
+    else
+      FSA_WGMMA_SHARED(80, "f16", "%40", "%41", "%42");
+  } else if constexpr (kN == 96) {
+    if constexpr (kBf16)
+      FSA_WGMMA_SHARED(96, "bf16", "%48", "%49", "%50");
+    else
+      FSA_WGMMA_SHARED(96, "f16", "%48", "%49", "%50");
+  } else if constexpr (kN == 112) {
+    if constexpr (kBf16)
+      FSA_WGMMA_SHARED(112, "bf16", "%56", "%57", "%58");
+    else
+      FSA_WGMMA_SHARED(112, "f16", "%56", "%57", "%58");
+  } else if constexpr (kN == 128) {
+    if constexpr (kBf16)
+      FSA_WGMMA_SHARED(128, "bf16", "%64", "%65", "%66");
+    else
+      FSA_WGMMA_SHARED(128, "f16", "%64", "%65", "%66");
+  } else if constexpr (kN == 160) {
+    if constexpr (kBf16)
+      FSA_WGMMA_SHARED(160, "bf16", "%80", "%81", "%82");
+    else
+      FSA_WGMMA_SHARED(160, "f16", "%80", "%81", "%82");
+  } else if constexpr (kN == 176) {
+    if constexpr (kBf16)
+      FSA_WGMMA_SHARED(176, "bf16", "%88", "%89", "%90");
+    else
+      FSA_WGMMA_SHARED(176, "f16", "%88", "%89", "%90");
+  } else if constexpr (kN == 192) {
+    if constexpr (kBf16)
+      FSA_WGMMA_SHARED(192, "bf16", "%96", "%97", "%98");
+    else
+      FSA_WGMMA_SHARED(192, "f16", "%96", "%97", "%98");
+  } else if constexpr (kN == 256) {
+    if constexpr (kBf16)
+      FSA_WGMMA_SHARED(256, "bf16", "%128", "%129", "%130");
+    else
+      FSA_WGMMA_SHARED(256, "f16", "%128", "%129", "%130");
   } else {
     static_assert(kN == 0, "add this width to ptx/wgmma.cuh");
   }
@@ -147,17 +151,25 @@ template <ElementType kElement, int32 kN>
 FSA_DEVICE void multiply_registers(float (&d)[kN / 2], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint64 b) {
   constexpr bool kBf16 = kElement == ElementType::bf16;
   if constexpr (kN == 64) {
-    if constexpr (kBf16) FSA_WGMMA_REGISTERS(64, "bf16", "%32", "%33", "%34", "%35", "%36");
-    else FSA_WGMMA_REGISTERS(64, "f16", "%32", "%33", "%34", "%35", "%36");
-  }   else if constexpr (kN == 128) {
-    if constexpr (kBf16) FSA_WGMMA_REGISTERS(128, "bf16", "%64", "%65", "%66", "%67", "%68");
-    else FSA_WGMMA_REGISTERS(128, "f16", "%64", "%65", "%66", "%67", "%68");
-  }   else if constexpr (kN == 192) {
-    if constexpr (kBf16) FSA_WGMMA_REGISTERS(192, "bf16", "%96", "%97", "%98", "%99", "%100");
-    else FSA_WGMMA_REGISTERS(192, "f16", "%96", "%97", "%98", "%99", "%100");
-  }   else if constexpr (kN == 256) {
-    if constexpr (kBf16) FSA_WGMMA_REGISTERS(256, "bf16", "%128", "%129", "%130", "%131", "%132");
-    else FSA_WGMMA_REGISTERS(256, "f16", "%128", "%129", "%130", "%131", "%132");
+    if constexpr (kBf16)
+      FSA_WGMMA_REGISTERS(64, "bf16", "%32", "%33", "%34", "%35", "%36");
+    else
+      FSA_WGMMA_REGISTERS(64, "f16", "%32", "%33", "%34", "%35", "%36");
+  } else if constexpr (kN == 128) {
+    if constexpr (kBf16)
+      FSA_WGMMA_REGISTERS(128, "bf16", "%64", "%65", "%66", "%67", "%68");
+    else
+      FSA_WGMMA_REGISTERS(128, "f16", "%64", "%65", "%66", "%67", "%68");
+  } else if constexpr (kN == 192) {
+    if constexpr (kBf16)
+      FSA_WGMMA_REGISTERS(192, "bf16", "%96", "%97", "%98", "%99", "%100");
+    else
+      FSA_WGMMA_REGISTERS(192, "f16", "%96", "%97", "%98", "%99", "%100");
+  } else if constexpr (kN == 256) {
+    if constexpr (kBf16)
+      FSA_WGMMA_REGISTERS(256, "bf16", "%128", "%129", "%130", "%131", "%132");
+    else
+      FSA_WGMMA_REGISTERS(256, "f16", "%128", "%129", "%130", "%131", "%132");
   } else {
     static_assert(kN == 0, "add this width to ptx/wgmma.cuh");
   }

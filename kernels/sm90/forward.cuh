@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention forward for Hopper: out = softmax(scale Q K^T + mask) V, lse = log sum exp, one pass over the keys.
+// Attention forward for Hopper: out = softmax(scale Q K^T + mask) V, lse = log sum exp, one pass over the
+// keys.
 //
-// A CTA holds block_m query rows, 64 in each consumer warpgroup, and walks key tiles from right to left. One thread of
-// the producer warpgroup feeds rings of K and V stages with the copy engine; CTAs are persistent and take work tiles
-// from a counter, so the next tile's Q and first K arrive under the tail of the current one.
+// A CTA holds block_m query rows, 64 in each consumer warpgroup, and walks key tiles from right to left. One
+// thread of the producer warpgroup feeds rings of K and V stages with the copy engine; CTAs are persistent
+// and take work tiles from a counter, so the next tile's Q and first K arrive under the tail of the current
+// one.
 //
 //   producer     K0 Q  K1 V0  K2 V1  K3 V2 ...
 //   consumer A   S0 softmax | S1 PV0 | softmax ...... | S2 PV1 | softmax ......
 //   consumer B        S0 softmax ... | S1 PV0 | softmax ...... | S2 PV1 |
 //
-// Within a warpgroup, S of tile j + 1 and P V of tile j are issued together, and the softmax of tile j + 1 runs while
-// P V of tile j is in flight. Between warpgroups nothing is ordered: they drift into alternation by themselves, and
-// passing a turn by named barriers measured 0 to 2 % slower (H200, every head_dim, 2026-11).
+// Within a warpgroup, S of tile j + 1 and P V of tile j are issued together, and the softmax of tile j + 1
+// runs while P V of tile j is in flight. Between warpgroups nothing is ordered: they drift into alternation
+// by themselves, and passing a turn by named barriers measured 0 to 2 % slower (H200, every head_dim,
+// 2026-11).
 //
-// Invariants. Stage s of K is free when every consumer warp has arrived on key_empty[s], which it does once its S is
-// complete; V likewise once P V is. A query stage also stages the output rows: it is free when each warpgroup has
-// arrived on query_empty, after its output has been read out of it.
+// Invariants. Stage s of K is free when every consumer warp has arrived on key_empty[s], which it does once
+// its S is complete; V likewise once P V is. A query stage also stages the output rows: it is free when each
+// warpgroup has arrived on query_empty, after its output has been read out of it.
 #pragma once
 
 #include "core/config.h"
@@ -48,7 +51,8 @@ struct ForwardTypes {
   static constexpr int32 kConsumerWarps = kConsumerThreads / kWarpThreads;
 
   using Skip = typename Config::Skip;
-  // Without a vote, all consumers share each V stage. With one, they want different tiles: each has stages of its own.
+  // Without a vote, all consumers share each V stage. With one, they want different tiles: each has stages of
+  // its own.
   static constexpr int32 kConsumerValueStages = Skip::kVotes ? kValueStages / kNumConsumers : kValueStages;
 
   using Source = typename Config::KvSource;
@@ -61,14 +65,17 @@ struct ForwardTypes {
   using KeyTile = SwizzledTile<kBlockN, kHeadDim>;
   using ValueTile = SwizzledTile<kBlockN, kHeadDimV>;
 
-  // 64 K registers: a launch gives each of the warpgroups the same share, setmaxnreg moves it to the consumers.
+  // 64 K registers: a launch gives each of the warpgroups the same share, setmaxnreg moves it to the
+  // consumers.
   static constexpr int32 kConsumerRegisters = kNumConsumers == 2 ? 232 : 160;
   static constexpr int32 kProducerRegisters = kNumConsumers == 2 ? 40 : 32;
 
-  static_assert(kNumConsumers == 2 || kNumConsumers == 3, "block_m is 128 or 192: two or three consumer warpgroups");
+  static_assert(kNumConsumers == 2 || kNumConsumers == 3,
+                "block_m is 128 or 192: two or three consumer warpgroups");
   static_assert(kHeadDimV <= kHeadDim, "the output is staged in the query's shared memory");
   static_assert(kBlockN % 16 == 0, "P V takes 16 keys at a time");
-  static_assert(!Skip::kVotes || kConsumerValueStages == 2, "V of a kept tile loads beside P V of the one before");
+  static_assert(!Skip::kVotes || kConsumerValueStages == 2,
+                "V of a kept tile loads beside P V of the one before");
   static_assert(!Skip::kVotes || kBlockN == skip_tile_keys(kHeadDim), "one vote decides one skip tile");
   static_assert(kBlockN <= 256, "a TMA box has at most 256 rows");
   static_assert(KeyTile::kBytes % kSharedAlignment == 0 && ValueTile::kBytes % kSharedAlignment == 0,
@@ -128,8 +135,8 @@ FSA_DEVICE void produce(const ForwardParams& params, ForwardStorage<Types>& stor
   const auto load_value = [&](const WorkTile& work, int32 tile) {
     if constexpr (Types::Skip::kVotes) return;  // the consumers fetch what they want
     ptx::wait(storage.value_empty[value.stage()], value.phase() ^ 1);
-    Source::template load_value<Types::kBlockN, Types::kHeadDimV>(params, work, tile, storage.value[value.stage()],
-                                                                  storage.value_full[value.stage()]);
+    Source::template load_value<Types::kBlockN, Types::kHeadDimV>(
+        params, work, tile, storage.value[value.stage()], storage.value_full[value.stage()]);
     value.advance();
   };
 
@@ -149,8 +156,8 @@ FSA_DEVICE void produce(const ForwardParams& params, ForwardStorage<Types>& stor
       const Segment segment = work.segments[s];
       for (int32 tile = segment.first; tile > segment.first - segment.count; --tile) {
         ptx::wait(storage.key_empty[key.stage()], key.phase() ^ 1);
-        Source::template load_key<Types::kBlockN, Types::kHeadDim>(params, work, tile, storage.key[key.stage()],
-                                                                   storage.key_full[key.stage()]);
+        Source::template load_key<Types::kBlockN, Types::kHeadDim>(
+            params, work, tile, storage.key[key.stage()], storage.key_full[key.stage()]);
         key.advance();
         if (previous >= 0) {
           load_value(work, previous);
@@ -205,8 +212,8 @@ struct Consumer {
     return Types::Skip::kVotes ? index * Types::kConsumerValueStages + value.stage() : value.stage();
   }
 
-  // With two query stages the wait for the copy engine falls into the next work tile, after its first multiply was
-  // issued: +3 % at seqlen 2048, +2 % at 16384 (H200, head_dim 128 causal, 2026-11).
+  // With two query stages the wait for the copy engine falls into the next work tile, after its first
+  // multiply was issued: +3 % at seqlen 2048, +2 % at 16384 (H200, head_dim 128 causal, 2026-11).
   FSA_DEVICE void release_query() {
     if (!output_staged) return;
     if (warpgroup_thread() == 0) {
@@ -246,18 +253,18 @@ struct Consumer {
 
   FSA_DEVICE void pack_probabilities() {
 #pragma unroll
-    for (int32 i = 0; i < Types::kBlockN / 4; ++i) rP[i] = ptx::pack<Types::kElement>(rS[2 * i], rS[2 * i + 1]);
+    for (int32 i = 0; i < Types::kBlockN / 4; ++i)
+      rP[i] = ptx::pack<Types::kElement>(rS[2 * i], rS[2 * i + 1]);
   }
 
-  // Keys beyond the used length have p = 0, but 0 * NaN is NaN: their values must not be what memory holds. Both
-  // warpgroups write the same zeros, each before its own multiply.
+  // Keys beyond the used length have p = 0, but 0 * NaN is NaN: their values must not be what memory holds.
+  // Both warpgroups write the same zeros, each before its own multiply.
   FSA_DEVICE void clear_unused_values(const WorkTile& work, int32 tile) {
     const int32 used = work.seqlen_k - tile * Types::kBlockN;
     if (used >= Types::kBlockN) return;
     ptx::wait(storage.value_full[value_stage()], value.phase());
     constexpr int32 kUnits = Types::kHeadDimV * kElementBytes / kUnitBytes;
-    for (int32 item = warpgroup_thread(); item < (Types::kBlockN - used) * kUnits;
-         item += kWarpgroupThreads)
+    for (int32 item = warpgroup_thread(); item < (Types::kBlockN - used) * kUnits; item += kWarpgroupThreads)
       *reinterpret_cast<uint4*>(storage.value[value_stage()] +
                                 Types::ValueTile::unit_offset(used + item / kUnits, item % kUnits)) =
           make_uint4(0, 0, 0, 0);
@@ -296,8 +303,8 @@ struct Consumer {
     if constexpr (kMasked) Types::Mask::apply(params, work, rS, work.m_begin + row, tile * Types::kBlockN);
     softmax.update(rS, scale);
 
-    // ptxas moves a wait up through straight-line code, here to before the exponentials, which would then no longer
-    // run beside P V. It does not move one across the branch.
+    // ptxas moves a wait up through straight-line code, here to before the exponentials, which would then no
+    // longer run beside P V. It does not move one across the branch.
     ptx::settle(rS);
     if (softmax.grown) {
       ptx::wgmma_wait<0>();
@@ -337,12 +344,12 @@ struct Consumer {
     last_output();
   }
 
-  // Tiles are voted on. At the start S of this tile is complete, and P V of an earlier one may be in flight. The two
-  // outcomes are two whole arms, each issuing its own next multiplies: a branch around P V alone, with S in flight,
-  // would make ptxas serialise every multiply of the kernel.
+  // Tiles are voted on. At the start S of this tile is complete, and P V of an earlier one may be in flight.
+  // The two outcomes are two whole arms, each issuing its own next multiplies: a branch around P V alone,
+  // with S in flight, would make ptxas serialise every multiply of the kernel.
   //
-  // V is fetched once it is wanted, by the warpgroup that wants it, into stages that nobody else touches: its own
-  // multiplies are all there is to wait for, and a skipped V costs no bandwidth.
+  // V is fetched once it is wanted, by the warpgroup that wants it, into stages that nobody else touches: its
+  // own multiplies are all there is to wait for, and a skipped V costs no bandwidth.
   template <bool kMasked>
   FSA_DEVICE void vote_step(const WorkTile& work, typename Types::Skip& skip, int32 tile, bool more) {
     Types::Logit::apply(params, work, rS);
@@ -455,7 +462,8 @@ template <class Config>
 FSA_DEVICE void forward(const ForwardParams& params) {
   using Types = ForwardTypes<Config>;
   using Storage = ForwardStorage<Types>;
-  static_assert(sizeof(Storage) == forward_shared_bytes(Types::kTile), "the host must know the shared memory size");
+  static_assert(sizeof(Storage) == forward_shared_bytes(Types::kTile),
+                "the host must know the shared memory size");
   extern __shared__ uint8 shared[];
   Storage& storage = *reinterpret_cast<Storage*>(shared);
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A position in a ring of shared-memory stages.
 //
-// Consumers wait on full[stage()] for phase(), producers on empty[stage()] for phase() ^ 1, which passes at once the
-// first time round.
+// Consumers wait on full[stage()] for phase(), producers on empty[stage()] for phase() ^ 1, which passes at
+// once the first time round.
 #pragma once
 
 #include "core/base.cuh"

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a tile of 2-byte elements lies in shared memory, and how WGMMA is told.
 //
-// A tile of kRows rows is stored in chunks of 64 columns. A chunk has one 128-byte line per row; the eight 16-byte
-// units of line r are permuted by XOR with r % 8, which is what the copy engine's 128-byte swizzle does, so eight
-// rows of one column unit touch all 32 banks. Chunks must start at multiples of 1024 bytes.
+// A tile of kRows rows is stored in chunks of 64 columns. A chunk has one 128-byte line per row; the eight
+// 16-byte units of line r are permuted by XOR with r % 8, which is what the copy engine's 128-byte swizzle
+// does, so eight rows of one column unit touch all 32 banks. Chunks must start at multiples of 1024 bytes.
 #pragma once
 
 #include "core/base.cuh"

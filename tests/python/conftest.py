@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: large problems")
     if config.getoption("--backend"):  # before the library reads it
         os.environ["FSA_BACKEND"] = config.getoption("--backend")
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the tensors are small: a second OpenMP thread would mostly spin
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

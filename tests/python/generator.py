@@ -264,7 +264,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.backend:
         os.environ["FSA_BACKEND"] = options.backend
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the tensors are small: a second OpenMP thread would mostly spin
     if options.case is not None:
         print(draw(options.seed, options.case), flush=True)
     failures = 0

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check and time the Hopper forward kernel on its own: NVRTC, the driver API and torch, without the library.
 
-    python3 tools/gpu/forward.py compile          # no GPU: registers, spills, instruction counts
-    python3 tools/gpu/forward.py check            # against float64, with NaN-poisoned outputs and tails
-    python3 tools/gpu/forward.py bench --head-dim 128 --kernel 128x128 --kernel 128x176
+python3 tools/gpu/forward.py compile          # no GPU: registers, spills, instruction counts
+python3 tools/gpu/forward.py check            # against float64, with NaN-poisoned outputs and tails
+python3 tools/gpu/forward.py bench --head-dim 128 --kernel 128x128 128x176
+python3 tools/gpu/forward.py check-threshold
+python3 tools/gpu/forward.py bench-threshold
 """
 
 from __future__ import annotations
@@ -232,7 +234,9 @@ def reference(p: Problem, b: int, q_begin: int, k_begin: int, used_q: int, used_
     if p.window_right >= 0:
         hidden |= j > i + p.window_right
     logits = logits.masked_fill(hidden, -math.inf)
-    lse = torch.logsumexp(logits, -1) if used_k else torch.full((q.shape[0], used_q), -math.inf, device="cuda")
+    lse = (
+        torch.logsumexp(logits, -1) if used_k else torch.full((q.shape[0], used_q), -math.inf, device="cuda")
+    )
     probability = torch.exp(logits - lse[..., None]).masked_fill(hidden, 0).to(dtype)
     return (probability @ v).transpose(0, 1), lse
 
@@ -276,7 +280,9 @@ def check_cases(head_dim: int, dtype):
     def tensor(*shape: int):
         return torch.randn(*shape, device="cuda", dtype=torch.float32).to(dtype)
 
-    def batched(batch: int, seqlen_q: int, seqlen_k: int, heads: int, kv_heads: int, **options: object) -> Problem:
+    def batched(
+        batch: int, seqlen_q: int, seqlen_k: int, heads: int, kv_heads: int, **options: object
+    ) -> Problem:
         return Problem(
             tensor(batch, seqlen_q, heads, head_dim), tensor(batch, seqlen_k, kv_heads, head_dim),
             tensor(batch, seqlen_k, kv_heads, head_dim), **options,
@@ -304,7 +310,9 @@ def check_cases(head_dim: int, dtype):
             ),
         )  # fmt: skip
 
-        used = batched(3, 300, 500, 4, 4, seqused_q=int32([300, 0, 77]), seqused_k=int32([450, 500, 129]), **right)
+        used = batched(
+            3, 300, 500, 4, 4, seqused_q=int32([300, 0, 77]), seqused_k=int32([450, 500, 129]), **right
+        )
         for b, _, _, used_q, used_k in sequences(used):
             used.q[b, used_q:] = math.nan
             used.k[b, used_k:] = math.nan
@@ -312,10 +320,9 @@ def check_cases(head_dim: int, dtype):
         yield f"{mask} NaN beyond the used lengths", used
     yield "window 100 left, causal", batched(2, 1000, 1000, 4, 2, window_left=100, window_right=0)
     yield "window 37 left, 300 right", batched(1, 700, 900, 2, 2, window_left=37, window_right=300)
-    yield "large logits", replace(
-        (p := batched(1, 777, 777, 2, 2, window_right=0)), q=p.q * 12, k=p.k * torch.linspace(0, 3, 777, device="cuda",
-                                                                                         dtype=dtype)[:, None, None]
-    )  # fmt: skip
+    large = batched(1, 777, 777, 2, 2, window_right=0)
+    growth = torch.linspace(0, 3, 777, device="cuda", dtype=dtype)[:, None, None]
+    yield "large logits", replace(large, q=large.q * 12, k=large.k * growth)
 
 
 def check(args: argparse.Namespace) -> bool:
@@ -341,8 +348,10 @@ def check(args: argparse.Namespace) -> bool:
                 out, lse = kernel.run(p)
                 ratio, lse_error, wrong = judge(p, out, lse)
                 again, lse_again = kernel.run(p)
-                if not (torch.equal(out.view(torch.int16), again.view(torch.int16))
-                        and torch.equal(lse.view(torch.int32), lse_again.view(torch.int32))):
+                if not (
+                    torch.equal(out.view(torch.int16), again.view(torch.int16))
+                    and torch.equal(lse.view(torch.int32), lse_again.view(torch.int32))
+                ):
                     wrong = wrong or "not the same twice"
                 worst, worst_lse, count = max(worst, ratio), max(worst_lse, lse_error), count + 1
                 if wrong:
@@ -358,13 +367,19 @@ def topics(batch: int, seqlen: int, heads: int, kv_heads: int, head_dim: int, dt
     import torch
 
     directions = torch.nn.functional.normalize(torch.randn(10, head_dim, device="cuda"), dim=-1)
-    segment = torch.randint(10, (batch, -(-seqlen // 256)), device="cuda").repeat_interleave(256, 1)[:, :seqlen]
+    segment = torch.randint(10, (batch, -(-seqlen // 256)), device="cuda").repeat_interleave(256, 1)[
+        :, :seqlen
+    ]
     base = math.sqrt(14 * math.sqrt(head_dim)) * directions[segment][:, :, None]
 
     def noisy(count: int):
         return (base + 0.3 * torch.randn(batch, seqlen, count, head_dim, device="cuda")).to(dtype)
 
-    return noisy(heads), noisy(kv_heads), torch.randn(batch, seqlen, kv_heads, head_dim, device="cuda").to(dtype)
+    return (
+        noisy(heads),
+        noisy(kv_heads),
+        torch.randn(batch, seqlen, kv_heads, head_dim, device="cuda").to(dtype),
+    )
 
 
 def kept_tiles(p: Problem, b: int, head: int, row_tile: int, tiles: int) -> list[bool]:
@@ -408,7 +423,10 @@ def judge_threshold(p: Problem, out, lse, block_n: int) -> tuple[float, float, f
                 visible_count += bool(sees.any())
                 kept_count += kept[tile]
                 if highest > 1e-2 and not kept[tile] or highest < -1e-2 and kept[tile]:
-                    wrong = wrong or f"tile {tile} of row tile {row_tile}: margin {highest:.3g}, kept {kept[tile]}"
+                    wrong = (
+                        wrong
+                        or f"tile {tile} of row tile {row_tile}: margin {highest:.3g}, kept {kept[tile]}"
+                    )
                 if kept[tile]:
                     keep_column[tile * block_n : (tile + 1) * block_n] = True
                     total = torch.logaddexp(total, torch.logsumexp(part, 1))
@@ -418,11 +436,15 @@ def judge_threshold(p: Problem, out, lse, block_n: int) -> tuple[float, float, f
             low = low.float().masked_fill(hidden | ~keep_column[None], -math.inf)
             naive = torch.softmax(low, -1).nan_to_num(0).to(p.q.dtype) @ v.to(p.q.dtype)
             got = take(out, b, q0, used_q)[begin:end, head].double()
-            got_lse = (lse[head, q0 + begin : q0 + end] if p.q.dim() == 3 else lse[b, head, begin:end]).double()
+            got_lse = (
+                lse[head, q0 + begin : q0 + end] if p.q.dim() == 3 else lse[b, head, begin:end]
+            ).double()
             allowed = max((naive.double() - exact).abs().max().item(), 1e-3)
             error = (got - exact).abs().max().item()
             worst = max(worst, error / allowed if error == error else math.inf)
-            difference = (got_lse - total).masked_fill(total.isneginf() & got_lse.isneginf(), 0).abs().max().item()
+            difference = (
+                (got_lse - total).masked_fill(total.isneginf() & got_lse.isneginf(), 0).abs().max().item()
+            )
             worst_lse = max(worst_lse, difference if difference == difference else math.inf)
     if not worst <= 2 or not worst_lse <= 2e-4:
         wrong = wrong or f"error ratio {worst:.3g}, lse {worst_lse:.2g}"
@@ -435,7 +457,8 @@ def new_skip_map(p: Problem, block_n: int):
     packed = p.cu_seqlens_q is not None
     batch = p.cu_seqlens_q.shape[0] - 1 if packed else p.q.shape[0]
     row_tiles = p.q.shape[0] // 64 + batch if packed else -(-p.q.shape[1] // 64)
-    words = -(-(-(-(p.max_seqlen_k if packed else p.k.shape[1]) // block_n)) // 32)
+    key_tiles = -(-(p.max_seqlen_k if packed else p.k.shape[1]) // block_n)
+    words = -(-key_tiles // 32)
     shape = (p.q.shape[-2], row_tiles, words) if packed else (batch, p.q.shape[-2], row_tiles, words)
     return torch.zeros(shape, dtype=torch.int32, device="cuda")
 
@@ -469,7 +492,8 @@ def check_threshold(args: argparse.Namespace) -> bool:
             out, lse = kernel.run(p)
             ratio, lse_error, kept, wrong = judge_threshold(p, out, lse, config.block_n)
             good = good and not wrong
-            print(f"threshold d{d} {name} {case}: kept {kept:.3f}, error ratio {ratio:.2f}, lse {lse_error:.1e} {wrong}")
+            errors = f"error ratio {ratio:.2f}, lse {lse_error:.1e}"
+            print(f"threshold d{d} {name} {case}: kept {kept:.3f}, {errors} {wrong}")
     return good
 
 
@@ -499,10 +523,15 @@ def bench_threshold(args: argparse.Namespace) -> bool:
         )  # fmt: skip
         tiles = vote.config.block_n
         visible = sum(-(-64 * (t + 1) // tiles) for t in range(-(-seqlen // 64))) * 16
-        kept = sum(bin(int(w) & 0xFFFFFFFF).count("1") for w in with_map.skip_map.flatten().tolist()) / visible
-        print(f"d{d} {seqlen}: dense {times[0]:.3f} ms, vote without skipping {times[1]:.3f} ({times[1] / times[0]:.3f}), "
-              f"threshold 1 {times[2]:.3f} ms ({times[0] / times[2]:.2f} x dense, kept {kept:.3f}), "
-              f"with map {times[3]:.3f}", flush=True)  # fmt: skip
+        kept = (
+            sum(bin(int(w) & 0xFFFFFFFF).count("1") for w in with_map.skip_map.flatten().tolist()) / visible
+        )
+        price, gain = times[1] / times[0], times[0] / times[2]
+        print(
+            f"d{d} {seqlen}: dense {times[0]:.3f} ms, vote without skipping {times[1]:.3f} ({price:.3f}), "
+            f"threshold 1 {times[2]:.3f} ms ({gain:.2f} x dense, kept {kept:.3f}), with map {times[3]:.3f}",
+            flush=True,
+        )
     return True
 
 
@@ -562,7 +591,8 @@ def bench(args: argparse.Namespace) -> bool:
             times = interleaved_ms([cudnn, *ours], args.samples)
         flop = 4 * batch * heads * seqlen * seqlen * d / (2 if name == "causal" else 1)
         rates = [flop / ms / 1e9 for ms in times]
-        line = "  ".join(f"{tile} {rate:5.0f} ({rate / rates[0]:.3f})" for tile, rate in zip(tiles, rates[1:], strict=True))
+        pairs = zip(tiles, rates[1:], strict=True)
+        line = "  ".join(f"{tile} {rate:5.0f} ({rate / rates[0]:.3f})" for tile, rate in pairs)
         print(f"{element} d{d} {name:6s} {seqlen:6d}  cuDNN {rates[0]:5.0f}  {line}", flush=True)
     return True
 
@@ -580,10 +610,12 @@ def compile_only(args: argparse.Namespace) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=["compile", "check", "bench", "check-threshold", "bench-threshold"])
     parser.add_argument("--head-dim", type=int, nargs="*", default=[64, 128, 256])
-    parser.add_argument("--kernel", nargs="*", help="tiles block_m x block_n; default: the shipped one of each head_dim")
+    parser.add_argument("--kernel", nargs="*", help="block_m x block_n; default: the best of each head_dim")
     parser.add_argument("--element", nargs="*", default=["bf16"], choices=["bf16", "fp16"])
     parser.add_argument("--seqlen", type=int, nargs="*", default=[2048, 8192, 16384])
     parser.add_argument("--samples", type=int, default=20)

@@ -109,7 +109,9 @@ def _library() -> ctypes.CDLL:
             for builtins in glob.glob(f"{Path(path).parent}/libnvrtc-builtins.so.*"):
                 ctypes.CDLL(builtins, mode=ctypes.RTLD_GLOBAL)
             return ctypes.CDLL(path)
-    raise RuntimeError("libnvrtc not found: pip install nvidia-cuda-nvrtc, or set FSA_NVRTC_PATH to the library")
+    raise RuntimeError(
+        "libnvrtc not found: pip install nvidia-cuda-nvrtc, or set FSA_NVRTC_PATH to the library"
+    )
 
 
 @dataclass
@@ -127,7 +129,12 @@ def compile_config(config: ForwardConfig, options: tuple[str, ...] = ()) -> Comp
     texts = (ctypes.c_char_p * len(headers))(*headers.values())
     program = ctypes.c_void_p()
     lib.nvrtcCreateProgram(
-        ctypes.byref(program), config.source().encode(), (config.name + ".cu").encode(), len(headers), texts, names
+        ctypes.byref(program),
+        config.source().encode(),
+        (config.name + ".cu").encode(),
+        len(headers),
+        texts,
+        names,
     )
     flags = ["--gpu-architecture=sm_90a", "--std=c++20", "-default-device", "-lineinfo", "--ptxas-options=-v"]
     flags += [f"-D{d}" for d in config.defines] + list(options)
@@ -174,10 +181,14 @@ def disassemble(cubin: bytes) -> str:
 def summary(config: ForwardConfig, compiled: Compiled) -> str:
     """One line: registers, spills, instruction counts, compiler warnings."""
     registers = re.search(r"Used (\d+) registers", compiled.log)
-    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log)
+    stack = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log
+    )
     spills = "/".join(stack.groups()) if stack else "?"
     sass = disassemble(compiled.cubin)
-    count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("HGMMA", "WARPGROUP", "LDL", "STL", "MUFU", "BAR")}
+    count = {
+        op: len(re.findall(rf"\b{op}\b", sass)) for op in ("HGMMA", "WARPGROUP", "LDL", "STL", "MUFU", "BAR")
+    }
     total = len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", sass, re.M))
     warnings = " SERIALIZED" if "serializ" in compiled.log.lower() else ""
     if "setmaxnreg" in compiled.log.lower():
