@@ -34,7 +34,7 @@ HELD_OUT_WINDOWS = 12
 DEFAULTS = {
     "attention": list(kinds.NAMES),
     "device": "cpu",
-    "steps": 300,
+    "steps": 150,
     "context": 2048,
     "text": [],
     "seed": 0,

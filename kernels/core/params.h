@@ -40,9 +40,9 @@ struct ForwardParams {
   int32 head_dim_v;    // real columns of out
   int32 max_seqlen_q;  // rows of every sequence when batched, an upper bound when packed
   int32 max_seqlen_k;
-  int32 window_left;   // keys before the diagonal, kOpenWindow when unlimited
-  int32 window_right;  // keys after it; 0 is causal
-  int32 heads_per_wave;  // (batch, head) pairs that walk their row tiles together: K and V share the L2
+  int32 window_left;         // keys before the diagonal, kOpenWindow when unlimited
+  int32 window_right;        // keys after it; 0 is causal
+  int32 heads_per_wave;      // (batch, head) pairs that walk their row tiles together: K and V share the L2
   float softmax_scale_log2;  // softmax_scale * log2(e), positive
 
   // Threshold skipping only.
