@@ -291,7 +291,9 @@ def _place(parts: list[torch.Tensor], held: list[int], packed: bool) -> torch.Te
     return torch.cat(padded) if packed else torch.stack(padded)
 
 
-def _page(parts: list[torch.Tensor], page_table: torch.Tensor, num_pages: int, page_size: int) -> torch.Tensor:
+def _page(
+    parts: list[torch.Tensor], page_table: torch.Tensor, num_pages: int, page_size: int
+) -> torch.Tensor:
     pages = parts[0].new_full((num_pages, page_size, *parts[0].shape[1:]), math.nan)
     for sequence, part in enumerate(parts):
         for page in range(math.ceil(part.shape[0] / page_size)):
@@ -330,7 +332,9 @@ def build(case: Case, dtype: str | torch.dtype = "float32", seed: int = 0, gate_
         assert case.page_size is not None
         columns = math.ceil(case.seqlen_k / case.page_size)
         num_pages = case.batch * columns + 3
-        page_table = torch.randperm(num_pages, generator=g)[: case.batch * columns].reshape(case.batch, columns)
+        page_table = torch.randperm(num_pages, generator=g)[: case.batch * columns].reshape(
+            case.batch, columns
+        )
     for name, parts in sides.items():
         on_rows = name in ("query", "alpha")
         if not parts:  # an empty batch

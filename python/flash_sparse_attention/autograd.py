@@ -133,6 +133,13 @@ def _records_gradient(inputs: Inputs) -> bool:
     return False
 
 
+def require_flags(**flags: bool) -> None:
+    """Raises TypeError for a flag that is not a bool, whose truth may be an error or a surprise."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+
+
 def _refuse_buffers(**buffers: Tensor | None) -> None:
     for name, buffer in buffers.items():
         if buffer is not None:
@@ -194,6 +201,7 @@ def attend_one(
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Decode: out and lse of one query per sequence; lse may be None when not wanted."""
+    require_flags(return_lse=want_lse)
     plain = ops.is_plain(inputs if out is None and lse is None else (*inputs, out, lse))
     if not plain:
         _require_tensors(inputs)

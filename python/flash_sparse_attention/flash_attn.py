@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autograd import require_flags
 from .functional import Window, attention
 
 _OPEN: Window = (-1, -1)
@@ -112,6 +113,7 @@ def flash_attn_func(
             not.
     """
     _refuse("flash_attn_func", dropout_p, further)
+    require_flags(return_lse=return_lse, return_attn_probs=return_attn_probs)
     result = attention(
         q,
         k,
@@ -170,6 +172,7 @@ def flash_attn_varlen_func(
             not.
     """
     _refuse("flash_attn_varlen_func", dropout_p, further)
+    require_flags(return_lse=return_lse, return_attn_probs=return_attn_probs)
     page_table = _one_of("page_table", page_table, "block_table", block_table)
     if page_table is not None and cu_seqlens_k is not None:
         # The pages say where the keys are; of cu_seqlens_k the lengths remain.

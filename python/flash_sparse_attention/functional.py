@@ -446,6 +446,7 @@ def _attend_numpy(
     inputs: ops.Inputs, options: ops.Options, want_lse: bool, want_map: bool, out: numpy.ndarray | None
 ) -> tuple[numpy.ndarray, numpy.ndarray | None, numpy.ndarray | None]:
     """autograd.attend for NumPy arrays: forward alone."""
+    autograd.require_flags(return_lse=want_lse, return_skip_map=want_map)
     np = sys.modules.get("numpy")  # whoever passes an array has imported it
     if np is None or not isinstance(inputs[0], np.ndarray):
         raise TypeError(f"query: expected a torch.Tensor or a numpy.ndarray, got {type(inputs[0]).__name__}")

@@ -75,7 +75,9 @@ def _part(result: oracle.Result, name: str) -> Tensor:
     return result.out if name == "out" else result.grads[name]
 
 
-def assert_within_twice(name: str, ours: Tensor, truth: oracle.Result, naive: Naive | None, rtol: float = 2.0) -> None:
+def assert_within_twice(
+    name: str, ours: Tensor, truth: oracle.Result, naive: Naive | None, rtol: float = 2.0
+) -> None:
     """FlashAttention's rule: max|ours - truth| <= rtol * max|naive - truth| + 2 * max|(truth + 0.3 - 0.3) - truth|,
     truth in float64, naive in the problem's dtype, and so the last term, the rounding noise of one addition.
 
@@ -217,7 +219,9 @@ def verify(problem: Problem, seed: int = 0, grad_kind: str = "normal", lse_grad:
         assert torch.equal(bits(tensor), before[name]), f"{name}: the input was changed"
 
     assert ours.skip_map.dtype == torch.int32
-    assert tuple(ours.skip_map.shape) == oracle.skip_map_shape(problem), f"skip_map: {tuple(ours.skip_map.shape)}"
+    assert tuple(ours.skip_map.shape) == oracle.skip_map_shape(problem), (
+        f"skip_map: {tuple(ours.skip_map.shape)}"
+    )
     tiles = oracle.replay(problem, ours.skip_map, tolerance_of_decisions(dtype))
     kept = oracle.skip_map_bits(problem, ours.skip_map)
     truth = oracle.attend(problem, grad_out=grad_out, grad_lse=grad_lse, kept=kept)
@@ -229,7 +233,9 @@ def verify(problem: Problem, seed: int = 0, grad_kind: str = "normal", lse_grad:
     assert_lse(ours.lse, truth.lse, dtype)
     for name, grad in ours.grads.items():
         tensor = problem.tensors[name]
-        assert grad.dtype == tensor.dtype and grad.shape == tensor.shape, f"d{name}: {grad.dtype} {grad.shape}"
+        assert grad.dtype == tensor.dtype and grad.shape == tensor.shape, (
+            f"d{name}: {grad.dtype} {grad.shape}"
+        )
         assert_within_twice(name, grad, truth, naive, rtol)
     return tiles
 
@@ -242,7 +248,9 @@ def draw_grads(problem: Problem, seed: int, kind: str = "normal") -> tuple[Tenso
     lse_shape = (*query.shape[:-3], query.shape[-2], query.shape[-3])
     lse_dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
     if kind == "expanded":
-        return torch.ones((), dtype=problem.dtype).expand(shape), torch.ones((), dtype=lse_dtype).expand(lse_shape)
+        return torch.ones((), dtype=problem.dtype).expand(shape), torch.ones((), dtype=lse_dtype).expand(
+            lse_shape
+        )
     grad_out = torch.randn(shape, generator=g).to(problem.dtype)
     grad_lse = torch.randn(lse_shape, generator=g).to(lse_dtype)
     grad_out = poison_unused_rows(problem, grad_out, is_lse=False)
@@ -302,7 +310,9 @@ def verify_decode(problem: Problem) -> oracle.Tiles:
         if s.keys and s.seqlen_k:
             for head in range(query.shape[-2]):
                 seen = oracle.visible(problem, s, head)[0]
-                possible.visible += sum(int(part.any()) for part in seen.split(oracle.tile_keys(query.shape[-1])))
+                possible.visible += sum(
+                    int(part.any()) for part in seen.split(oracle.tile_keys(query.shape[-1]))
+                )
     possible.kept = sum(int(b.sum()) for b in kept.values())
     return possible
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the Python tests.
 
-    pytest tests/python                                   everything
-    pytest tests/python -m "not slow"                     without the large problems
-    pytest tests/python/test_random.py --cases 20000 --seed 7  a long run of the random generator
-    pytest tests/python --backend reference               one backend only
+pytest tests/python                                   everything
+pytest tests/python -m "not slow"                     without the large problems
+pytest tests/python/test_random.py --cases 20000 --seed 7  a long run of the random generator
+pytest tests/python --backend reference               one backend only
 """
 
 from __future__ import annotations

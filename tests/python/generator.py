@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws whole attention problems at random; a seed and a number name each of them for ever.
 
-    python tests/python/generator.py --seed 0 --case 17              describe and check one problem
-    python tests/python/generator.py --seed 5 --cases 20000          check many, stop at the first failure
+python tests/python/generator.py --seed 0 --case 17              describe and check one problem
+python tests/python/generator.py --seed 5 --cases 20000          check many, stop at the first failure
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ class Drawn:
         plain = Case()
         fields = dataclasses.fields(Case)
         case = self.problem.case
-        changed = [f"{f.name}={getattr(case, f.name)!r}" for f in fields if getattr(case, f.name) != getattr(plain, f.name)]
+        changed = [
+            f"{f.name}={getattr(case, f.name)!r}"
+            for f in fields
+            if getattr(case, f.name) != getattr(plain, f.name)
+        ]
         layouts = ", ".join(f"{name}: {kind}" for name, kind in self.layouts.items())
         grads = f"grad_out {self.grad_kind}, {'with' if self.lse_grad else 'no'} grad_lse"
         return f"{self.problem.dtype}, {', '.join(changed)}; {layouts or 'contiguous'}; {grads}"
@@ -84,7 +88,9 @@ def draw_case(rng: random.Random) -> tuple[Case, str]:
     head_dim = rng.choice(WIDE_HEAD_DIMS if wide else HEAD_DIMS)
     if sparse and head_dim < 16:
         head_dim = rng.choice((32, 48, 64, 80))
-    head_dim_v = head_dim if rng.random() < 0.6 else rng.choice(WIDE_HEAD_DIMS if rng.random() < 0.1 else HEAD_DIMS)
+    head_dim_v = (
+        head_dim if rng.random() < 0.6 else rng.choice(WIDE_HEAD_DIMS if rng.random() < 0.1 else HEAD_DIMS)
+    )
     num_kv_heads, group = rng.choice(((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (1, 5), (3, 1), (2, 4), (1, 8)))
     batch = rng.choice((1, 1, 2, 2, 3))
     if sparse:
@@ -96,7 +102,9 @@ def draw_case(rng: random.Random) -> tuple[Case, str]:
         seqlen_k = rng.randint(8 * tile, 20 * tile) if sparse else _length(rng, 600)
     elif sparse:
         seqlen_k = rng.randint(2 * tile, 7 * tile)
-        seqlen_q = rng.choice((seqlen_k, rng.randint(1, 2 * seqlen_k), rng.randint(1, 130), min(seqlen_k, 700)))
+        seqlen_q = rng.choice(
+            (seqlen_k, rng.randint(1, 2 * seqlen_k), rng.randint(1, 130), min(seqlen_k, 700))
+        )
         seqlen_q = min(seqlen_q, 900)
     else:
         limit = rng.choice((20, 140, 300))
@@ -152,7 +160,18 @@ def draw_case(rng: random.Random) -> tuple[Case, str]:
         lengths_k = Lengths((seqlen_k,) * batch, tuple(_length(rng, seqlen_k) for _ in range(batch)))
     else:
         lengths_k = _draw_lengths(rng, batch, seqlen_k, packed_k)
-    case = Case("random", (), form, batch, seqlen_q, seqlen_k, num_kv_heads * group, num_kv_heads, head_dim, head_dim_v)
+    case = Case(
+        "random",
+        (),
+        form,
+        batch,
+        seqlen_q,
+        seqlen_k,
+        num_kv_heads * group,
+        num_kv_heads,
+        head_dim,
+        head_dim_v,
+    )
     return case.replace(lengths_q=lengths_q, lengths_k=lengths_k, **changes), dtype
 
 
@@ -162,7 +181,9 @@ def _gapped(tensor: torch.Tensor) -> torch.Tensor:
         wide = torch.full([2 * n for n in tensor.shape], -(2**31), dtype=torch.int32)
         inner = wide[tuple(slice(0, 2 * n, 2) for n in tensor.shape)]
     else:
-        wide = torch.full([n + 1 for n in tensor.shape[:-1]] + [tensor.shape[-1] + 5], math.nan, dtype=tensor.dtype)
+        wide = torch.full(
+            [n + 1 for n in tensor.shape[:-1]] + [tensor.shape[-1] + 5], math.nan, dtype=tensor.dtype
+        )
         inner = wide[tuple(slice(1, 1 + n) for n in tensor.shape)]
     inner.copy_(tensor)
     return inner
@@ -170,7 +191,9 @@ def _gapped(tensor: torch.Tensor) -> torch.Tensor:
 
 def _absurd(tensor: torch.Tensor) -> torch.Tensor:
     """Strides of size-1 dimensions that no memory could hold."""
-    strides = [2**40 + 3 if n == 1 else stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    strides = [
+        2**40 + 3 if n == 1 else stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
     return tensor.as_strided(tensor.shape, strides)
 
 
@@ -255,7 +278,9 @@ def check(seed: int, index: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="check this problem alone")
     parser.add_argument("--cases", type=int, default=500, help="check this many, from 0")

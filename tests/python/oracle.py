@@ -17,9 +17,8 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
-
 from cases import TILE_ROWS, Problem, tile_keys
+from torch import Tensor
 
 LOG2_E = math.log2(math.e)
 GRADIENTS = ("query", "key", "value", "alpha", "delta", "sink")
@@ -90,7 +89,9 @@ def _rows_of_key(problem: Problem, tensor: Tensor, s: Sequence) -> Tensor:
         page_size = t["key"].shape[1]
         pages = t["page_table"][s.index, : -(-s.seqlen_k // page_size)].long()
         return tensor[pages].flatten(0, 1)[: s.seqlen_k]
-    held = tensor[s.k_begin : s.k_begin + s.seqlen_k] if "cu_seqlens_k" in t else tensor[s.index, : s.seqlen_k]
+    held = (
+        tensor[s.k_begin : s.k_begin + s.seqlen_k] if "cu_seqlens_k" in t else tensor[s.index, : s.seqlen_k]
+    )
     if "gather_kv_indices" in t:
         indices = positions(problem, s)
         if s.seqlen_k == 0:
@@ -117,7 +118,9 @@ def visible(problem: Problem, s: Sequence, head: int) -> Tensor:
     if "window_sizes" in t:
         group = t["query"].shape[-2] // t["key"].shape[-2]
         sink, left, right, near = (int(x) for x in t["window_sizes"][head // group])
-        band = (distance < near) | ((distance >= near + right) & (distance < near + right + left)) | (key < sink)
+        band = (
+            (distance < near) | ((distance >= near + right) & (distance < near + right + left)) | (key < sink)
+        )
         return mask & (distance >= 0) & band
     if options.get("causal", False):
         mask = mask & (distance >= 0)
@@ -267,7 +270,11 @@ def attend(
                 mask = mask & bits.repeat_interleave(tile, dim=2)[:, :, : s.keys]
             g_out = g_lse = None
             if grad_out is not None:
-                g_out = _rows_of_query(problem, grad_out, s)[:, heads.start : heads.stop].transpose(0, 1).to(dtype)
+                g_out = (
+                    _rows_of_query(problem, grad_out, s)[:, heads.start : heads.stop]
+                    .transpose(0, 1)
+                    .to(dtype)
+                )
             if grad_lse is not None:
                 g_lse = _lse_rows(problem, grad_lse, s, heads).to(dtype)
             if by_hand:
@@ -303,7 +310,9 @@ def _attend_autograd(problem, s, leaves, heads, mask, g_out, g_lse, result, reor
         loss.backward()
 
 
-def _probabilities_base_2(scaled: Tensor, mask: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _probabilities_base_2(
+    scaled: Tensor, mask: Tensor, sink: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As _probabilities, of logits times log2 e and with statistics in at least float32: out's P, then P and the
     sink's share as a backward finds them from the rounded lse, and lse."""
     dtype = scaled.dtype
@@ -601,7 +610,9 @@ def _replay_heads(problem: Problem, s: Sequence, heads: range, kept: Tensor, tol
     dropped = surely_open_tiles & tile_visible & ~kept
     by_row = dropped.repeat_interleave(TILE_ROWS, dim=1)[:, : s.seqlen_q] & sees
     excess = torch.where(by_row, (largest - dense) * LOG2_E - t[None, :, None], -math.inf)
-    assert excess.max() <= tolerance, f"{where}: an element {excess.max():.3g} log2 above its threshold was dropped"
+    assert excess.max() <= tolerance, (
+        f"{where}: an element {excess.max():.3g} log2 above its threshold was dropped"
+    )
     return Tiles(int(tile_visible.sum()), int(kept.sum()), int(shut_tiles.sum()))
 
 
@@ -668,7 +679,9 @@ def decode_decisions(problem: Problem) -> tuple[dict[int, Tensor], list[tuple[in
             if gamma > 0:
                 # All rows of the group form one row tile: their bounds are joined.
                 alpha = t["alpha"][s.index, rows.start : rows.stop].double()
-                delta = _rows_of_key(problem, _sequence_first(problem, "delta", t["delta"]), s)[:, head].double()
+                delta = _rows_of_key(problem, _sequence_first(problem, "delta", t["delta"]), s)[
+                    :, head
+                ].double()
                 exists = positions(problem, s) >= 0
                 best, open_tiles = -math.inf, []
                 for n in reversed(candidates):
@@ -689,7 +702,9 @@ def decode_decisions(problem: Problem) -> tuple[dict[int, Tensor], list[tuple[in
                 probe_lse = torch.logsumexp(sums[:, probes], dim=1)
                 margins = largest - (probe_lse + log_threshold)[:, None]
                 margins = torch.where(largest > -math.inf, margins, -math.inf)
-                margins = torch.where((probe_lse == -math.inf)[:, None] & (largest > -math.inf), math.inf, margins)
+                margins = torch.where(
+                    (probe_lse == -math.inf)[:, None] & (largest > -math.inf), math.inf, margins
+                )
                 for n in candidates:
                     margin = float(margins[:, n].max()) * LOG2_E
                     if n not in probes and abs(margin) < 1e-2:

@@ -26,7 +26,11 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 def twelve_arguments(problem: Problem) -> dict:
     """Arguments of the twelve functions' names for a forward problem."""
     t, o = problem.tensors, problem.options
-    names = {"threshold": "softmax_threshold", "log_sigmoid_gate": "is_logsigmoid_gate", "adaptive_gate": "is_adapt_gate"}
+    names = {
+        "threshold": "softmax_threshold",
+        "log_sigmoid_gate": "is_logsigmoid_gate",
+        "adaptive_gate": "is_adapt_gate",
+    }
     arguments = {**t, **{names.get(n, n): v for n, v in o.items()}}
     arguments["is_causal"] = arguments.pop("causal")
     if "cu_seqlens_q" in t:
@@ -38,9 +42,21 @@ def twelve_arguments(problem: Problem) -> dict:
 
 
 TWELVE_CASES = {
-    "flash_dense_attn_func": ["plain", "causal_more_keys", "window_both", "window_sizes_bands", "paged_16", "scale"],
+    "flash_dense_attn_func": [
+        "plain",
+        "causal_more_keys",
+        "window_both",
+        "window_sizes_bands",
+        "paged_16",
+        "scale",
+    ],
     "flash_sparse_attn_func": ["threshold_causal", "threshold_window_sizes", "paged_256_topics_threshold"],
-    "flash_gated_attn_func": ["gate_tiles_causal", "gate_tiles_fixed_bhs", "gate_and_threshold", "paged_7_window_gate"],
+    "flash_gated_attn_func": [
+        "gate_tiles_causal",
+        "gate_tiles_fixed_bhs",
+        "gate_and_threshold",
+        "paged_7_window_gate",
+    ],
     "flash_dense_attn_varlen_func": ["packed", "packed_seqused"],
     "flash_sparse_attn_varlen_func": ["threshold_packed"],
     "flash_gated_attn_varlen_func": ["packed_window_sizes_gate_bhs"],
@@ -52,7 +68,9 @@ def test_the_twelve_are_attention(name, case):
     """Same bits as attention(), gradients too; hints change nothing."""
     problem = build(case_named(case), "float32", seed=111)
     arguments = twelve_arguments(problem)
-    differentiable = [n for n in oracle.GRADIENTS if n in problem.tensors and "page_table" not in problem.tensors]
+    differentiable = [
+        n for n in oracle.GRADIENTS if n in problem.tensors and "page_table" not in problem.tensors
+    ]
     results = []
     hints = {"is_autotune": False, "tile_mn": (64, 64), "pack_gqa": True, "is_split_kv": True, "is_split_qo": True,
              "skip_checks": True}  # fmt: skip
@@ -63,7 +81,11 @@ def test_the_twelve_are_attention(name, case):
     ):
         leaves = {n: problem.tensors[n].clone().requires_grad_() for n in differentiable}
         out, lse = call(**{**kwargs, **leaves}, return_lse=True)
-        grads = torch.autograd.grad(out.sum() + lse[lse > -math.inf].sum(), list(leaves.values())) if leaves else ()
+        grads = (
+            torch.autograd.grad(out.sum() + lse[lse > -math.inf].sum(), list(leaves.values()))
+            if leaves
+            else ()
+        )
         results.append((out.detach(), lse.detach(), *grads))
     for other in results[1:]:
         for part, (a, b) in enumerate(zip(results[0], other, strict=True)):
@@ -77,7 +99,9 @@ def test_defaults_of_the_sparse_and_gated_functions():
     q, k, v, a, d = (t[n] for n in ("query", "key", "value", "alpha", "delta"))
     expected = fsa.attention(q, k, v, causal=True, threshold=1.0)
     checks.assert_same_bits("sparse", fsa.flash_sparse_attn_func(q, k, v, True), expected)
-    expected = fsa.attention(q, k, v, causal=True, threshold=1.0, alpha=a, delta=d, gate_threshold=1 / k.shape[1])
+    expected = fsa.attention(
+        q, k, v, causal=True, threshold=1.0, alpha=a, delta=d, gate_threshold=1 / k.shape[1]
+    )
     checks.assert_same_bits("gated", fsa.flash_gated_attn_func(q, k, v, a, d, True), expected)
     expected = fsa.attention(q, k, v, causal=True, threshold=0.0)
     checks.assert_same_bits("dense", fsa.attention(q, k, v, causal=True), expected)
@@ -106,7 +130,9 @@ def test_window_sizes_heuristic(seqlen_k, num_kv_heads, equal_bandwidth):
     breaks = []
     for h in range(num_kv_heads + 1):
         share = h / num_kv_heads
-        breaks.append(int(span * h / num_kv_heads) if equal_bandwidth else int(span * (1 - math.sqrt(1 - share))))
+        breaks.append(
+            int(span * h / num_kv_heads) if equal_bandwidth else int(span * (1 - math.sqrt(1 - share)))
+        )
     expected = [[sink, breaks[h + 1] - breaks[h], breaks[h], near] for h in range(num_kv_heads)]
     assert sizes.tolist() == expected
     assert sum(row[1] for row in expected) == span
@@ -119,11 +145,21 @@ def test_flash_attn_func_positional_and_keyword():
     problem = build(case_named("alibi").replace(causal=True), "bfloat16", seed=114)
     q, k, v = (problem.tensors[n] for n in ("query", "key", "value"))
     slopes = problem.tensors["alibi_slopes"]
-    expected = fsa.attention(q, k, v, softmax_scale=0.2, causal=True, window_size=(50, 0), softcap=9.0, alibi_slopes=slopes)
+    expected = fsa.attention(
+        q, k, v, softmax_scale=0.2, causal=True, window_size=(50, 0), softcap=9.0, alibi_slopes=slopes
+    )
     out = fsa.flash_attn_func(q, k, v, 0.0, 0.2, True, (50, 0), 9.0, slopes, False, False)
     checks.assert_same_bits("positional", out, expected)
     out = fsa.flash_attn_func(
-        q, k, v, softmax_scale=0.2, causal=True, window_size=(50, None), softcap=9.0, alibi_slopes=slopes, dropout_p=0.0
+        q,
+        k,
+        v,
+        softmax_scale=0.2,
+        causal=True,
+        window_size=(50, None),
+        softcap=9.0,
+        alibi_slopes=slopes,
+        dropout_p=0.0,
     )
     checks.assert_same_bits("keywords", out, expected)
     out, lse, probabilities = fsa.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
@@ -165,7 +201,11 @@ def test_flash_attn_varlen_func_paged_is_right_or_refused(keyword):
     args = (t["query"], t["key"], t["value"], t["cu_seqlens_q"], cu_k, 90, 192)
     try:
         out = fsa.flash_attn_varlen_func(
-            *args, causal=True, seqused_q=t["seqused_q"], seqused_k=t["seqused_k"], **{keyword: t["page_table"]}
+            *args,
+            causal=True,
+            seqused_q=t["seqused_q"],
+            seqused_k=t["seqused_k"],
+            **{keyword: t["page_table"]},
         )
     except NotImplementedError as error:
         assert keyword in str(error)
@@ -276,7 +316,15 @@ GRADCHECK = ("plain", "sink_softcap_alibi_window", "gate_softcap_sink_alibi", "p
 
 def shrink(case):
     """The same features on few rows, so that finite differences are quick."""
-    sizes = {"batch": 1, "seqlen_q": 4, "seqlen_k": 6, "num_heads": 2, "num_kv_heads": 1, "head_dim": 3, "head_dim_v": 2}
+    sizes = {
+        "batch": 1,
+        "seqlen_q": 4,
+        "seqlen_k": 6,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 3,
+        "head_dim_v": 2,
+    }
     if case.form == "packed":
         from cases import Lengths
 
@@ -293,7 +341,9 @@ def test_gradcheck(name):
     names = [n for n in oracle.GRADIENTS if n in t]
 
     def function(*leaves):
-        return fsa.attention(**{**t, **dict(zip(names, leaves, strict=True))}, **problem.options, return_lse=True)
+        return fsa.attention(
+            **{**t, **dict(zip(names, leaves, strict=True))}, **problem.options, return_lse=True
+        )
 
     out, lse = function(*(t[n] for n in names))
     finite = lse > -math.inf
@@ -322,7 +372,9 @@ def test_only_what_requires_a_gradient_gets_one():
         checks.assert_same_bits(f"d{name}", leaf.grad, everything[name])
     assert not fsa.attention(**problem.arguments()).requires_grad
     with torch.no_grad():
-        assert not fsa.attention(**{**problem.arguments(), "query": leaf.new_zeros(2, 140, 4, 64)}).requires_grad
+        assert not fsa.attention(
+            **{**problem.arguments(), "query": leaf.new_zeros(2, 140, 4, 64)}
+        ).requires_grad
 
 
 def test_backward_twice_through_a_kept_graph():
@@ -354,7 +406,9 @@ def test_backward_through_decode_is_refused():
     problem = build(case_named("decode_contiguous"), "float32", seed=127)
     query = problem.tensors["query"].clone().requires_grad_()
     with pytest.raises((NotImplementedError, RuntimeError), match=r"decode|cache|does not require grad"):
-        checks.call_decode(Problem(problem.case, {**problem.tensors, "query": query}, problem.options))[0].sum().backward()
+        checks.call_decode(Problem(problem.case, {**problem.tensors, "query": query}, problem.options))[
+            0
+        ].sum().backward()
 
 
 # ---- import -------------------------------------------------------------------------------------------------
@@ -366,7 +420,9 @@ def seconds_to_import(code: str) -> float:
     for _ in range(3):
         program = f"import time, torch; t = time.perf_counter(); {code}; print(time.perf_counter() - t)"
         env = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+        )
         best = min(best, float(done.stdout))
     return best
 

@@ -302,7 +302,10 @@ TABLE = [
 
 
 def copies(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {n: v.detach().clone() if isinstance(v, torch.Tensor) and v.device.type == "cpu" else v for n, v in arguments.items()}
+    return {
+        n: v.detach().clone() if isinstance(v, torch.Tensor) and v.device.type == "cpu" else v
+        for n, v in arguments.items()
+    }
 
 
 @pytest.mark.parametrize("bad", TABLE, ids=[f"{i}-{bad.id}" for i, bad in enumerate(TABLE)])
@@ -314,7 +317,9 @@ def test_bad_argument(bad):
     poisoned = None
     if "out" not in bad.wrong and not {"query", "value"} & bad.wrong.keys() and bad.base is not merge:
         valid = bad.base()
-        poisoned = arguments["out"] = torch.full((*valid["query"].shape[:-1], valid["value"].shape[-1]), math.nan)
+        poisoned = arguments["out"] = torch.full(
+            (*valid["query"].shape[:-1], valid["value"].shape[-1]), math.nan
+        )
     before = copies(arguments)
     with pytest.raises(bad.error) as caught:
         function(**arguments)
@@ -322,8 +327,14 @@ def test_bad_argument(bad):
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
     assert poisoned is None or poisoned.isnan().all(), "out was written"
     for name, tensor in before.items():
-        if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and tensor.dtype.is_floating_point:
-            assert torch.equal(tensor.double().nan_to_num(7), arguments[name].double().nan_to_num(7)), f"{name} was changed"
+        if (
+            isinstance(tensor, torch.Tensor)
+            and tensor.device.type == "cpu"
+            and tensor.dtype.is_floating_point
+        ):
+            assert torch.equal(tensor.double().nan_to_num(7), arguments[name].double().nan_to_num(7)), (
+                f"{name} was changed"
+            )
 
 
 def test_out_over_any_input_is_refused():

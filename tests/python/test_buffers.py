@@ -10,7 +10,14 @@ import torch
 from cases import build, case_named
 from flash_sparse_attention import _C, ops
 
-NAMES = ("plain", "packed_seqused", "batched_seqused_sink", "gate_linear_bhs", "gate_and_threshold", "threshold_packed")
+NAMES = (
+    "plain",
+    "packed_seqused",
+    "batched_seqused_sink",
+    "gate_linear_bhs",
+    "gate_and_threshold",
+    "threshold_packed",
+)
 
 
 def arguments_of(problem):
@@ -34,7 +41,9 @@ def workspace(size: int):
     view = memory[begin : begin + size]
 
     def check():
-        assert (memory[:begin] == 255).all() and (memory[begin + size :] == 255).all(), "workspace: written outside"
+        assert (memory[:begin] == 255).all() and (memory[begin + size :] == 255).all(), (
+            "workspace: written outside"
+        )
 
     return view, check
 
@@ -47,7 +56,10 @@ def test_every_output_is_written_whole_and_nothing_else(name, dtype):
     expected = checks.call(problem, grad_out, grad_lse)
     inputs, options = arguments_of(problem)
 
-    out, lse = checks.Buffer(expected.out.shape, problem.dtype, gap=3), checks.Buffer(expected.lse.shape, expected.lse.dtype)
+    out, lse = (
+        checks.Buffer(expected.out.shape, problem.dtype, gap=3),
+        checks.Buffer(expected.lse.shape, expected.lse.dtype),
+    )
     skip_map = torch.full_like(expected.skip_map, -1)
     space, check_space = workspace(_C.workspace_size_forward(inputs, options))
     _C.forward(inputs, options, out.view, lse.view, skip_map, space)
@@ -70,14 +82,19 @@ def test_every_output_is_written_whole_and_nothing_else(name, dtype):
         checks.assert_same_bits(f"d{n}", buffer.view, expected.grads[n])
 
 
-@pytest.mark.parametrize("name", ["decode_threshold", "decode_gate_packed", "decode_paged", "decode_gathered"])
+@pytest.mark.parametrize(
+    "name", ["decode_threshold", "decode_gate_packed", "decode_paged", "decode_gathered"]
+)
 def test_decode_with_a_dirty_workspace(name):
     problem = build(case_named(name), "float32", seed=92)
     expected_out, expected_lse = checks.call_decode(problem)
     if "alpha" in problem.tensors and "threshold" not in problem.options:
         problem.options["threshold"] = 0.0
     inputs, options = arguments_of(problem)
-    out, lse = checks.Buffer(expected_out.shape, torch.float32), checks.Buffer(expected_lse.shape, torch.float32)
+    out, lse = (
+        checks.Buffer(expected_out.shape, torch.float32),
+        checks.Buffer(expected_lse.shape, torch.float32),
+    )
     space, check_space = workspace(_C.workspace_size_decode(inputs, options, None, False))
     _C.decode(inputs, options, None, False, out.view, lse.view, space)
     for check in (check_space, lambda: out.check("out"), lambda: lse.check("lse")):
@@ -91,7 +108,9 @@ def test_decode_with_a_dirty_workspace(name):
 def test_decode_features_without_a_python_function(form, missing):
     """softcap, slopes and sink in decode: reached through the binding (and C++) only."""
     case = case_named("decode_contiguous" if form == "decode" else "decode_paged")
-    case = case.replace(**{"softcap": {"softcap": 9.0}, "alibi": {"alibi": "batch"}, "sink": {"sink": True}}[missing])
+    case = case.replace(
+        **{"softcap": {"softcap": 9.0}, "alibi": {"alibi": "batch"}, "sink": {"sink": True}}[missing]
+    )
     problem = build(case, "float32", seed=93)
     inputs, options = arguments_of(problem)
     out = torch.full((case.batch, case.num_heads, case.head_dim_v), torch.nan)
@@ -103,6 +122,7 @@ def test_decode_features_without_a_python_function(form, missing):
 
 def test_workspace_is_linear_in_the_length():
     """No buffer grows with seqlen_q * seqlen_k."""
+
     def sizes(seqlen):
         case = case_named("plain").replace(batch=1, seqlen_q=seqlen, seqlen_k=seqlen, causal=True)
         q = torch.empty(1, 1, 4, 64).expand(1, seqlen, 4, 64)
@@ -111,7 +131,9 @@ def test_workspace_is_linear_in_the_length():
         problem.tensors.update(query=q, key=k, value=k)
         inputs, options = arguments_of(problem)
         skip_map = None
-        return _C.workspace_size_forward(inputs, options), _C.workspace_size_backward(inputs, options, skip_map, None)
+        return _C.workspace_size_forward(inputs, options), _C.workspace_size_backward(
+            inputs, options, skip_map, None
+        )
 
     for short, long in zip(sizes(4096), sizes(65536), strict=True):
         assert long <= 16 * short + (1 << 20)

@@ -25,16 +25,27 @@ def verify(case: Case, dtype: str = "float32", seed: int = 71, **kwargs):
 @pytest.mark.parametrize("dtype", LOW)
 def test_zero_length_sequences_and_max_seqlen_1(dtype):
     lengths = Lengths((0, 1, 0, 1, 0))
-    verify(Case(form="packed", batch=5, lengths_q=lengths, lengths_k=Lengths((1, 0, 0, 1, 1)), causal=True), dtype)
+    verify(
+        Case(form="packed", batch=5, lengths_q=lengths, lengths_k=Lengths((1, 0, 0, 1, 1)), causal=True),
+        dtype,
+    )
     verify(Case(form="packed", batch=3, lengths_q=Lengths((0, 0, 0)), lengths_k=Lengths((0, 0, 0))), dtype)
-    verify(Case(form="packed", batch=2, lengths_q=Lengths((0, 1)), lengths_k=Lengths((70, 0)), seqlen_k=70), dtype)
+    verify(
+        Case(form="packed", batch=2, lengths_q=Lengths((0, 1)), lengths_k=Lengths((70, 0)), seqlen_k=70),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("sink", [False, True])
 def test_rows_without_a_key(dtype, sink):
     """out 0, lse -inf (or the sink), zero gradients; among rows that have keys, and in tiles of their own."""
-    for seqlen_q, seqlen_k, window in ((200, 3, None), (65, 64, None), (300, 300, (-1, -1)), (200, 90, (5, 0))):
+    for seqlen_q, seqlen_k, window in (
+        (200, 3, None),
+        (65, 64, None),
+        (300, 300, (-1, -1)),
+        (200, 90, (5, 0)),
+    ):
         case = Case(seqlen_q=seqlen_q, seqlen_k=seqlen_k, num_heads=2, num_kv_heads=1, causal=True, sink=sink)
         problem = build(case.replace(window_size=window), dtype, seed=72)
         checks.verify(problem, seed=72)
@@ -82,7 +93,9 @@ def test_masks_are_not_finite_sentinels(dtype):
 @pytest.mark.parametrize("num_heads,num_kv_heads", [(6, 2), (6, 3), (5, 1), (9, 3)])
 @pytest.mark.parametrize("dtype", LOW)
 def test_backward_of_uneven_groups(num_heads, num_kv_heads, dtype):
-    verify(Case(seqlen_q=90, seqlen_k=140, num_heads=num_heads, num_kv_heads=num_kv_heads, causal=True), dtype)
+    verify(
+        Case(seqlen_q=90, seqlen_k=140, num_heads=num_heads, num_kv_heads=num_kv_heads, causal=True), dtype
+    )
 
 
 @pytest.mark.parametrize("head_dim,head_dim_v", [(64, 128), (128, 64), (192, 128), (24, 7), (7, 24)])
@@ -96,7 +109,16 @@ def test_backward_with_another_value_head_dim(head_dim, head_dim_v, dtype):
 def test_lengths_around_tiles(length):
     """Scratch rows of one step and tiles of the next agree, last partial tile included."""
     verify(Case(batch=2, seqlen_q=length, seqlen_k=length, num_heads=2, num_kv_heads=2, causal=True))
-    verify(Case(seqlen_q=length, seqlen_k=2 * length, num_heads=2, head_dim=136, head_dim_v=136, window_size=(length, 1)))
+    verify(
+        Case(
+            seqlen_q=length,
+            seqlen_k=2 * length,
+            num_heads=2,
+            head_dim=136,
+            head_dim_v=136,
+            window_size=(length, 1),
+        )
+    )
 
 
 @pytest.mark.parametrize("first", [1, 5, 9, 13, 17, 33, 65])
@@ -144,7 +166,9 @@ def test_unusual_strides(order):
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("size", [3.0, 30.0])
 def test_large_logits(dtype, size):
-    problem = build(Case(seqlen_q=130, seqlen_k=260, num_heads=2, num_kv_heads=2, causal=True), dtype, seed=78)
+    problem = build(
+        Case(seqlen_q=130, seqlen_k=260, num_heads=2, num_kv_heads=2, causal=True), dtype, seed=78
+    )
     for name in ("query", "key"):
         problem.tensors[name] = problem.tensors[name] * size
     checks.verify(problem, seed=78, lse_grad=False)
@@ -172,7 +196,9 @@ def test_window_edges(seqlen_q, seqlen_k, left, right, causal):
         assert float(lse[0, 0, i]) == pytest.approx(expected, abs=1e-6), f"row {i}"
 
 
-@pytest.mark.parametrize("sizes", [(0, 0, 0, 1), (2, 0, 0, 3), (0, 4, 2, 0), (1, 4, 2, 3), (40, 0, 0, 0), (0, 9, 0, 0)])
+@pytest.mark.parametrize(
+    "sizes", [(0, 0, 0, 1), (2, 0, 0, 3), (0, 4, 2, 0), (1, 4, 2, 3), (40, 0, 0, 0), (0, 9, 0, 0)]
+)
 @pytest.mark.parametrize("seqlen_q,seqlen_k", [(9, 9), (6, 140), (30, 12)])
 def test_window_sizes_edges(sizes, seqlen_q, seqlen_k):
     sink, left, right, near = sizes
@@ -204,15 +230,25 @@ def test_gathering_one_key_or_more_than_there_are(top_k):
     case = Case(form="decode_gathered", batch=3, seqlen_k=130, num_heads=4, num_kv_heads=2, top_k=top_k)
     for threshold in (None, 1.0):
         problem = build(case.replace(threshold=threshold), "float32", seed=81)
-        problem.tensors["gather_kv_indices"] = torch.randint(-1, 130, (3, top_k), generator=g, dtype=torch.int32)
+        problem.tensors["gather_kv_indices"] = torch.randint(
+            -1, 130, (3, top_k), generator=g, dtype=torch.int32
+        )
         checks.verify_decode(problem)
 
 
 def test_many_calls_leave_nothing_behind():
     """Calls of other shapes between two equal calls: a stale workspace would show."""
     problems = [
-        build(Case(seqlen_q=q, seqlen_k=k, num_heads=h, num_kv_heads=h, head_dim=d, head_dim_v=d, causal=True), dtype, q)
-        for q, k, h, d, dtype in ((300, 300, 2, 64, "float32"), (5, 700, 1, 200, "bfloat16"), (65, 64, 3, 17, "float16"))
+        build(
+            Case(seqlen_q=q, seqlen_k=k, num_heads=h, num_kv_heads=h, head_dim=d, head_dim_v=d, causal=True),
+            dtype,
+            q,
+        )
+        for q, k, h, d, dtype in (
+            (300, 300, 2, 64, "float32"),
+            (5, 700, 1, 200, "bfloat16"),
+            (65, 64, 3, 17, "float16"),
+        )
     ]
     first = [checks.call(p, *checks.draw_grads(p, 82)) for p in problems]
     for _ in range(3):

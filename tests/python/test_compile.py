@@ -40,7 +40,9 @@ def attend(tensors, options):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_fullgraph(name, dynamic):
     problem = build(case_named(name), "float32", seed=131)
-    problem.tensors = {n: t.nan_to_num(0.0) if t.is_floating_point() else t for n, t in problem.tensors.items()}
+    problem.tensors = {
+        n: t.nan_to_num(0.0) if t.is_floating_point() else t for n, t in problem.tensors.items()
+    }
     compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     expected, ours = forward_and_backward(problem, attend), forward_and_backward(problem, compiled)
     for part, (a, b) in enumerate(zip(expected, ours, strict=True)):
@@ -62,7 +64,9 @@ def test_dynamic_shapes_recompile_at_most_once():
     for batch, seqlen_q, seqlen_k in ((2, 70, 90), (3, 80, 130), (4, 33, 400), (5, 200, 201), (7, 129, 65)):
         case = case_named("plain").replace(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=True)
         problem = build(case.replace(threshold=1.0), "float32", seed=133)
-        for a, b in zip(forward_and_backward(problem, attend), forward_and_backward(problem, compiled), strict=True):
+        for a, b in zip(
+            forward_and_backward(problem, attend), forward_and_backward(problem, compiled), strict=True
+        ):
             torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
     assert counter.frame_count <= 2, f"{counter.frame_count} graphs"
 
@@ -71,7 +75,9 @@ def test_twelve_and_decode_compile():
     problem = build(case_named("decode_gate_threshold_paged"), "float32", seed=134)
     name, arguments = problem.decode_call()
     function = getattr(fsa, name)
-    compiled = torch.compile(lambda kwargs: function(**kwargs, return_lse=True), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda kwargs: function(**kwargs, return_lse=True), fullgraph=True, backend="aot_eager"
+    )
     for a, b in zip(function(**arguments, return_lse=True), compiled(arguments), strict=True):
         checks.assert_same_bits("decode", a, b)
 
@@ -98,7 +104,9 @@ def operator_arguments(problem, gather: bool = False):
 @pytest.mark.parametrize("name", ["plain", "gate_and_threshold", "packed_seqused", "paged_16", "sink"])
 def test_opcheck_forward(name):
     problem = build(case_named(name), "float32", seed=136)
-    problem.tensors = {n: t.nan_to_num(0.0) if t.is_floating_point() else t for n, t in problem.tensors.items()}
+    problem.tensors = {
+        n: t.nan_to_num(0.0) if t.is_floating_point() else t for n, t in problem.tensors.items()
+    }
     for want_map in (False, True):
         torch.library.opcheck(torch.ops.fsa.forward.default, (*operator_arguments(problem), want_map))
 
@@ -106,7 +114,9 @@ def test_opcheck_forward(name):
 @pytest.mark.parametrize("name", ["plain", "gate_and_threshold", "packed_seqused", "sink"])
 def test_opcheck_backward(name):
     problem = build(case_named(name), "float32", seed=137)
-    problem.tensors = {n: t.nan_to_num(0.0) if t.is_floating_point() else t for n, t in problem.tensors.items()}
+    problem.tensors = {
+        n: t.nan_to_num(0.0) if t.is_floating_point() else t for n, t in problem.tensors.items()
+    }
     arguments = operator_arguments(problem)
     out, lse, skip_map = torch.ops.fsa.forward(*arguments, True)
     rest = (out, lse, skip_map, torch.ones_like(out), torch.ones_like(lse))
@@ -127,7 +137,10 @@ def test_meta_tensors_give_shapes():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        q, k = torch.empty(2, 70, 4, 64, dtype=torch.bfloat16), torch.empty(2, 90, 2, 64, dtype=torch.bfloat16)
+        q, k = (
+            torch.empty(2, 70, 4, 64, dtype=torch.bfloat16),
+            torch.empty(2, 90, 2, 64, dtype=torch.bfloat16),
+        )
         v = torch.empty(2, 90, 2, 48, dtype=torch.bfloat16)
         out, lse, skip_map = fsa.attention(q, k, v, threshold=1.0, return_lse=True, return_skip_map=True)
     assert out.shape == (2, 70, 4, 48) and out.dtype == torch.bfloat16

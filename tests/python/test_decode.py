@@ -96,12 +96,16 @@ def test_gathered_indices_may_repeat_and_be_none():
     query = torch.randn(3, 2, 16, generator=g)
     key, value = torch.randn(3, 40, 1, 16, generator=g), torch.randn(3, 40, 1, 8, generator=g)
     indices = torch.tensor([[5, 5, -1, 9], [-1, -1, -1, -1], [-1, 39, 0, -1]], dtype=torch.int32)
-    out, lse = fsa.flash_dense_attn_with_kvcache_func(query, key, value, gather_kv_indices=indices, return_lse=True)
+    out, lse = fsa.flash_dense_attn_with_kvcache_func(
+        query, key, value, gather_kv_indices=indices, return_lse=True
+    )
     for b, chosen in enumerate(([5, 5, 9], [], [39, 0])):
         logits = query[b].double() @ key[b, chosen, 0].double().T / 4
         expected = torch.softmax(logits, 1) @ value[b, chosen, 0].double()
         torch.testing.assert_close(out[b].double(), expected, rtol=1e-5, atol=1e-6)
-        expected_lse = torch.logsumexp(logits, 1) if chosen else torch.full((2,), -math.inf, dtype=torch.float64)
+        expected_lse = (
+            torch.logsumexp(logits, 1) if chosen else torch.full((2,), -math.inf, dtype=torch.float64)
+        )
         torch.testing.assert_close(lse[b].double(), expected_lse, rtol=1e-5, atol=1e-6)
 
 
@@ -121,7 +125,9 @@ def test_threshold_off_is_dense_bit_for_bit():
     del dense["softmax_threshold"]
     expected = fsa.flash_dense_attn_with_kvcache_func(**dense)
     for tau in (0.0, -5.0):
-        checks.assert_same_bits("out", getattr(fsa, name)(**{**arguments, "softmax_threshold": tau}), expected)
+        checks.assert_same_bits(
+            "out", getattr(fsa, name)(**{**arguments, "softmax_threshold": tau}), expected
+        )
 
 
 def test_dropped_mass_is_bounded():

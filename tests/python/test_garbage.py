@@ -13,7 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 DOCUMENTED = (ValueError, TypeError, NotImplementedError)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool, torch.uint8)
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.uint8,
+)
 EXTENTS = st.sampled_from((0, 1, 2, 3, 4, 5, 16, 24, 32, 70, 90))
 QUIET = settings(
     max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
@@ -29,7 +38,9 @@ def tensors(draw):
     tensor = torch.ones(shape, dtype=torch.float32)
     if tensor.numel() and draw(st.booleans()):
         values = draw(st.lists(st.integers(-3, 100), min_size=1, max_size=8))
-        tensor = torch.tensor(values, dtype=torch.float32).repeat(tensor.numel() // len(values) + 1)[: tensor.numel()]
+        tensor = torch.tensor(values, dtype=torch.float32).repeat(tensor.numel() // len(values) + 1)[
+            : tensor.numel()
+        ]
         tensor = tensor.view(shape)
     tensor = tensor.to(dtype)
     layout = draw(st.integers(0, 4))
@@ -54,7 +65,9 @@ SCALARS = st.one_of(
     st.sampled_from(("bsh", "bhs", "cpu", "reference", "cuda", "")),
 )
 ARRAYS = tensors().filter(lambda t: t.dtype not in (torch.bfloat16,)).map(lambda t: t.numpy())
-GARBAGE = st.one_of(tensors(), tensors(), SCALARS, ARRAYS, st.lists(SCALARS, max_size=3), st.tuples(SCALARS, SCALARS))
+GARBAGE = st.one_of(
+    tensors(), tensors(), SCALARS, ARRAYS, st.lists(SCALARS, max_size=3), st.tuples(SCALARS, SCALARS)
+)
 
 ATTENTION = ("query", "key", "value", "causal", "window_size", "window_sizes", "softmax_scale", "softcap", "alibi_slopes",
              "sink", "threshold", "alpha", "delta", "gate_threshold", "log_sigmoid_gate", "adaptive_gate", "gate_layout",
@@ -102,7 +115,9 @@ INDEX = st.lists(st.integers(-3, 100), min_size=2, max_size=4)
 
 
 @QUIET
-@given(cu_q=INDEX, cu_k=INDEX, used_q=INDEX, used_k=INDEX, max_q=st.integers(-1, 100), max_k=st.integers(-1, 100))
+@given(
+    cu_q=INDEX, cu_k=INDEX, used_q=INDEX, used_k=INDEX, max_q=st.integers(-1, 100), max_k=st.integers(-1, 100)
+)
 def test_index_tensors_of_packed_sequences(cu_q, cu_k, used_q, used_k, max_q, max_k):
     """The right shapes and dtypes, any contents: never a read outside of the tensors."""
     changes = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "seqused_q": used_q, "seqused_k": used_k}
@@ -117,4 +132,6 @@ def test_index_tensors_of_packed_sequences(cu_q, cu_k, used_q, used_k, max_q, ma
 )
 def test_page_tables(table, used):
     changes = {"page_table": table, "seqused_k": used}
-    attempt(fsa.attention, {**bad.paged(), **{n: torch.tensor(v, dtype=torch.int32) for n, v in changes.items()}})
+    attempt(
+        fsa.attention, {**bad.paged(), **{n: torch.tensor(v, dtype=torch.int32) for n, v in changes.items()}}
+    )

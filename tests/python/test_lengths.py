@@ -57,7 +57,10 @@ def test_merge_of_key_sets_is_attention(parts, dtype, packed):
         outs, lses = (torch.stack(x) for x in zip(*pieces, strict=True))
         if packed:  # [parts, total, num_heads, head_dim_v] and [parts, num_heads, total]
             out, lse = fsa.merge_attention_states(outs.flatten(1, 2), lses.transpose(1, 2).flatten(2, 3))
-            yield out.unflatten(0, (q.shape[0], q.shape[1])), lse.unflatten(1, (q.shape[0], q.shape[1])).transpose(0, 1)
+            yield (
+                out.unflatten(0, (q.shape[0], q.shape[1])),
+                lse.unflatten(1, (q.shape[0], q.shape[1])).transpose(0, 1),
+            )
         else:
             yield fsa.merge_attention_states(outs, lses)
 
@@ -65,7 +68,9 @@ def test_merge_of_key_sets_is_attention(parts, dtype, packed):
     results = []
     for out, lse in whole_and_merged():
         g.manual_seed(44)
-        loss = (out * torch.randn(out.shape, generator=g).to(dtype)).sum() + (lse * torch.randn(lse.shape, generator=g)).sum()
+        loss = (out * torch.randn(out.shape, generator=g).to(dtype)).sum() + (
+            lse * torch.randn(lse.shape, generator=g)
+        ).sum()
         results.append((out, lse, *torch.autograd.grad(loss, (q, k, v))))
     tolerance = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-2}[dtype]
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
@@ -113,7 +118,9 @@ def test_gradient_of_lse_alone(name):
     kept = checks.oracle.skip_map_bits(problem, checks.call(problem).skip_map)
     truth = checks.oracle.attend(problem64, grad_lse=grad_lse, kept=kept)
     for n, grad in grads.items():
-        torch.testing.assert_close(grad.double(), truth.grads[n], rtol=1e-4, atol=2e-5, msg=lambda m, n=n: f"d{n}: {m}")
+        torch.testing.assert_close(
+            grad.double(), truth.grads[n], rtol=1e-4, atol=2e-5, msg=lambda m, n=n: f"d{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("page_size", [1, 5, 16, 128, 300])
@@ -141,7 +148,9 @@ def test_paged_is_contiguous(name, page_size):
     paged["seqused_k"] = torch.tensor([length, length - 37], dtype=torch.int32)
     out = fsa.attention(**paged, **whole.options)
     checks.assert_same_bits("out", out[0], fsa.attention(**whole.arguments())[0])
-    shorter = {n: t[:, : length - 37] if n in ("key", "value", "delta") else t for n, t in whole.tensors.items()}
+    shorter = {
+        n: t[:, : length - 37] if n in ("key", "value", "delta") else t for n, t in whole.tensors.items()
+    }
     checks.assert_same_bits("shorter", out[1], fsa.attention(**shorter, **whole.options)[0])
 
 

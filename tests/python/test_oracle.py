@@ -41,16 +41,22 @@ def test_autograd_and_formulas_agree(case):
     by_autograd = oracle.attend(problem, grad_out=grad_out, grad_lse=grad_lse)
     by_hand = oracle.attend(problem, grad_out=grad_out, grad_lse=grad_lse, by_hand=True)
     torch.testing.assert_close(by_hand.out, by_autograd.out, rtol=1e-12, atol=1e-12)
-    assert set(by_hand.grads) == set(by_autograd.grads) == {n for n in oracle.GRADIENTS if n in problem.tensors}
+    assert (
+        set(by_hand.grads) == set(by_autograd.grads) == {n for n in oracle.GRADIENTS if n in problem.tensors}
+    )
     for name, grad in by_autograd.grads.items():
         assert not grad.isnan().any(), name
-        torch.testing.assert_close(by_hand.grads[name], grad, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            by_hand.grads[name], grad, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (3, 1)])
 def test_matches_torch_attention(heads, kv_heads, causal):
-    case = case_named("plain").replace(num_heads=heads, num_kv_heads=kv_heads, causal=causal, seqlen_q=90, seqlen_k=130)
+    case = case_named("plain").replace(
+        num_heads=heads, num_kv_heads=kv_heads, causal=causal, seqlen_q=90, seqlen_k=130
+    )
     problem = build(case, "float64", seed=3)
     leaves = [problem.tensors[n].clone().requires_grad_() for n in ("query", "key", "value")]
     q, k, v = (x.transpose(1, 2) for x in leaves)
@@ -76,7 +82,9 @@ def test_own_decisions_replay_cleanly(case):
         assert tiles.kept < tiles.visible
 
 
-@pytest.mark.parametrize("name", ["threshold_causal", "gate_tiles_causal", "gate_and_threshold", "threshold_packed"])
+@pytest.mark.parametrize(
+    "name", ["threshold_causal", "gate_tiles_causal", "gate_and_threshold", "threshold_packed"]
+)
 @pytest.mark.parametrize("change", ["drop", "restore"])
 def test_replay_finds_a_wrong_decision(name, change):
     """A map with one decision turned round does not pass."""

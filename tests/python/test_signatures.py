@@ -121,7 +121,9 @@ def actual(function) -> list[tuple[str, str, object]]:
 
 
 def parametrized(text: str):
-    return pytest.mark.parametrize("name,expected", signatures(text).items(), ids=lambda x: x if type(x) is str else "")
+    return pytest.mark.parametrize(
+        "name,expected", signatures(text).items(), ids=lambda x: x if type(x) is str else ""
+    )
 
 
 def test_all_twelve_are_here():
@@ -165,7 +167,9 @@ def test_everything_public_is_listed_and_documented():
 def test_kept_fraction_and_heuristic():
     kept = actual(fsa.kept_fraction)
     assert kept[0] == ("positional", "skip_map", inspect.Parameter.empty)
-    assert {("keyword", n, inspect.Parameter.empty) for n in ("seqlen_q", "seqlen_k", "head_dim")} <= set(kept)
+    assert {("keyword", n, inspect.Parameter.empty) for n in ("seqlen_q", "seqlen_k", "head_dim")} <= set(
+        kept
+    )
     assert ("keyword", "causal", False) in kept
     heuristic = {name: default for _, name, default in actual(fsa.window_sizes_heuristic)}
     expected = {"equal_bandwidth": True, "window_near": 1024, "window_sink": 64}

@@ -64,7 +64,9 @@ def test_kept_fraction(case):
     assert fraction == pytest.approx(tiles.kept / tiles.visible, abs=1e-12)
 
 
-@pytest.mark.parametrize("head_dim,expected", [(1, (64, 128)), (128, (64, 128)), (129, (64, 64)), (512, (64, 64))])
+@pytest.mark.parametrize(
+    "head_dim,expected", [(1, (64, 128)), (128, (64, 128)), (129, (64, 64)), (512, (64, 64))]
+)
 def test_skip_tile(head_dim, expected):
     assert tuple(fsa.skip_tile(head_dim)) == expected
 
@@ -80,7 +82,9 @@ def test_dense_map_is_every_visible_tile():
 
 def test_map_words_follow_the_layout():
     """More than 32 key tiles: tile n is bit n & 31 of word n >> 5."""
-    case = case_named("threshold_full").replace(seqlen_q=64, seqlen_k=64 * 70, head_dim=144, head_dim_v=8, num_heads=1)
+    case = case_named("threshold_full").replace(
+        seqlen_q=64, seqlen_k=64 * 70, head_dim=144, head_dim_v=8, num_heads=1
+    )
     problem = build(case.replace(num_kv_heads=1, threshold=None), "float32", seed=25)
     skip_map = checks.call(problem).skip_map
     assert tuple(skip_map.shape) == (1, 1, 1, 3)

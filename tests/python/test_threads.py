@@ -32,7 +32,10 @@ def everything(names=NAMES, decode=DECODE, dtypes=("float32", "bfloat16")):
             results.update({f"{name} {dtype} {part}": checks.bits(tensor) for part, tensor in parts.items()})
         for name in decode:
             out, lse = checks.call_decode(build(case_named(name), dtype, seed=102))
-            results[f"{name} {dtype} out"], results[f"{name} {dtype} lse"] = checks.bits(out), checks.bits(lse)
+            results[f"{name} {dtype} out"], results[f"{name} {dtype} lse"] = (
+                checks.bits(out),
+                checks.bits(lse),
+            )
     return results
 
 
@@ -112,7 +115,9 @@ def test_number_of_threads_from_the_environment():
     assert run_python(code, FSA_NUM_THREADS="5").stdout.strip() == "5"
     allowed = len(os.sched_getaffinity(0))
     assert run_python(code, FSA_NUM_THREADS="").stdout.strip() == str(allowed)
-    done = run_python(f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}}); {code}", FSA_NUM_THREADS="")
+    done = run_python(
+        f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}}); {code}", FSA_NUM_THREADS=""
+    )
     assert done.stdout.strip() == "1", done.stderr
 
 
@@ -153,7 +158,10 @@ def test_every_instruction_set_of_the_machine(target, capsys):
     if not machine_has(target):
         with capsys.disabled():
             print(f"\n{target}: not on this machine")
-        test = run_python(KERNEL.replace("print(f.explain(x, x, x)['kernel'])", "f.attention(x, x, x)"), FSA_CPU_TARGET=target)
+        test = run_python(
+            KERNEL.replace("print(f.explain(x, x, x)['kernel'])", "f.attention(x, x, x)"),
+            FSA_CPU_TARGET=target,
+        )
         assert test.returncode != 0 and "FSA_CPU_TARGET" in test.stderr, test.stderr
         return
     code = f"""

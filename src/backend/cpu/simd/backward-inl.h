@@ -113,7 +113,8 @@ HWY_INLINE void row_statistics(const Problem& p, const Arguments& args, const Ba
     if (args.grad_lse.present()) dots[r] -= static_cast<const float*>(args.grad_lse.data)[at(args.grad_lse)];
     const double exact = static_cast<double>(lse) * kLog2E;
     lse_log2[r] = static_cast<float>(exact);
-    if (__builtin_isfinite(lse)) lse_log2_low[r] = static_cast<float>(exact - static_cast<double>(lse_log2[r]));
+    if (__builtin_isfinite(lse))
+      lse_log2_low[r] = static_cast<float>(exact - static_cast<double>(lse_log2[r]));
     if (p.has_sink)
       sink_grad -= __builtin_exp(sink - static_cast<double>(lse)) * static_cast<double>(dots[r]);
   }

@@ -25,7 +25,7 @@ inline constexpr std::int64_t kMaxUnitsPerItem = 4;  // row tiles that share one
 struct BackwardBuffers {
   std::int64_t tiles_per_head = 0;  // row tiles of all sequences of one query head
   std::int64_t segments = 1;
-  float* out_dot_grad = nullptr;    // [num_heads, tiles_per_head, 64]: rowsum(out * grad_out) - grad_lse
+  float* out_dot_grad = nullptr;  // [num_heads, tiles_per_head, 64]: rowsum(out * grad_out) - grad_lse
   // The base-2 lse in two floats: one alone would be off by 2^-20 at 32, as much as all other rounding of P together.
   // [num_heads, tiles_per_head, 64] each; +inf and 0 for rows without a key.
   float* lse_log2 = nullptr;
