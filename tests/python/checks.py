@@ -98,7 +98,8 @@ def assert_within_twice(
         where = tuple(int(i) for i in torch.unravel_index(difference.argmax(), expected.shape))
         raise AssertionError(
             f"{'' if name == 'out' else 'd'}{name}: error {error:.3g} > {allowed:.3g} allowed (ratio "
-            f"{error / max(allowed, 1e-300):.2f}), at {where}: {float(ours[where]):.9g}, truth {float(expected[where]):.9g}"
+            f"{error / max(allowed, 1e-300):.2f}), at {where}: {float(ours[where]):.9g}, "
+            f"truth {float(expected[where]):.9g}"
         )
 
 

@@ -69,10 +69,37 @@ GARBAGE = st.one_of(
     tensors(), tensors(), SCALARS, ARRAYS, st.lists(SCALARS, max_size=3), st.tuples(SCALARS, SCALARS)
 )
 
-ATTENTION = ("query", "key", "value", "causal", "window_size", "window_sizes", "softmax_scale", "softcap", "alibi_slopes",
-             "sink", "threshold", "alpha", "delta", "gate_threshold", "log_sigmoid_gate", "adaptive_gate", "gate_layout",
-             "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k", "page_table",
-             "return_lse", "return_skip_map", "deterministic", "backend", "out")  # fmt: skip
+ATTENTION = (
+    "query",
+    "key",
+    "value",
+    "causal",
+    "window_size",
+    "window_sizes",
+    "softmax_scale",
+    "softcap",
+    "alibi_slopes",
+    "sink",
+    "threshold",
+    "alpha",
+    "delta",
+    "gate_threshold",
+    "log_sigmoid_gate",
+    "adaptive_gate",
+    "gate_layout",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "seqused_q",
+    "seqused_k",
+    "page_table",
+    "return_lse",
+    "return_skip_map",
+    "deterministic",
+    "backend",
+    "out",
+)
 DECODE = ("query", "key", "value", "softmax_scale", "window_sizes", "is_local", "num_splits", "page_table",
           "gather_kv_indices", "seqused_k", "out", "lse", "return_lse", "window_size")  # fmt: skip
 
