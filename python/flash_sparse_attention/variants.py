@@ -51,6 +51,7 @@ _FLOAT8 = frozenset(
 def _refuse_quantised(
     query: Tensor, key: Tensor, value: Tensor, is_quant: bool, *scales: Tensor | None
 ) -> None:
+    autograd.require_flags(is_quant=is_quant)
     if is_quant:
         raise NotImplementedError("is_quant: True, but this version does not quantise; pass is_quant=False")
     for name, scale in zip(("query_scale", "key_scale", "value_scale"), scales, strict=True):
@@ -76,6 +77,7 @@ def _windows(
     page_table: Tensor | None,
 ) -> Tensor | None:
     """window_sizes, or the heuristic's for the longest key sequence where is_local stands for it."""
+    autograd.require_flags(is_local=is_local)
     if window_sizes is not None or not is_local:
         return window_sizes
     if tuple(window_size) not in ((-1, -1), (None, None), (-1, None), (None, -1)):
