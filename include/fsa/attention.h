@@ -58,6 +58,12 @@ struct AttentionOptions {
   bool causal = false;            ///< Bottom-right aligned: key j is visible when j <= i + off.
   std::int64_t window_left = -1;  ///< Keys in [i + off - left, i + off + right] are visible; -1 = open.
   std::int64_t window_right = -1;
+  /// Above 0, keys are compressed (fsa/nsa.h): key j stands for the tokens [j * compress_stride,
+  /// j * compress_stride + compress_block) and is visible to rows at its last token and after. Needs causal.
+  /// Lengths of keys then count tokens: seqused_k, and without it the rows of the sequence; key holds
+  /// nsa::compressed_length of them. Not with decode, pages, windows, threshold, pair gate or alibi_slopes.
+  std::int64_t compress_block = 0;
+  std::int64_t compress_stride = 1;
   std::optional<double> softmax_scale = {};  ///< Default 1 / sqrt(head_dim).
   double softcap = 0;                        ///< 0 = off; else softcap * tanh(logit / softcap).
   /// Threshold tau: a tile in which no row can hold a probability >= tau / visible_len is skipped.

@@ -4,5 +4,6 @@
 
 #include "fsa/attention.h"  // IWYU pragma: export
 #include "fsa/error.h"      // IWYU pragma: export
+#include "fsa/nsa.h"        // IWYU pragma: export
 #include "fsa/tensor.h"     // IWYU pragma: export
 #include "fsa/version.h"    // IWYU pragma: export

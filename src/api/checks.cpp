@@ -200,6 +200,14 @@ void check_writable(const char* name, const TensorView& view) {
   }
 }
 
+void check_windows_of_tokens(std::int64_t compress_block, std::int64_t compress_stride) {
+  if (compress_block < 1 || compress_block > kMaxLength)
+    fail(ErrorCode::invalid_argument, "compress_block: ", compress_block, ", must be from 1 to ", kMaxLength);
+  if (compress_stride < 1 || compress_block % compress_stride != 0)
+    fail(ErrorCode::invalid_argument, "compress_stride: ", compress_stride,
+         ", must be at least 1 and divide compress_block ", compress_block);
+}
+
 void check_finite(const char* name, double value) {
   if (!std::isfinite(value))
     fail(ErrorCode::invalid_argument, name, ": ", value, ", must be a finite number");

@@ -85,6 +85,9 @@ void check_unit_last_stride(const char* name, const TensorView& view);
 // No two elements share an address, so that each can be written.
 void check_writable(const char* name, const TensorView& view);
 
+// Windows of `compress_block` tokens at distance `compress_stride`.
+void check_windows_of_tokens(std::int64_t compress_block, std::int64_t compress_stride);
+
 void check_finite(const char* name, double value);
 
 // `needed` bytes, 64-byte aligned. Null is accepted where nothing is needed.

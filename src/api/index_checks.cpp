@@ -39,13 +39,29 @@ Lengths check_lengths(const Problem& problem, const Arguments& args) {
   for (std::int64_t b = 0; b < problem.batch; ++b) {
     const Sequence s = sequence(problem, args, b);
     check_seqused("seqused_q", args.seqused_q, b, s.rows, "rows");
-    check_seqused("seqused_k", args.seqused_k, b, s.keys, "keys");
+    if (problem.compress_block == 0) check_seqused("seqused_k", args.seqused_k, b, s.keys, "keys");
     lengths.max_rows = std::max(lengths.max_rows, s.rows);
     lengths.max_keys = std::max(lengths.max_keys, s.keys);
     lengths.max_seqlen_q = std::max(lengths.max_seqlen_q, s.seqlen_q);
     lengths.max_seqlen_k = std::max(lengths.max_seqlen_k, s.seqlen_k);
   }
   return lengths;
+}
+
+void check_compressed_lengths(const Problem& problem, const Arguments& args) {
+  const std::int64_t block = problem.compress_block, stride = problem.compress_stride;
+  for (std::int64_t b = 0; b < problem.batch; ++b) {
+    const Sequence s = sequence(problem, args, b);
+    const std::int64_t tokens = s.offset + s.seqlen_q;
+    if (args.seqused_k.present && tokens < s.seqlen_q)
+      fail(kInvalid, "seqused_k[", b, "]: ", tokens, " tokens, but the sequence has ", s.seqlen_q,
+           " rows, each of them a token; with compress_block seqused_k counts tokens");
+    const bool all_used = !args.seqused_k.present && !args.seqused_q.present;
+    const bool fits = all_used ? s.seqlen_k == s.keys : s.seqlen_k <= s.keys;
+    if (!fits)
+      fail(kInvalid, "key: sequence ", b, " has ", s.keys, " compressed keys, but its ", tokens,
+           " tokens make ", s.seqlen_k, " with compress_block ", block, " and compress_stride ", stride);
+  }
 }
 
 void check_page_table(const Problem& problem, const Arguments& args) {

@@ -19,6 +19,9 @@ void check_cu_seqlens(const char* name, const IndexTable& table, std::int64_t ba
 // cu_seqlens are checked already. Throws when seqused is negative or beyond its sequence.
 Lengths check_lengths(const Problem& problem, const Arguments& args);
 
+// Keys are compressed: each sequence holds as many as its tokens make. Lengths are checked already.
+void check_compressed_lengths(const Problem& problem, const Arguments& args);
+
 void check_page_table(const Problem& problem, const Arguments& args);
 void check_gather_indices(const Problem& problem, const Arguments& args);
 void check_window_sizes(const Problem& problem, const Arguments& args);

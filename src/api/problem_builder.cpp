@@ -86,6 +86,7 @@ class Builder {
     read_index_tensors();
     read_options();
     read_windows();
+    read_compression();
     read_gate();
     read_bias_and_sink();
     check_strides();
@@ -105,6 +106,7 @@ class Builder {
   void read_index_tensors();
   void read_options();
   void read_windows();
+  void read_compression();
   void read_gate();
   void read_bias_and_sink();
   void check_strides() const;
@@ -336,6 +338,33 @@ void Builder::read_windows() {
          opt_.window_right, "; choose one form and leave the other unset (-1)");
 }
 
+void Builder::read_compression() {
+  if (opt_.compress_block == 0) {
+    if (opt_.compress_stride != 1)
+      fail(kInvalid, "compress_stride: ", opt_.compress_stride,
+           ", but compress_block is 0 (keys are tokens); give both or neither");
+    return;
+  }
+  check_windows_of_tokens(opt_.compress_block, opt_.compress_stride);
+  const auto refuse = [](bool given, const char* what) {
+    if (given)
+      fail(ErrorCode::unsupported, what, ": not supported together with compress_block; leave one out");
+  };
+  refuse(decode(), "decode");
+  refuse(p_.paged, "page_table");
+  refuse(p_.window_left >= 0, "window_left");
+  refuse(p_.window_right >= 0, "window_right");
+  refuse(p_.has_window_sizes, "window_sizes");
+  refuse(p_.threshold > 0, "threshold");
+  refuse(in_.alpha.present() || in_.delta.present(), "alpha and delta");
+  refuse(in_.alibi_slopes.present(), "alibi_slopes");
+  if (!p_.causal)
+    fail(kInvalid, "causal: false, but compress_block is ", opt_.compress_block,
+         "; compressed keys are only visible from their last token on: set causal");
+  p_.compress_block = opt_.compress_block;
+  p_.compress_stride = opt_.compress_stride;
+}
+
 void Builder::read_gate() {
   p_.has_gate = in_.alpha.present();
   if (in_.alpha.present() != in_.delta.present())
@@ -414,6 +443,7 @@ void Builder::read_index_values() {
     if (p_.packed_q) check_cu_seqlens("cu_seqlens_q", args_.cu_seqlens_q, p_.batch, "query", p_.total_q);
     if (p_.packed_k) check_cu_seqlens("cu_seqlens_k", args_.cu_seqlens_k, p_.batch, "key", p_.total_k);
     lengths = check_lengths(p_, args_);
+    if (p_.compress_block > 0) check_compressed_lengths(p_, args_);
     if (p_.paged) check_page_table(p_, args_);
     if (p_.gathered) check_gather_indices(p_, args_);
     if (p_.has_window_sizes) check_window_sizes(p_, args_);

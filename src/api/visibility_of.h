@@ -12,8 +12,7 @@ inline Visibility visibility_of(const Problem& problem, const Arguments& args, c
   std::int64_t sizes[4] = {};
   if (problem.has_window_sizes)
     for (int column = 0; column < 4; ++column) sizes[column] = args.window_sizes.at(kv_head, column);
-  return make_visibility(s.seqlen_q, s.seqlen_k, problem.causal, problem.window_left, problem.window_right,
-                         problem.has_window_sizes ? sizes : nullptr);
+  return make_visibility(problem, s, sizes);
 }
 
 }  // namespace fsa

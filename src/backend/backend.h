@@ -7,6 +7,7 @@
 #include <string>
 #include <string_view>
 
+#include "core/nsa_problem.h"
 #include "core/problem.h"
 
 namespace fsa {
@@ -38,6 +39,12 @@ class Backend {
 
   // Arguments are checked, workspace.bytes >= workspace_bytes(problem).
   virtual void run(const Problem& problem, const Arguments& args, Workspace workspace) const = 0;
+
+  // The same four for the parts of native sparse attention. A backend without them says no.
+  virtual std::string reject(const NsaProblem& problem) const;
+  virtual std::string kernel(const NsaProblem& problem) const;
+  virtual std::size_t workspace_bytes(const NsaProblem& problem) const;
+  virtual void run(const NsaProblem& problem, const NsaArguments& args, Workspace workspace) const;
 };
 
 // Every backend of this build in the order in which they are asked; the reference is the last.
@@ -46,5 +53,6 @@ std::span<const Backend* const> registry();
 // First backend that computes the problem, or the one that `wanted` names. Throws fsa::Error with every
 // backend's reason when there is none.
 const Backend& choose_backend(const Problem& problem, std::string_view wanted);
+const Backend& choose_backend(const NsaProblem& problem, std::string_view wanted);
 
 }  // namespace fsa

@@ -43,6 +43,10 @@ struct Problem {
   std::int64_t window_left = -1;
   std::int64_t window_right = -1;
   bool has_window_sizes = false;
+  // Above 0: key j stands for the tokens [j * compress_stride, j * compress_stride + compress_block) of its
+  // sequence, a row sees it from its last token on, and seqused_k counts tokens.
+  std::int64_t compress_block = 0;
+  std::int64_t compress_stride = 1;
 
   double softmax_scale = 1;
   double softcap = 0;                   // 0 = off
@@ -138,9 +142,13 @@ struct Sequence {
   std::int64_t seqlen_q = 0;  // rows in use: "the length"
   std::int64_t seqlen_k = 0;
   std::int64_t row_tile_begin = 0;  // first row tile in the skip map
-
-  std::int64_t offset() const { return seqlen_k - seqlen_q; }
+  std::int64_t offset = 0;          // row i is at position i + offset among the keys (or tokens)
 };
+
+// Windows of `block` tokens at distance `stride` that fit into a sequence of `tokens`.
+inline std::int64_t compressed_length(std::int64_t tokens, std::int64_t block, std::int64_t stride) {
+  return tokens < block ? 0 : (tokens - block) / stride + 1;
+}
 
 // Reads cu_seqlens and seqused: their memory must be readable by the caller (CPU tensors).
 inline Sequence sequence(const Problem& problem, const Arguments& args, std::int64_t batch) {
@@ -158,7 +166,14 @@ inline Sequence sequence(const Problem& problem, const Arguments& args, std::int
     s.keys = args.cu_seqlens_k.at(batch + 1) - s.k_begin;
   }
   s.seqlen_q = args.seqused_q.present ? args.seqused_q.at(batch) : s.rows;
-  s.seqlen_k = args.seqused_k.present ? args.seqused_k.at(batch) : s.keys;
+  if (problem.compress_block > 0) {
+    const std::int64_t tokens = args.seqused_k.present ? args.seqused_k.at(batch) : s.seqlen_q;
+    s.seqlen_k = compressed_length(tokens, problem.compress_block, problem.compress_stride);
+    s.offset = tokens - s.seqlen_q;
+  } else {
+    s.seqlen_k = args.seqused_k.present ? args.seqused_k.at(batch) : s.keys;
+    s.offset = s.seqlen_k - s.seqlen_q;
+  }
   return s;
 }
 

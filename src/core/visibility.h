@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which keys a row sees, as integer bands, and which key tiles a row tile sees, without looking at elements.
 //
-// With d = i + off - j the distance from row i back to key j, every mask of the library is
+// With d = i + off - position(j) the distance from row i back to key j, every mask of the library is
 //   0 <= j < seqlen_k  and  (d in band 0  or  d in band 1  or  (d >= 0 and j < sink)).
+// position(j) is j, or the last token of window j where keys are compressed.
 // Included by files that are compiled once per instruction set, so everything here has internal linkage or is
 // always inlined: the linker must never pick an AVX-512 copy for a machine without it.
 #pragma once
 
 #include <cstdint>
+
+#include "core/problem.h"
 
 #define FSA_ALWAYS_INLINE inline __attribute__((always_inline))
 
@@ -21,8 +24,10 @@ struct Band {  // inclusive; empty when low > high
 struct Visibility {
   Band bands[2];
   std::int64_t sink = 0;    // keys [0, sink) are visible to every row at or after them
-  std::int64_t offset = 0;  // seqlen_k - seqlen_q
+  std::int64_t offset = 0;  // position of row 0
   std::int64_t seqlen_k = 0;
+  std::int64_t key_base = 0;  // position of key j: key_base + j * key_stride
+  std::int64_t key_stride = 1;
   bool unlimited = false;  // every row sees every key: no element test needed anywhere
 };
 
@@ -30,14 +35,31 @@ enum class TileVisibility : std::uint8_t { none, partial, full };
 
 constexpr std::int64_t kFarAway = std::int64_t{1} << 40;  // beyond any sequence, far from overflow
 
-// window_sizes: the row [sink, left, right, near] of the key head, or null.
-static FSA_ALWAYS_INLINE Visibility make_visibility(std::int64_t seqlen_q, std::int64_t seqlen_k, bool causal,
-                                                    std::int64_t window_left, std::int64_t window_right,
+static FSA_ALWAYS_INLINE std::int64_t position_of_key(const Visibility& v, std::int64_t key) {
+  return v.key_base + key * v.key_stride;
+}
+
+static FSA_ALWAYS_INLINE std::int64_t floor_divide(std::int64_t value, std::int64_t unit) {
+  return value >= 0 ? value / unit : -((unit - 1 - value) / unit);
+}
+
+// Last key at or before a position; the first one at or after it is 1 + this of position - 1.
+static FSA_ALWAYS_INLINE std::int64_t last_key_at(const Visibility& v, std::int64_t position) {
+  return floor_divide(position - v.key_base, v.key_stride);
+}
+
+// window_sizes: the row [sink, left, right, near] of the key head; read only when the problem has them.
+static FSA_ALWAYS_INLINE Visibility make_visibility(const Problem& problem, const Sequence& sequence,
                                                     const std::int64_t* window_sizes) {
+  const std::int64_t window_left = problem.window_left, window_right = problem.window_right;
   Visibility v;
-  v.offset = seqlen_k - seqlen_q;
-  v.seqlen_k = seqlen_k;
-  if (window_sizes != nullptr) {
+  v.offset = sequence.offset;
+  v.seqlen_k = sequence.seqlen_k;
+  if (problem.compress_block > 0) {
+    v.key_base = problem.compress_block - 1;
+    v.key_stride = problem.compress_stride;
+  }
+  if (problem.has_window_sizes) {
     const std::int64_t left = window_sizes[1], right = window_sizes[2], near = window_sizes[3];
     v.sink = window_sizes[0];
     v.bands[0] = {0, near - 1};
@@ -45,13 +67,13 @@ static FSA_ALWAYS_INLINE Visibility make_visibility(std::int64_t seqlen_q, std::
     return v;
   }
   v.bands[0] = {window_right < 0 ? -kFarAway : -window_right, window_left < 0 ? kFarAway : window_left};
-  if (causal && v.bands[0].low < 0) v.bands[0].low = 0;
-  v.unlimited = !causal && window_left < 0 && window_right < 0;
+  if (problem.causal && v.bands[0].low < 0) v.bands[0].low = 0;
+  v.unlimited = !problem.causal && window_left < 0 && window_right < 0;
   return v;
 }
 
 static FSA_ALWAYS_INLINE bool is_visible(const Visibility& v, std::int64_t row, std::int64_t key) {
-  const std::int64_t d = row + v.offset - key;
+  const std::int64_t d = row + v.offset - position_of_key(v, key);
   return key >= 0 && key < v.seqlen_k &&
          ((d >= v.bands[0].low && d <= v.bands[0].high) || (d >= v.bands[1].low && d <= v.bands[1].high) ||
           (d >= 0 && key < v.sink));
@@ -64,8 +86,8 @@ static FSA_ALWAYS_INLINE TileVisibility classify_tile(const Visibility& v, std::
                                                       std::int64_t key_end) {
   if (row_begin >= row_end || key_begin >= key_end) return TileVisibility::none;
   if (v.unlimited) return TileVisibility::full;
-  const std::int64_t d_min = row_begin + v.offset - (key_end - 1);
-  const std::int64_t d_max = row_end - 1 + v.offset - key_begin;
+  const std::int64_t d_min = row_begin + v.offset - position_of_key(v, key_end - 1);
+  const std::int64_t d_max = row_end - 1 + v.offset - position_of_key(v, key_begin);
   bool any = false;
   for (const Band& band : v.bands) {
     if (band.low > band.high) continue;
@@ -124,7 +146,9 @@ static FSA_ALWAYS_INLINE TileRanges visible_key_tiles(const Visibility& v, std::
   if (row_begin >= row_end) return ranges;
   const std::int64_t first = row_begin + v.offset, last = row_end - 1 + v.offset;
   for (const Band& band : v.bands)
-    if (band.low <= band.high) add_range(ranges, first - band.high, last - band.low, v.seqlen_k, tile);
+    if (band.low <= band.high)
+      add_range(ranges, last_key_at(v, first - band.high - 1) + 1, last_key_at(v, last - band.low),
+                v.seqlen_k, tile);
   if (v.sink > 0) add_range(ranges, 0, last < v.sink - 1 ? last : v.sink - 1, v.seqlen_k, tile);
   merge_ranges(ranges);
   return ranges;
@@ -136,7 +160,8 @@ static FSA_ALWAYS_INLINE TileRanges visible_row_tiles(const Visibility& v, std::
                                                       std::int64_t tile) {
   TileRanges ranges;
   if (key_begin >= key_end) return ranges;
-  const std::int64_t first = key_begin - v.offset, last = key_end - 1 - v.offset;
+  const std::int64_t first = position_of_key(v, key_begin) - v.offset;
+  const std::int64_t last = position_of_key(v, key_end - 1) - v.offset;
   for (const Band& band : v.bands)
     if (band.low <= band.high) add_range(ranges, first + band.low, last + band.high, seqlen_q, tile);
   if (key_begin < v.sink) add_range(ranges, first, seqlen_q - 1, seqlen_q, tile);

@@ -513,7 +513,7 @@ TEST(ReferenceThreshold, NanIsNeverHidden) {
 }
 
 TEST(ReferenceThreshold, VisibleLenIgnoresWindowsButNotCausal) {
-  reference::Mask mask{.seqlen_q = 10, .seqlen_k = 100, .window_left = 3, .window_right = 0};
+  reference::Mask mask{.seqlen_q = 10, .seqlen_k = 100, .window_left = 3, .window_right = 0, .offset = 90};
   EXPECT_EQ(reference::visible_len(mask, 2), 100);
   mask.causal = true;
   EXPECT_EQ(reference::visible_len(mask, 2), 93);

@@ -14,14 +14,26 @@ struct Mask {
   bool causal = false;
   std::int64_t window_left = -1, window_right = -1;
   std::optional<std::array<std::int64_t, 4>> window_sizes = {};  // sink, left, right, near
+  std::int64_t compress_block = 0, compress_stride = 1;  // then seqlen_q tokens, seqlen_k windows of them
 
   Visibility visibility() const {
-    return make_visibility(seqlen_q, seqlen_k, causal, window_left, window_right,
-                           window_sizes ? window_sizes->data() : nullptr);
+    Problem problem;
+    problem.causal = causal;
+    problem.window_left = window_left;
+    problem.window_right = window_right;
+    problem.has_window_sizes = window_sizes.has_value();
+    problem.compress_block = compress_block;
+    problem.compress_stride = compress_stride;
+    Sequence sequence;
+    sequence.seqlen_q = seqlen_q;
+    sequence.seqlen_k = seqlen_k;
+    sequence.offset = compress_block > 0 ? 0 : seqlen_k - seqlen_q;
+    return make_visibility(problem, sequence, window_sizes ? window_sizes->data() : nullptr);
   }
 
   bool sees(std::int64_t row, std::int64_t key) const {
     if (key < 0 || key >= seqlen_k) return false;
+    if (compress_block > 0) return key * compress_stride + compress_block <= row + 1;
     const std::int64_t position = row + seqlen_k - seqlen_q;
     if (window_sizes) {
       const auto [sink, left, right, near] = *window_sizes;
@@ -35,7 +47,8 @@ struct Mask {
 
   friend std::ostream& operator<<(std::ostream& stream, const Mask& m) {
     stream << "seqlen " << m.seqlen_q << "x" << m.seqlen_k << " causal " << m.causal << " window ("
-           << m.window_left << ", " << m.window_right << ")";
+           << m.window_left << ", " << m.window_right << ") compression " << m.compress_block << "/"
+           << m.compress_stride;
     if (m.window_sizes)
       for (std::int64_t size : *m.window_sizes) stream << " " << size;
     return stream;
@@ -44,7 +57,7 @@ struct Mask {
 
 Mask random_mask(Random& random) {
   Mask mask{random.below(24), random.below(24)};
-  switch (random.below(4)) {
+  switch (random.below(5)) {
     case 0:
       mask.causal = true;
       break;
@@ -55,6 +68,13 @@ Mask random_mask(Random& random) {
       break;
     case 2:
       mask.window_sizes = {random.below(6), random.below(6), random.below(6), random.below(6)};
+      break;
+    case 3:
+      mask.causal = true;
+      mask.compress_stride = 1 + random.below(5);
+      mask.compress_block = mask.compress_stride * (1 + random.below(3));
+      mask.seqlen_q = random.below(60);
+      mask.seqlen_k = compressed_length(mask.seqlen_q, mask.compress_block, mask.compress_stride);
       break;
     default:
       break;

@@ -237,7 +237,7 @@ std::vector<ForwardItem> forward_items(const Problem& p, const Arguments& args) 
       const auto keys = [&](const ForwardItem& item) {
         if (!p.causal_lengths()) return item.sequence.seqlen_k;
         const std::int64_t tiles = ceil_div(item.sequence.seqlen_q, kSkipTileRows);
-        return (tiles - item.unit_begin / p.group_size) * kSkipTileRows + item.sequence.offset();
+        return (tiles - item.unit_begin / p.group_size) * kSkipTileRows + item.sequence.offset;
       };
       return keys(x) > keys(y);
     });
@@ -361,6 +361,11 @@ void run_decode(const Problem& p, const Arguments& args, Workspace workspace) {
 
 class CpuBackend final : public Backend {
  public:
+  using Backend::kernel;
+  using Backend::reject;
+  using Backend::run;
+  using Backend::workspace_bytes;
+
   std::string_view name() const override { return "cpu"; }
 
   Availability availability() const override {

@@ -9,6 +9,11 @@ namespace {
 
 class ReferenceBackend final : public Backend {
  public:
+  using Backend::kernel;
+  using Backend::reject;
+  using Backend::run;
+  using Backend::workspace_bytes;
+
   std::string_view name() const override { return "reference"; }
 
   Availability availability() const override { return {true, "float64, one plain loop per rule; slow"}; }

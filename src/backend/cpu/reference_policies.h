@@ -85,13 +85,19 @@ struct Mask {
   std::int64_t window_right = -1;
   bool has_window_sizes = false;
   WindowSizes window_sizes = {};
+  std::int64_t compress_block = 0;  // above 0: keys are windows of tokens
+  std::int64_t compress_stride = 1;
+  std::int64_t offset = 0;  // position of row 0 among the keys (or tokens)
 
-  std::int64_t offset() const { return seqlen_k - seqlen_q; }
+  std::int64_t position(std::int64_t key) const {
+    return compress_block > 0 ? key * compress_stride + compress_block - 1 : key;
+  }
+  std::int64_t distance(std::int64_t row, std::int64_t key) const { return row + offset - position(key); }
 };
 
 inline bool is_visible(const Mask& mask, std::int64_t row, std::int64_t key) {
   if (row < 0 || row >= mask.seqlen_q || key < 0 || key >= mask.seqlen_k) return false;
-  const std::int64_t distance = row + mask.offset() - key;
+  const std::int64_t distance = mask.distance(row, key);
   if (mask.has_window_sizes) {
     const WindowSizes& w = mask.window_sizes;
     const bool in_near_band = distance < w.near;
@@ -108,7 +114,7 @@ inline bool is_visible(const Mask& mask, std::int64_t row, std::int64_t key) {
 
 // The number of keys that the threshold is divided by. Windows do not shorten it.
 inline std::int64_t visible_len(const Mask& mask, std::int64_t row) {
-  return mask.causal || mask.has_window_sizes ? row + mask.offset() + 1 : mask.seqlen_k;
+  return mask.causal || mask.has_window_sizes ? row + mask.offset + 1 : mask.seqlen_k;
 }
 
 // The probability below which a whole tile may be dropped for this row.
@@ -181,7 +187,7 @@ inline double adapted_gate_threshold(double gate_threshold, const Mask& mask, st
                                      std::int64_t row_end) {
   double smallest = kInfinity;
   for (std::int64_t row = row_begin; row < row_end; ++row) {
-    const double share = static_cast<double>(row + mask.offset() + 1) / static_cast<double>(mask.seqlen_k);
+    const double share = static_cast<double>(row + mask.offset + 1) / static_cast<double>(mask.seqlen_k);
     smallest = std::min(smallest, gate_threshold * share);
   }
   return smallest;

@@ -77,6 +77,9 @@ Mask mask_of(const Problem& problem, const Arguments& args, const Sequence& sequ
   mask.window_left = problem.window_left;
   mask.window_right = problem.window_right;
   mask.has_window_sizes = problem.has_window_sizes;
+  mask.compress_block = problem.compress_block;
+  mask.compress_stride = problem.compress_stride;
+  mask.offset = sequence.offset;
   if (problem.has_window_sizes)
     mask.window_sizes = {args.window_sizes.at(kv_head, 0), args.window_sizes.at(kv_head, 1),
                          args.window_sizes.at(kv_head, 2), args.window_sizes.at(kv_head, 3)};

@@ -76,7 +76,7 @@ struct Head {
 
   double product(std::int64_t row, std::int64_t col) const { return alpha[row] * delta[col]; }
   double logit(std::int64_t row, std::int64_t col) const {
-    return reference::logit(rule, dot(query[row], key[col]), product(row, col), row + mask.offset() - col);
+    return reference::logit(rule, dot(query[row], key[col]), product(row, col), mask.distance(row, col));
   }
 };
 Head load_head(const Problem& problem, const Arguments& args, const Sequence& sequence, std::int64_t head);

@@ -111,8 +111,8 @@ HWY_INLINE void apply_mask(const Visibility& v, const RowTile& tile, std::int64_
     int count = 0;
     bool all = false;
     const auto add = [&](std::int64_t low, std::int64_t high) {
-      low = max_of<std::int64_t>(key - v.offset + low - tile.begin, 0);
-      high = min_of<std::int64_t>(key - v.offset + high - tile.begin, tile.rows - 1);
+      low = max_of<std::int64_t>(position_of_key(v, key) - v.offset + low - tile.begin, 0);
+      high = min_of<std::int64_t>(position_of_key(v, key) - v.offset + high - tile.begin, tile.rows - 1);
       if (low > high) return;
       all = all || (low == 0 && high == tile.rows - 1);
       first[count] = static_cast<std::int32_t>(low - 1);  // exclusive: vectors compare with < and >
@@ -136,14 +136,12 @@ HWY_INLINE void apply_mask(const Visibility& v, const RowTile& tile, std::int64_
 
 HWY_INLINE Visibility visibility_of(const Problem& problem, const Arguments& args, const Sequence& sequence,
                                     std::int64_t kv_head) {
-  if (!problem.has_window_sizes)
-    return make_visibility(sequence.seqlen_q, sequence.seqlen_k, problem.causal, problem.window_left,
-                           problem.window_right, nullptr);
-  std::int64_t sizes[4];
-  for (int c = 0; c < 4; ++c)
-    sizes[c] =
-        args.window_sizes.data[kv_head * args.window_sizes.stride_row + c * args.window_sizes.stride_column];
-  return make_visibility(sequence.seqlen_q, sequence.seqlen_k, true, -1, -1, sizes);
+  std::int64_t sizes[4] = {};
+  if (problem.has_window_sizes)
+    for (int c = 0; c < 4; ++c)
+      sizes[c] = args.window_sizes
+                     .data[kv_head * args.window_sizes.stride_row + c * args.window_sizes.stride_column];
+  return make_visibility(problem, sequence, sizes);
 }
 
 HWY_INLINE RowTile make_row_tile(const Problem& problem, const Arguments& args, const Sequence& sequence,

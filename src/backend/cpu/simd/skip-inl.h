@@ -63,14 +63,14 @@ HWY_INLINE GateTest make_gate_test(const Problem& problem, const Sequence& seque
   const double seqlen_k = static_cast<double>(sequence.seqlen_k);
   double gamma = problem.gate_threshold_default ? 1.0 / seqlen_k : problem.gate_threshold;
   if (problem.causal_lengths() && problem.adaptive_gate)
-    gamma *= static_cast<double>(first_row + sequence.offset() + 1) / seqlen_k;
+    gamma *= static_cast<double>(first_row + sequence.offset + 1) / seqlen_k;
   test.log2_gamma = gamma > 0 ? __builtin_log2(gamma) : -__builtin_inf();
   return test;
 }
 
 // log2 of clamp(threshold / visible_len, 0, 1) for a row.
 HWY_INLINE float log2_threshold(const Problem& problem, const Sequence& sequence, std::int64_t row) {
-  const std::int64_t visible = problem.causal_lengths() ? row + sequence.offset() + 1 : sequence.seqlen_k;
+  const std::int64_t visible = problem.causal_lengths() ? row + sequence.offset + 1 : sequence.seqlen_k;
   if (visible <= 0) return 0;  // sees nothing, never votes
   const double share = problem.threshold / static_cast<double>(visible);
   return share >= 1 ? 0.0f : static_cast<float>(__builtin_log2(share));
