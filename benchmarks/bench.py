@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the rows of tests/cases.tsv tagged "bench" against torch's attention and the library's own dense one.
+"""Times the rows of tests/cases.tsv tagged "bench" against torch's attention and the library's own dense one,
+and native sparse attention against the latter.
 
-    python benchmarks/bench.py                                  every row; about ten minutes on two cores
+    python benchmarks/bench.py                                  every row; about fifteen minutes on two cores
     python benchmarks/bench.py --list                           names only
     python benchmarks/bench.py --filter 's2048.*/float32/forward'  rows whose case/dtype/pass matches
     python benchmarks/bench.py --markdown table.md              the report as a page
@@ -25,6 +26,7 @@ from typing import Any
 
 import flash_sparse_attention as fsa
 import measure
+import nsa_rows
 import report
 import torch
 from workloads import Workload, extra_memory, set_threads, tiny_calls
@@ -181,9 +183,10 @@ def main() -> int:
     if arguments.list:
         for case, dtype, wanted in (row for group in groups for row in group):
             print("\n".join(f"{case.name}/{dtype}/{direction}" for direction in wanted))
+        print("\n".join(nsa_rows.names(arguments.filter)))
         return 0
     with_tiny_calls = re.search(arguments.filter, TINY) is not None
-    if not groups and not with_tiny_calls:
+    if not groups and not with_tiny_calls and not nsa_rows.names(arguments.filter):
         print(f"--filter: {arguments.filter!r} matches no row; --list shows them", file=sys.stderr)
         return 2
 
@@ -193,26 +196,35 @@ def main() -> int:
     dtypes = list(dict.fromkeys(["float32", "bfloat16", *used]))
     before = measure.measured_rates(dtypes)
     print("\n".join(report.facts(machine, {name: [rate] for name, rate in before.items()})))
-    print("\n" + report.header(), flush=True)
+    if groups:
+        print("\n" + report.header(), flush=True)
     rows: list[report.Row] = []
     failed: list[str] = []
     for group in groups:
         try:
             run_group(group, arguments, before, rows)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError) as error:
+        except nsa_rows.ERRORS as error:
             failed.append(f"{group[0][0].name}: {type(error).__name__}: {error}")
             print(failed[-1], flush=True)
+    if nsa_rows.names(arguments.filter):
+        print(flush=True)
+    threads = arguments.threads if arguments.memory else None
+    layers, selected = nsa_rows.run(arguments.filter, arguments.repeat, threads, failed)
     after = measure.measured_rates(dtypes)
     rates = {name: [before[name], after[name]] for name in before}
     document = {
         "machine": machine,
         "rates": rates,
         "rows": rows,
+        "nsa_layers": layers,
+        "nsa_selected": selected,
         "calls": run_tiny_calls(arguments.repeat) if with_tiny_calls else [],
-        "floors": report.floors(rows, kinds()),
+        "floors": report.floors(rows, kinds()) + nsa_rows.floors(layers, selected),
         "failed": failed,
     }
     print("\n" + report.LEGEND + "\n")
+    if layers or selected:
+        print(nsa_rows.LEGEND + "\n")
     print("\n".join(report.facts({}, rates)) + "\n")
     if document["calls"]:
         print("\n".join(report.call_lines(document["calls"])) + "\n")
@@ -222,7 +234,8 @@ def main() -> int:
     print(f"\n{arguments.json}")
     if arguments.markdown:
         arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
-        arguments.markdown.write_text(report.markdown(document))
+        nsa_lines = nsa_rows.markdown(layers, selected)
+        arguments.markdown.write_text(report.markdown(document, nsa_lines))
         print(arguments.markdown)
     return 1 if failed else 0
 

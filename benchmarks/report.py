@@ -83,19 +83,19 @@ def _select(rows: list[Row], names: list[str], direction: str, dtype: str) -> li
     return [row for row in selected if row["dtype"] == dtype]
 
 
-def _floor(title: str, limit: float, values: Values, expected: int, at_most: bool = False) -> dict[str, Any]:
+def floor(title: str, limit: float, values: Values, expected: int, at_most: bool = False) -> dict[str, Any]:
     """One floor over its rows: the worst one decides, and it is held only when all of them were measured."""
-    floor = {"floor": title, "limit": limit, "status": "not measured", "text": f"0 of {expected} rows"}
+    result = {"floor": title, "limit": limit, "status": "not measured", "text": f"0 of {expected} rows"}
     if not values:
-        return floor
+        return result
     worst = max(values, key=lambda v: v[1]) if at_most else min(values, key=lambda v: v[1])
     missed = sum((v > limit) if at_most else (v < limit) for _, v in values)
-    floor["status"] = "FAIL" if missed else "pass" if len(values) == expected else "incomplete"
-    floor["text"] = f"worst {worst[1]:.2f} at {worst[0]}"
+    result["status"] = "FAIL" if missed else "pass" if len(values) == expected else "incomplete"
+    result["text"] = f"worst {worst[1]:.2f} at {worst[0]}"
     if expected > 1:
         mean = math.exp(sum(math.log(max(v, 1e-9)) for _, v in values) / len(values))
-        floor["text"] += f"; geometric mean {mean:.2f}; {len(values) - missed} of {expected} rows hold it"
-    return floor
+        result["text"] += f"; geometric mean {mean:.2f}; {len(values) - missed} of {expected} rows hold it"
+    return result
 
 
 def floors(rows: list[Row], kinds: dict[str, list[tuple[str, str]]]) -> list[dict[str, Any]]:
@@ -129,17 +129,17 @@ def floors(rows: list[Row], kinds: dict[str, list[tuple[str, str]]]) -> list[dic
     own = both(bfloat16_over_float32("forward"), bfloat16_over_float32("backward"))
     gated = both(over("dense", "gated", "forward"), over("dense", "gated", "backward"))
     return [
-        _floor("float32 forward, x torch >= 1.0", 1.0, *over("torch", "dense", "forward", "float32")),
-        _floor("float32 backward, x torch >= 1.0", 1.0, *over("torch", "dense", "backward", "float32")),
-        _floor("bfloat16, x own float32 >= 0.9", 0.9, *own),
-        _floor("decode, x torch >= 2", 2.0, *over("torch", "decode", "decode")),
-        _floor("threshold forward, x own dense >= 1.5", 1.5, *over("dense", "threshold", "forward")),
-        _floor("threshold backward, x own dense >= 4", 4.0, *over("dense", "threshold", "backward")),
-        _floor("gated, x own dense >= 4", 4.0, *gated),
-        _floor("window 256 of 16k forward, x dense >= 10", 10.0, *over("dense", "window", "forward")),
-        _floor("window 256 of 16k backward, x dense >= 10", 10.0, *over("dense", "window", "backward")),
-        _floor("64k tokens, rate / 4k rate >= 0.9", 0.9, rate, 1),
-        _floor("64k tokens, extra MB <= 64", 64.0, memory, 1, at_most=True),
+        floor("float32 forward, x torch >= 1.0", 1.0, *over("torch", "dense", "forward", "float32")),
+        floor("float32 backward, x torch >= 1.0", 1.0, *over("torch", "dense", "backward", "float32")),
+        floor("bfloat16, x own float32 >= 0.9", 0.9, *own),
+        floor("decode, x torch >= 2", 2.0, *over("torch", "decode", "decode")),
+        floor("threshold forward, x own dense >= 1.5", 1.5, *over("dense", "threshold", "forward")),
+        floor("threshold backward, x own dense >= 4", 4.0, *over("dense", "threshold", "backward")),
+        floor("gated, x own dense >= 4", 4.0, *gated),
+        floor("window 256 of 16k forward, x dense >= 10", 10.0, *over("dense", "window", "forward")),
+        floor("window 256 of 16k backward, x dense >= 10", 10.0, *over("dense", "window", "backward")),
+        floor("64k tokens, rate / 4k rate >= 0.9", 0.9, rate, 1),
+        floor("64k tokens, extra MB <= 64", 64.0, memory, 1, at_most=True),
     ]
 
 
@@ -147,14 +147,15 @@ def floor_lines(results: list[dict[str, Any]]) -> list[str]:
     return [f"{f['status']:<13}{f['floor']:<44}{f['text']}" for f in results]
 
 
-def markdown(document: dict[str, Any]) -> str:
-    """The whole report for a page of documentation."""
+def markdown(document: dict[str, Any], nsa_lines: list[str]) -> str:
+    """The whole report for a page of documentation; nsa_lines: its part about native sparse attention."""
     titles = [title for title, _, _ in COLUMNS]
     lines = ["- " + fact for fact in facts(document["machine"], document["rates"])]
     lines += ["", "| " + " | ".join(titles) + " |"]
     lines += ["|" + "|".join("---" if width < 0 else "---:" for _, width, _ in COLUMNS) + "|"]
     lines += ["| " + " | ".join(cell(row) for _, _, cell in COLUMNS) + " |" for row in document["rows"]]
     lines += ["", LEGEND.replace("\n", " "), ""]
+    lines += nsa_lines
     if document["calls"]:
         lines += ["| microseconds per call, one row and one key | ours | torch |", "|---|---:|---:|"]
         lines += [f"| {c['call']} | {c['ours_us']:.1f} | {c['torch_us']:.1f} |" for c in document["calls"]]

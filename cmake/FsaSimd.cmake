@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# src/backend/cpu/simd/kernels.cpp, once per instruction set. cpu_backend.cpp learns from FSA_HAS_<TARGET>
+# src/backend/cpu/simd/{kernels,nsa_kernels}.cpp, once per instruction set. cpu_backend.cpp learns from FSA_HAS_<TARGET>
 # which ones this build holds and chooses between them at run time.
-set(fsa_simd_source ${PROJECT_SOURCE_DIR}/src/backend/cpu/simd/kernels.cpp)
+set(fsa_simd_sources ${PROJECT_SOURCE_DIR}/src/backend/cpu/simd/kernels.cpp
+                     ${PROJECT_SOURCE_DIR}/src/backend/cpu/simd/nsa_kernels.cpp)
 
 string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" fsa_processor)
 if(fsa_processor MATCHES "^(x86_64|amd64)$")
@@ -19,7 +20,7 @@ endif()
 function(fsa_add_simd_targets out)
   set(objects "")
   set(definitions "")
-  if(EXISTS ${fsa_simd_source})
+  if(FSA_SIMD)
     find_path(FSA_HIGHWAY_INCLUDE_DIR hwy/highway.h DOC "Folder that holds hwy/highway.h")
     if(NOT FSA_HIGHWAY_INCLUDE_DIR)
       message(FATAL_ERROR "hwy/highway.h (Google Highway, headers only) was not found. Install libhwy-dev, "
@@ -27,7 +28,7 @@ function(fsa_add_simd_targets out)
     endif()
     foreach(name IN LISTS fsa_simd_targets)
       set(target fsa_simd_${name})
-      add_library(${target} OBJECT ${fsa_simd_source})
+      add_library(${target} OBJECT ${fsa_simd_sources})
       fsa_settings(${target})
       target_include_directories(${target} SYSTEM PRIVATE ${FSA_HIGHWAY_INCLUDE_DIR})
       # Headers only: one static target per compilation, and no HWY_DASSERT, whose failure path is in libhwy.

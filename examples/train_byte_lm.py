@@ -24,17 +24,17 @@ from pathlib import Path
 import torch
 from byte_lm import kinds, measure, report
 from byte_lm.data import Corpus, held_out_windows, load_corpus
-from byte_lm.kinds import AttentionKind
+from byte_lm.kinds import AttentionKind, Projected
 from byte_lm.model import ByteLM, ModelConfig
 from byte_lm.train import History, Interrupt, load_checkpoint, save_checkpoint, train
 
 RUNS = Path("runs")
 CHECKPOINT = "checkpoint.pt"
-HELD_OUT_WINDOWS = 12
+HELD_OUT_WINDOWS = 8
 DEFAULTS = {
     "attention": list(kinds.NAMES),
     "device": "cpu",
-    "steps": 150,
+    "steps": 100,
     "context": 2048,
     "text": [],
     "seed": 0,
@@ -68,6 +68,8 @@ def check_options(options: dict) -> None:
             raise ValueError(f"--{name}: {options[name]}, but it must be at least {least}")
     if len(set(options["attention"])) < len(options["attention"]):
         raise ValueError(f"--attention: {' '.join(options['attention'])} names a kind twice")
+    if "nsa" in options["attention"] and "dense" not in options["attention"]:
+        raise ValueError("--attention: nsa is compared with dense; name dense, too")
     for name in ("threshold", "gate_threshold"):
         if not 0 < options[name] < float("inf"):
             raise ValueError(
@@ -111,7 +113,8 @@ def open_run(arguments: argparse.Namespace) -> tuple[Path, dict, dict]:
 
 
 def make_model(kind: AttentionKind, options: dict) -> ByteLM:
-    return ByteLM(ModelConfig(gated=kind.gated), options["seed"]).to(options["device"])
+    config = ModelConfig(gated=kind.gated, nsa=kind.sizes if kind.native_sparse else None)
+    return ByteLM(config, options["seed"]).to(options["device"])
 
 
 def explain_kinds(options: dict) -> dict[str, dict]:
@@ -120,12 +123,8 @@ def explain_kinds(options: dict) -> dict[str, dict]:
     like = torch.zeros(1, options["context"], 1, config.head_dim, device=options["device"])
     query = like.repeat(1, 1, config.num_heads, 1)
     key = like.repeat(1, 1, config.num_kv_heads, 1)
-    gates = query[..., 0].contiguous(), key[..., 0].contiguous()
-    found = {}
-    for name in options["attention"]:
-        kind = kinds.make_kind(name, options)
-        found[name] = kinds.explain(kind, query, key, key, *gates)
-    return found
+    p = Projected(query, key, key, query[..., 0].contiguous(), key[..., 0].contiguous())
+    return {name: kinds.explain(kinds.make_kind(name, options), p) for name in options["attention"]}
 
 
 def train_kinds(

@@ -17,9 +17,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-POSIX = ["<dlfcn.h>", "<pthread.h>", "<sched.h>", "<signal.h>", "<unistd.h>", "<sys/*.h>", "<linux/*.h>"]
+POSIX = [
+    "<dlfcn.h>",
+    "<fcntl.h>",
+    "<link.h>",
+    "<pthread.h>",
+    "<sched.h>",
+    "<signal.h>",
+    "<unistd.h>",
+    "<sys/*.h>",
+    "<linux/*.h>",
+]
 CONTRACT = ['"backend/backend.h"', '"backend/registry.h"']
 CPU = ["<cpuid.h>", "<immintrin.h>", "<arm_neon.h>"]
+SHARED = ['"kernels/core/config.h"', '"kernels/core/params.h"']  # read by both compilers
 DEVICE = ['"core/*"', '"ptx/*"', '"tile/*"', '"policy/*"']
 
 # (name, files, what they may include). The order matters: first match.
@@ -30,6 +41,7 @@ LAYERS: list[tuple[str, str, list[str]]] = [
     ("device tiles", "kernels/tile/*", ['"core/*"', '"ptx/*"', '"tile/*"']),
     ("device policies", "kernels/policy/*", ['"core/*"', '"ptx/*"', '"tile/*"', '"policy/*"']),
     ("sm90 kernels", "kernels/sm90/*", [*DEVICE, '"sm90/*"']),
+    ("common kernels", "kernels/common/*", [*DEVICE, '"common/*"']),
     ("core", "src/core/*", ['"fsa/*"', '"core/*"', *POSIX]),
     ("api", "src/api/*", ['"fsa/*"', '"core/*"', '"api/*"', '"backend/backend.h"']),
     (
@@ -42,10 +54,11 @@ LAYERS: list[tuple[str, str, list[str]]] = [
         "src/backend/cpu/*",
         ['"fsa/*"', '"core/*"', *CONTRACT, '"backend/cpu/*"', *POSIX, *CPU],
     ),
+    ("jit", "src/jit/*", ['"fsa/*"', '"core/*"', '"jit/*"', *POSIX]),
     (
         "cuda backend",
         "src/backend/cuda/*",
-        ['"fsa/*"', '"core/*"', *CONTRACT, '"backend/cuda/*"', *POSIX],
+        ['"fsa/*"', '"core/*"', '"jit/*"', *CONTRACT, '"backend/cuda/*"', *SHARED, *POSIX],
     ),
     ("backend contract", "src/backend/*", ['"fsa/*"', '"core/*"', *CONTRACT]),
     (
@@ -147,7 +160,9 @@ SELF_TEST = [  # (path, text, violations)
     ("src/backend/cpu/bad.cpp", '#include "backend/cuda/driver.h"\n#include <hwy/highway.h>\n', 2),
     ("src/backend/cuda/good.cpp", '#include "backend/registry.h"\n#include <dlfcn.h>\n', 0),
     ("src/backend/cpu/simd/good.cpp", '#include "hwy/highway.h"\n#include <immintrin.h>\n', 0),
-    ("src/backend/cuda/bad.cpp", "#include <cuda_runtime.h>\n", 1),
+    ("src/backend/cuda/bad.cpp", '#include <cuda_runtime.h>\n#include "kernels/sm90/forward.cuh"\n', 2),
+    ("src/jit/good.cpp", '#include "core/env.h"\n#include "jit/hash.h"\n#include <link.h>\n', 0),
+    ("src/jit/bad.cpp", '#include "backend/backend.h"\n#include "kernels/core/config.h"\n', 2),
     ("src/backend/good.h", '#include "backend/backend.h"\n', 0),
     ("src/elsewhere/file.cpp", "", 1),
     ("python/bindings/good.cpp", '#include "tensor_caster.h"\n#include <nanobind/nanobind.h>\n', 0),

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from .evaluate import ENOUGH_KEPT, SweepRow
 from .generate import TIE, DecodeCheck
+from .kinds import NsaSizes
 
 FIRST_STEPS = 20
 FIRST_STEPS_LIMIT = 1e-4  # nats per byte
 FINAL_LIMIT = 0.01  # relative
+NSA_LIMIT = 0.05  # relative; another architecture, not another rounding
+ALL_BLOCKS_LIMIT = 1e-5  # relative to the largest output
 LONG_CONTEXT = 2048
 
 
@@ -77,6 +80,30 @@ def zero_threshold(equal: bool, trained_with: str) -> Check:
         f"threshold 0 changes no bit of the result ({trained_with}-trained model)",
         equal,
         "all logits of a held-out window are equal" if equal else "logits of a held-out window differ",
+    )
+
+
+def nsa_learns(held_out: dict[str, float]) -> Check:
+    name = f"nsa ends at most {NSA_LIMIT:.0%} above dense's held-out loss"
+    detail = f"nsa {held_out['nsa']:.4f}, dense {held_out['dense']:.4f} nats per byte: "
+    detail += relative(held_out["nsa"], held_out["dense"])
+    return judged(name, held_out["nsa"] <= (1 + NSA_LIMIT) * held_out["dense"], detail)
+
+
+def nsa_selects(faults: int, rows: int, sizes: NsaSizes) -> Check:
+    return judged(
+        f"every row of nsa selects min({sizes.top_k}, own block + 1) blocks: the first {sizes.init_blocks}, the "
+        f"last {sizes.local_blocks} up to its own, none after it",
+        faults == 0,
+        f"{rows - faults:,} of {rows:,} rows of all layers and key heads on a held-out window",
+    )
+
+
+def all_blocks(difference: float, largest: float) -> Check:
+    return judged(
+        "selected attention over every block is dense attention (dense-trained model)",
+        difference <= ALL_BLOCKS_LIMIT * largest,
+        f"largest difference of an output {difference:.2g}, of outputs up to {largest:.2g}",
     )
 
 

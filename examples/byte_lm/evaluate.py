@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kinds import AttentionKind, kept_fractions, kept_tiles
-from .model import ByteLM, Projected
+from .kinds import AttentionKind, Projected, kept_fractions, kept_tiles
+from .model import ByteLM
 
 TIMING_ROUNDS = 5
 ENOUGH_KEPT = 0.5  # the sweep must reach this fraction of the tiles
@@ -57,7 +57,7 @@ def projections(model: ByteLM, kind: AttentionKind, window: Tensor) -> list[Proj
     for block in model.blocks:
         p = block.project(x, cos_sin)
         found.append(p)
-        x = block.finish(x, kind(p.query, p.key, p.value, p.alpha, p.delta))
+        x = block.finish(x, kind(p))
     return found
 
 
@@ -70,21 +70,15 @@ def attention_seconds(
     backward: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(TIMING_ROUNDS + 1):  # the first round warms up
         for name, (kind, layers) in calls.items():
-            leaves = [
-                [
-                    t.detach().requires_grad_()
-                    for t in (p.query, p.key, p.value, p.alpha, p.delta)
-                    if t is not None
-                ]
-                for p in layers
-            ]
-            synchronize(leaves[0][0].device)
+            leaves = [p.leaves() for p in layers]
+            device = leaves[0].query.device
+            synchronize(device)
             begin = time.perf_counter()
-            outs = [kind(*inputs) for inputs in leaves]
-            synchronize(leaves[0][0].device)
+            outs = [kind(p) for p in leaves]
+            synchronize(device)
             middle = time.perf_counter()
             torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
-            synchronize(leaves[0][0].device)
+            synchronize(device)
             forward[name].append(middle - begin)
             backward[name].append(time.perf_counter() - middle)
     return {

@@ -8,10 +8,11 @@ import time
 from dataclasses import dataclass
 
 import torch
+from flash_sparse_attention import nsa
 from torch import Tensor
 
-from .kinds import AttentionKind, decode
-from .model import ByteLM
+from .kinds import AttentionKind, Projected, decode, decode_native_sparse
+from .model import Block, ByteLM
 
 TIE = 1e-4  # logits closer than this are equal: which of them wins is a matter of rounding
 
@@ -27,38 +28,76 @@ class Cache:
         self.key = like.new_full((*shape, config.head_dim), float("nan"))
         self.value = like.new_full((*shape, config.head_dim), float("nan"))
         self.delta = like.new_full(shape, float("nan")) if config.gated else None
-        self.used = torch.zeros(1, dtype=torch.int32, device=like.device)
+
+    def fill(self, layer: int, p: Projected) -> None:
+        """Takes a layer's prompt."""
+        self.put(layer, slice(0, p.key.shape[1]), p)
+
+    def put(self, layer: int, rows: slice, p: Projected) -> None:
+        self.key[layer, :, rows] = p.key
+        self.value[layer, :, rows] = p.value
+        if self.delta is not None:
+            self.delta[layer, :, rows] = p.delta
+
+    def attend(self, kind: AttentionKind, layer: int, block: Block, position: int, p: Projected) -> Tensor:
+        """out [1, num_heads, head_dim] of one more token, which the cache takes first."""
+        self.put(layer, slice(position, position + 1), p)
+        used = torch.tensor([position + 1], dtype=torch.int32, device=self.key.device)
+        alpha, delta = None, None
+        if self.delta is not None:
+            alpha, delta = p.alpha[:, 0], self.delta[layer]
+        return decode(kind, p.query[:, 0], self.key[layer], self.value[layer], used, alpha, delta)
 
 
-def prefill(model: ByteLM, kind: AttentionKind, tokens: Tensor, cache: Cache) -> Tensor:
+class NativeSparseCache:
+    """The same for native sparse attention, by the library's own cache of each layer."""
+
+    def __init__(self, model: ByteLM, capacity: int):
+        config, device = model.config, model.embedding.weight.device
+        assert config.nsa is not None
+        shape = (1, capacity, config.num_kv_heads, config.head_dim)
+        self.layers = [
+            nsa.NSACache(*shape, **config.nsa.compress(), device=device) for _ in range(config.layers)
+        ]
+        self.rope = nsa.RopeConfig(config.head_dim, rope_theta=config.rope_base)
+
+    def fill(self, layer: int, p: Projected) -> None:
+        self.layers[layer].fill(p.key, p.value, p.raw_key, p.compressed_key, p.compressed_value)
+
+    def attend(self, kind: AttentionKind, layer: int, block: Block, position: int, p: Projected) -> Tensor:
+        return decode_native_sparse(
+            kind,
+            p,
+            self.layers[layer],
+            compress_key=block.compress_key,
+            compress_value=block.compress_value,
+            intra_block_pe=block.compress_pe,
+            rope=self.rope,
+        )[:, 0]
+
+
+def make_cache(model: ByteLM, capacity: int) -> Cache | NativeSparseCache:
+    return (Cache if model.config.nsa is None else NativeSparseCache)(model, capacity)
+
+
+def prefill(model: ByteLM, kind: AttentionKind, tokens: Tensor, cache: Cache | NativeSparseCache) -> Tensor:
     """tokens int64 [1, seqlen] into the empty cache; logits [256] after the last one."""
-    seqlen = tokens.shape[1]
-    x, cos_sin = model.embedding(tokens), model.cos_sin(0, seqlen)
+    x, cos_sin = model.embedding(tokens), model.cos_sin(0, tokens.shape[1])
     for layer, block in enumerate(model.blocks):
         p = block.project(x, cos_sin)
-        cache.key[layer, :, :seqlen] = p.key
-        cache.value[layer, :, :seqlen] = p.value
-        if cache.delta is not None:
-            cache.delta[layer, :, :seqlen] = p.delta
-        x = block.finish(x, kind(p.query, p.key, p.value, p.alpha, p.delta))
-    cache.used.fill_(seqlen)
+        cache.fill(layer, p)
+        x = block.finish(x, kind(p))
     return model.logits(x[0, -1])
 
 
-def decode_step(model: ByteLM, kind: AttentionKind, token: int, position: int, cache: Cache) -> Tensor:
+def decode_step(
+    model: ByteLM, kind: AttentionKind, token: int, position: int, cache: Cache | NativeSparseCache
+) -> Tensor:
     """One more token at `position`; logits [256] after it."""
-    x = model.embedding(torch.tensor([[token]], device=cache.key.device))
+    x = model.embedding(torch.tensor([[token]], device=model.embedding.weight.device))
     cos_sin = model.cos_sin(position, position + 1)
-    cache.used.fill_(position + 1)
     for layer, block in enumerate(model.blocks):
-        p = block.project(x, cos_sin)
-        cache.key[layer, :, position] = p.key[:, 0]
-        cache.value[layer, :, position] = p.value[:, 0]
-        alpha, delta = None, None
-        if cache.delta is not None:
-            cache.delta[layer, :, position] = p.delta[:, 0]
-            alpha, delta = p.alpha[:, 0], cache.delta[layer]
-        out = decode(kind, p.query[:, 0], cache.key[layer], cache.value[layer], cache.used, alpha, delta)
+        out = cache.attend(kind, layer, block, position, block.project(x, cos_sin))
         x = block.finish(x, out[:, None])
     return model.logits(x[0, 0])
 
@@ -74,7 +113,7 @@ class Sample:
 @torch.no_grad()
 def generate(model: ByteLM, kind: AttentionKind, prompt: Tensor, count: int) -> Sample:
     """`count` greedy tokens after prompt int64 [length]; the first from prefill, the others from decode."""
-    cache = Cache(model, len(prompt) + count)
+    cache = make_cache(model, len(prompt) + count)
     logits = [prefill(model, kind, prompt[None], cache)]
     tokens = [int(logits[0].argmax())]
     begin = time.perf_counter()

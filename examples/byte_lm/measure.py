@@ -18,7 +18,7 @@ import flash_sparse_attention as fsa
 import torch
 from safetensors.torch import save_file
 
-from . import checks, evaluate, generate, kinds, plots, report
+from . import checks, evaluate, generate, kinds, native, plots, report
 from .data import Corpus
 from .kinds import AttentionKind, make_kind
 from .model import ByteLM, ModelConfig
@@ -61,7 +61,7 @@ def sample_entry(name: str, kind: AttentionKind, sample: generate.Sample) -> dic
     if kind.sparse:
         setting = f"γ = {kind.gate_threshold:g}" if kind.gated else f"τ = {kind.threshold:g}"
     else:
-        setting = "nothing skipped"
+        setting = f"top_k = {kind.sizes.top_k}" if kind.native_sparse else "nothing skipped"
     return {
         "trained_with": name,
         "function": kinds.decode_function(kind),
@@ -79,8 +79,8 @@ def sample_entry(name: str, kind: AttentionKind, sample: generate.Sample) -> dic
 def sample_texts(
     trained: dict[str, tuple[ByteLM, History]], primary: str, options: dict, corpus: Corpus
 ) -> tuple[list[dict], list[checks.Check]]:
-    """Greedy samples: every model with nothing skipped, checked against prefill, and the sparse ones also as
-    they were trained."""
+    """Greedy samples: every model with no tile skipped, checked against prefill, and those that skip tiles also
+    as they were trained."""
     count = min(SAMPLE_TOKENS, options["context"] // 4)
     prompt = generate.make_prompt(corpus.held_out, options["context"] // 2).to(options["device"])
     samples, found = [], []
@@ -118,6 +118,9 @@ def attention_times(
         own = evaluate.projections(trained["gated"][0], gated, window)
         calls["gated, γ=0"] = (gated.without_skipping(), own)
         calls[f"gated, γ={gated.gate_threshold:g}"] = (gated, own)
+    if "nsa" in trained:
+        native_sparse = make_kind("nsa", options)
+        calls["nsa"] = (native_sparse, evaluate.projections(trained["nsa"][0], native_sparse, window))
     times = {name: (1e3 * f, 1e3 * b) for name, (f, b) in evaluate.attention_seconds(calls).items()}
     for row in sweep:
         row.forward_ms, row.backward_ms = times[f"threshold τ={row.threshold:g}"]
@@ -135,6 +138,38 @@ def attention_times(
         if name not in hidden
     ]
     return rows, times["dense"]
+
+
+def nsa_metrics(
+    trained: dict[str, tuple[ByteLM, History]],
+    options: dict,
+    corpus: Corpus,
+    window: torch.Tensor,
+    held_out: dict[str, float],
+) -> tuple[dict, list[checks.Check], native.Selection]:
+    """What the page says about native sparse attention beside dense; window int64 [context + 1]."""
+    kind, dense = make_kind("nsa", options), make_kind("dense", options)
+    selection = native.selection(trained["nsa"][0], kind, window)
+    models = {"dense": (trained["dense"][0], dense), "nsa": (trained["nsa"][0], kind)}
+    metrics = {
+        "sizes": dataclasses.asdict(kind.sizes),
+        "computed": native.computed_share(selection, kind.sizes),
+        "gates": selection.gates,
+        "plan": {
+            direction: {name: plan[name] for name in ("kernel", "algorithm", "source", "times_ms")}
+            for direction, plan in selection.plan.items()
+        },
+        "steps": native.step_times(models, corpus),
+        "text_hex": bytes(window[:-1].tolist()).hex(),
+        "votes": native.votes_of_last_byte(selection, kind.sizes),
+        "voters": sum(len(blocks) for blocks in selection.blocks),
+    }
+    found = [
+        checks.nsa_learns(held_out),
+        checks.nsa_selects(*native.faulty_rows(selection, kind.sizes), kind.sizes),
+        checks.all_blocks(*native.all_blocks_against_dense(trained["dense"][0], dense, window, kind.sizes)),
+    ]
+    return metrics, found, selection
 
 
 def measure(
@@ -173,6 +208,11 @@ def measure(
     equal = evaluate.zero_threshold_is_dense(primary_model, primary_kind, windows[0])
     found.append(checks.zero_threshold(equal, primary))
     attention_rows, dense_ms = attention_times(trained, primary, options, sweep, windows[0])
+    nsa, selection = None, None
+    if "nsa" in trained:
+        losses = {name: result.loss for name, result in results.items()}
+        nsa, nsa_checks, selection = nsa_metrics(trained, options, corpus, windows[0], losses)
+        found += nsa_checks
     samples, decode_checks = sample_texts(trained, primary, options, corpus)
     found += decode_checks
 
@@ -209,6 +249,7 @@ def measure(
             "first_steps": checks.FIRST_STEPS,
             "first_steps_difference": checks.FIRST_STEPS_LIMIT,
             "final_relative": checks.FINAL_LIMIT,
+            "nsa_relative": checks.NSA_LIMIT,
             "enough_kept": evaluate.ENOUGH_KEPT,
         },
         "kinds": {
@@ -221,6 +262,9 @@ def measure(
                 torch_ms,
                 how[name],
             )
+            | {
+                "computed": nsa["computed"] if name == "nsa" else None
+            }  # pairs of its branches / visible pairs
             for name, (_, history) in trained.items()
         },
         "sweep": {
@@ -230,13 +274,14 @@ def measure(
             "rows": [dataclasses.asdict(row) for row in sweep],
         },
         "attention_ms": attention_rows,
+        "nsa": nsa,
         "samples": samples,
         "checks": [dataclasses.asdict(check) for check in found],
         "weights": list(weights),
         "seconds": seconds_so_far(),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    pictures = draw(metrics, trained, options, primary, windows[0])
+    pictures = draw(metrics, trained, options, primary, windows[0], selection)
     (folder / "index.html").write_text(report.page(metrics, pictures, plots.COLORS), encoding="utf-8")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     return metrics
@@ -257,7 +302,14 @@ def describe_device(device: str) -> str:
     return f"cpu, {len(os.sched_getaffinity(0))} cores"
 
 
-def draw(metrics: dict, trained: dict, options: dict, primary: str, window: torch.Tensor) -> dict[str, str]:
+def draw(
+    metrics: dict,
+    trained: dict,
+    options: dict,
+    primary: str,
+    window: torch.Tensor,
+    selection: native.Selection | None,
+) -> dict[str, str]:
     found = metrics["kinds"]
     pictures = {"loss": plots.loss_curves(found)}
     if {"torch", "dense"} <= set(found):
@@ -279,6 +331,10 @@ def draw(metrics: dict, trained: dict, options: dict, primary: str, window: torc
         pictures["gated_tiles"] = plots.skip_maps(
             evaluate.tiles_of(trained["gated"][0], gated, window), title
         )
+    if selection is not None:
+        size = metrics["nsa"]["sizes"]["block_size"]
+        tables = [native.chosen(blocks, len(window) - 1, size) for blocks in selection.blocks]
+        pictures["selected"] = plots.selected_blocks(tables, size, "blocks that the heads select")
     names = {name: kind["ms_per_step"] for name, kind in found.items()}
     pictures["time"] = plots.step_times(names, metrics["attention_ms"])
     return pictures

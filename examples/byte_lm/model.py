@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
+from flash_sparse_attention import nsa
 from torch import Tensor, nn
 
-from .kinds import AttentionKind
+from .kinds import AttentionKind, NsaSizes, Projected
 
 VOCABULARY = 256  # bytes
 
@@ -30,17 +31,7 @@ class ModelConfig:
     start_distances: tuple[tuple[int | None, ...], ...] = ((1, 2, 3, 4), (1, 2, 3, None))
     start_strength: float = 4.0
     gated: bool = False
-
-
-@dataclass
-class Projected:
-    """What one layer hands to attention; [batch, seqlen, heads, head_dim], gates [batch, seqlen, heads]."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    alpha: Tensor | None = None
-    delta: Tensor | None = None
+    nsa: NsaSizes | None = None
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -68,20 +59,37 @@ class Block(nn.Module):
         if config.gated:
             self.to_alpha = nn.Linear(config.dim, config.num_heads)
             self.to_delta = nn.Linear(config.dim, config.num_kv_heads)
+        if config.nsa is not None:
+            window = (config.num_kv_heads, config.nsa.compress_block)
+            matrices = (config.num_kv_heads, config.nsa.compress_block * config.head_dim, config.head_dim)
+            self.compress_key = nn.Parameter(torch.empty(matrices))
+            self.compress_value = nn.Parameter(torch.empty(matrices))
+            self.compress_pe = nn.Parameter(torch.empty(*window, config.head_dim))
+            self.to_branch_gates = nn.Linear(config.dim, 3 * config.num_heads)
 
     def project(self, x: Tensor, cos_sin: Tensor) -> Projected:
         """x [batch, seqlen, dim], cos_sin [2, seqlen, head_dim / 2]."""
         config = self.config
         normed = self.attention_norm(x)
         heads = (*x.shape[:2], -1, config.head_dim)
+        query, key = self.to_query(normed).view(heads), self.to_key(normed).view(heads)
         projected = Projected(
-            query=rotate(self.to_query(normed).view(heads), cos_sin),
-            key=rotate(self.to_key(normed).view(heads), cos_sin),
+            query=rotate(query, cos_sin),
+            key=rotate(key, cos_sin),
             value=self.to_value(normed).view(heads),
         )
         if config.gated:
             projected.alpha = self.to_alpha(normed)
             projected.delta = self.to_delta(normed)
+        if config.nsa is not None:
+            projected.raw_query, projected.raw_key = query, key
+            # Compression comes before rotation; an entry then stands at the first position of its window.
+            sizes = config.nsa.compress()
+            entries, _ = nsa.compress(key, self.compress_key, intra_block_pe=self.compress_pe, **sizes)
+            starts = cos_sin[:, :: config.nsa.compress_stride][:, : entries.shape[1]]
+            projected.compressed_key = rotate(entries, starts)
+            projected.compressed_value, _ = nsa.compress(projected.value, self.compress_value, **sizes)
+            projected.gates = self.to_branch_gates(normed).sigmoid().unflatten(-1, (config.num_heads, 3))
         return projected
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -92,7 +100,8 @@ class Block(nn.Module):
 
 
 class ByteLM(nn.Module):
-    """Next-byte prediction. The same seed gives the same weights whether or not there are gates."""
+    """Next-byte prediction. The same seed gives the same weights whatever the kind of attention, those that
+    only one kind has aside."""
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
@@ -111,7 +120,11 @@ class ByteLM(nn.Module):
                 parameter.fill_(4.0)  # with delta near -1: gates half shut, so that both ways are open
             elif name.endswith("to_delta.bias"):
                 parameter.fill_(-1.0)
-            elif "to_alpha" in name or "to_delta" in name:
+            elif name.endswith("to_branch_gates.bias"):
+                parameter.zero_()  # every branch half open
+            elif ".compress_" in name:
+                self.start_as_mean(parameter, gate_generator)
+            elif "to_alpha" in name or "to_delta" in name or "to_branch_gates" in name:
                 parameter.normal_(0, 0.05, generator=gate_generator)
             elif name == "embedding.weight":
                 parameter.normal_(0, 0.2, generator=generator)
@@ -126,6 +139,15 @@ class ByteLM(nn.Module):
         self.norm.weight.fill_(1 / (0.2 * math.sqrt(self.config.dim)))
         for layer, block in enumerate(self.blocks):
             self.start_locally(layer, block)
+
+    def start_as_mean(self, parameter: nn.Parameter, generator: torch.Generator) -> None:
+        """A window's compressed token starts near the mean of its tokens: [num_kv_heads, window * head_dim,
+        head_dim] near identities over the window's length, positions [num_kv_heads, window, head_dim] near 0."""
+        config = self.config
+        parameter.normal_(0, 0.02 / config.nsa.compress_block, generator=generator)
+        if parameter.shape[1] != config.nsa.compress_block:
+            mean = torch.eye(config.head_dim) / config.nsa.compress_block
+            parameter += mean.repeat(config.nsa.compress_block, 1)
 
     def start_locally(self, layer: int, block: Block) -> None:
         """Sets the biases of query and key: rotated by their positions, a key bias of equal entries and a
@@ -148,12 +170,14 @@ class ByteLM(nn.Module):
         block.to_key.bias.copy_(key_bias.flatten())
 
     def cos_sin(self, begin: int, end: int) -> Tensor:
-        """Rotations of positions begin .. end - 1: [2, end - begin, head_dim / 2]."""
-        device = self.embedding.weight.device
-        half = self.config.head_dim // 2
-        frequency = self.config.rope_base ** (-torch.arange(half, device=device) / half)
-        angle = torch.arange(begin, end, device=device)[:, None] * frequency
-        return torch.stack((angle.cos(), angle.sin()))
+        """Rotations of positions begin .. end - 1: [2, end - begin, head_dim / 2]. Angles are computed in float64:
+        in float32 they would be 1e-4 off at position 2000, and decode and prefill of nsa further apart."""
+        weight, half = self.embedding.weight, self.config.head_dim // 2
+        steps = torch.arange(half, device=weight.device, dtype=torch.float64)
+        angle = torch.arange(begin, end, device=weight.device)[:, None] * self.config.rope_base ** (
+            -steps / half
+        )
+        return torch.stack((angle.cos(), angle.sin())).to(weight.dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         """Last hidden states [..., dim] -> [..., 256]; embedding and output share their weights."""
@@ -168,7 +192,7 @@ class ByteLM(nn.Module):
         cos_sin = self.cos_sin(0, tokens.shape[1])
         for block in self.blocks:
             p = block.project(x, cos_sin)
-            x = block.finish(x, attention(p.query, p.key, p.value, p.alpha, p.delta, skip_maps))
+            x = block.finish(x, attention(p, skip_maps))
         return self.logits(x)
 
     def loss(

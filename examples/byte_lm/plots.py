@@ -6,16 +6,23 @@ from __future__ import annotations
 import io
 
 import matplotlib
+import torch
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.colors import ListedColormap  # noqa: E402
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-COLORS = {"torch": "#8a8a8a", "dense": "#0072b2", "threshold": "#d55e00", "gated": "#009e73"}
-LINES = {"torch": "-", "dense": "-", "threshold": (0, (5, 2)), "gated": (0, (1.5, 1.5))}
-MARKERS = {"torch": "o", "dense": "o", "threshold": "x", "gated": "+"}
+COLORS = {
+    "torch": "#8a8a8a",
+    "dense": "#0072b2",
+    "threshold": "#d55e00",
+    "gated": "#009e73",
+    "nsa": "#a3428f",
+}
+LINES = {"torch": "-", "dense": "-", "threshold": (0, (5, 2)), "gated": (0, (1.5, 1.5)), "nsa": "-"}
+MARKERS = {"torch": "o", "dense": "o", "threshold": "x", "gated": "+", "nsa": "s"}
 HIGHEST_LOSS = 6.0  # nats; a uniform guess has 5.5, the first steps are worse
 WIDTH = 8.4  # inches; the page's column
 plt.rcParams.update(
@@ -232,5 +239,43 @@ def skip_maps(tiles: list, title: str) -> str:
                 axes.set_ylabel(f"layer {layer}", fontsize=8)
             if layer == 0:
                 axes.set_title(f"head {head}", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return to_svg(figure)
+
+
+def selected_blocks(tables: list, block_size: int, title: str, strip: int = 16) -> str:
+    """tables: per layer, bool [num_kv_heads, seqlen, blocks]; one small picture per layer and key head, in which
+    a dot is the share of `strip` neighbouring queries that select a block."""
+    layers, heads = len(tables), tables[0].shape[0]
+    figure, grid = plt.subplots(
+        heads, layers, figsize=(WIDTH, 1.06 * WIDTH * heads / layers), squeeze=False, layout="constrained"
+    )
+    colors = LinearSegmentedColormap.from_list("chosen", ["#e9eef3", COLORS["nsa"]])
+    colors.set_bad("#ffffff")  # beyond the diagonal
+    for layer in range(layers):
+        for head in range(heads):
+            axes, table = grid[head][layer], tables[layer][head].float()
+            seqlen, blocks = table.shape
+            shares = torch.stack([queries.mean(0) for queries in table.split(strip)])
+            last = (torch.arange(len(shares)) + 1) * strip - 1  # query of each strip
+            shares[torch.arange(blocks) * block_size > last[:, None]] = torch.nan
+            axes.imshow(
+                shares,
+                cmap=colors,
+                vmin=0,
+                vmax=1,
+                aspect="auto",
+                interpolation="nearest",
+                extent=(0, blocks, seqlen, 0),
+            )
+            axes.grid(visible=False)
+            axes.tick_params(labelsize=7)
+            if layer > 0:
+                axes.set_yticklabels([])
+            if head < heads - 1:
+                axes.set_xticklabels([])
+            axes.set_title(f"layer {layer}, key head {head}", fontsize=8)
+    figure.supxlabel("block of keys", fontsize=9)
+    figure.supylabel("query", fontsize=9)
     figure.suptitle(title, fontsize=10)
     return to_svg(figure)

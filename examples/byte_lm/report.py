@@ -67,7 +67,7 @@ def kinds_table(metrics: dict, colors: dict[str, str]) -> str:
             f"{kind['train_loss']:.3f}",
             f"{kind['held_out']:.4f}",
             f"{kind['bits_per_byte']:.3f}",
-            percent(kind["kept"]),
+            percent(kind["kept"]) if kind["computed"] is None else percent(kind["computed"]) + " *",
             f"{kind['ms_per_step']:.0f}",
             f"{kind['tokens_per_second']:,.0f}",
             "–" if ratio is None else f"{ratio:.2f}×",
@@ -76,11 +76,17 @@ def kinds_table(metrics: dict, colors: dict[str, str]) -> str:
     header = (
         "attention, training loss, held-out loss, bits per byte, kept tiles, ms per step, tokens/s, / torch"
     )
-    return table(header.split(", "), rows) + small(
+    words = (
         "Loss: cross-entropy in nats per byte, lower is better; a uniform guess has 5.545. Training loss: "
         "mean of the last 20 steps. Kept tiles: of those visible under the causal mask, over all layers, "
         "heads and held-out windows. / torch: time of a step against the same step with torch's attention."
     )
+    if metrics["nsa"] is not None:
+        words += (
+            " * nsa skips no tiles: given are the pairs of a query and a key or compressed key in its three "
+            "branches, of those that the causal mask leaves visible, on one held-out window."
+        )
+    return table(header.split(", "), rows) + small(words)
 
 
 def checks_section(metrics: dict) -> list[str]:
@@ -226,6 +232,100 @@ def quality_section(metrics: dict, pictures: dict[str, str]) -> list[str]:
     return parts
 
 
+def gates_table(metrics: dict) -> str:
+    rows = [
+        [f"layer {layer}", *(f"{gate:.2f}" for gate in gates)]
+        for layer, gates in enumerate(metrics["nsa"]["gates"])
+    ]
+    return table(["mean gate", "compressed", "selected", "sliding"], rows)
+
+
+def steps_table(metrics: dict) -> str:
+    rows = [
+        [
+            f"{row['context']:,} bytes",
+            f"{row['ms']['dense']:,.0f}",
+            f"{row['ms']['nsa']:,.0f}",
+            f"{row['ms']['dense'] / row['ms']['nsa']:.2f}×",
+        ]
+        for row in metrics["nsa"]["steps"]
+    ]
+    return table(["context", "dense, ms per step", "nsa, ms per step", "dense / nsa"], rows)
+
+
+def voted_text(metrics: dict) -> str:
+    """The text of the window, every block shaded by how many heads select it for the last byte."""
+    nsa = metrics["nsa"]
+    text, size = bytes.fromhex(nsa["text_hex"]), nsa["sizes"]["block_size"]
+    parts = []
+    for number, votes in enumerate(nsa["votes"]):
+        share = votes / nsa["voters"]
+        # One span per block: a character cut by its border shows as a mark of its own.
+        title = f"block {number}: {votes} of {nsa['voters']}"
+        parts.append(
+            f'<span title="{title}" style="background:rgba(163,66,143,{0.6 * share:.2f})">'
+            f"{readable(text[number * size : (number + 1) * size])}</span>"
+        )
+    return f"<pre>{''.join(parts)}</pre>"
+
+
+def plan_words(metrics: dict) -> str:
+    """How the selected branch was computed, and the times that led to it where the profiler took any."""
+    words = []
+    for direction, plan in metrics["nsa"]["plan"].items():
+        text = f"{direction} by <code>{escape(plan['kernel'])}</code> (chosen by {escape(plan['source'])}"
+        if plan["times_ms"]:
+            times = sorted(plan["times_ms"].items(), key=lambda item: item[1])
+            text += ": " + ", ".join(f"{escape(name)} {ms:.3g} ms" for name, ms in times)
+        words.append(text + ")")
+    return f"The selected branch ran {listed(words)}."
+
+
+def nsa_section(metrics: dict, pictures: dict[str, str]) -> list[str]:
+    nsa, kinds = metrics["nsa"], metrics["kinds"]
+    if nsa is None:
+        return []
+    sizes, losses = nsa["sizes"], {name: kinds[name]["held_out"] for name in ("dense", "nsa")}
+    words = (
+        "Native sparse attention is a gated sum of three: over tokens that each stand for a window of "
+        f"{sizes['compress_block']} bytes, one per {sizes['compress_stride']}; over the {sizes['top_k']} blocks "
+        f"of {sizes['block_size']} bytes in which those score best, the first {sizes['init_blocks']} and the last "
+        f"{sizes['local_blocks']} always among them; and over the last {sizes['window_left'] + 1} bytes. It "
+        "starts from dense's weights; how to compress and how far to open each gate it learns besides. "
+        f"It ends at {losses['nsa']:.4f} nats per byte, dense at {losses['dense']:.4f} "
+        f"({relative(losses['nsa'], losses['dense'])})."
+    )
+    parts = ["<h2>Native sparse attention beside dense</h2>", paragraph(words)]
+    if nsa["steps"]:
+        parts += [
+            paragraph(
+                "A training step of the whole model with either, forward, backward and update, taking turns. "
+                "The pairs of dense attention grow with the square of the context; those of the selected and "
+                "the sliding branch with the context, those of the compressed branch with its square divided "
+                f"by {sizes['compress_stride']}."
+            ),
+            steps_table(metrics),
+            small(plan_words(metrics)),
+        ]
+    parts += [
+        paragraph(
+            f"Which blocks the heads select along one held-out text of {metrics['options']['context']} bytes: "
+            "queries downwards, blocks to the right; the darker a dot, the more of 16 neighbouring queries "
+            "select the block. The first column and the diagonal are forced, the rest is each head's choice; "
+            "all query heads of a key head share it."
+        ),
+        picture(pictures["selected"], "selected blocks of every layer and key head"),
+        paragraph(
+            "The same text as the model reads it: the darker a block, the more of the "
+            f"{nsa['voters']} key heads of all layers select it for the last byte."
+        ),
+        voted_text(metrics),
+        paragraph("How far the gates of the three branches are open, mean over queries and heads:"),
+        gates_table(metrics),
+    ]
+    return parts
+
+
 def time_section(metrics: dict, pictures: dict[str, str]) -> list[str]:
     kinds = metrics["kinds"]
     words = (
@@ -309,6 +409,7 @@ def page(metrics: dict, pictures: dict[str, str], colors: dict[str, str]) -> str
         *training_section(metrics),
         *learning_section(metrics, pictures),
         *quality_section(metrics, pictures),
+        *nsa_section(metrics, pictures),
         *time_section(metrics, pictures),
         *sample_section(metrics),
         "<h2>This run</h2>",
@@ -329,7 +430,8 @@ def terminal_table(metrics: dict) -> str:
     for name, kind in metrics["kinds"].items():
         ratio = kind["time_relative_to_torch"]
         lines.append(
-            f"{name:<11}{kind['held_out']:>9.4f}{kind['bits_per_byte']:>11.3f}{percent(kind['kept']):>8}"
+            f"{name:<11}{kind['held_out']:>9.4f}{kind['bits_per_byte']:>11.3f}"
+            f"{percent(kind['kept'] if kind['computed'] is None else kind['computed']):>8}"
             f"{kind['ms_per_step']:>9.0f}{kind['tokens_per_second']:>10,.0f}"
             f"{'–' if ratio is None else f'{ratio:.2f}×':>9}"
         )
@@ -341,6 +443,10 @@ def terminal_table(metrics: dict) -> str:
     ]
     for row in sweep["rows"]:
         lines.append(f"{row['threshold']:>6g}{row['held_out']:>11.4f}{percent(row['kept']):>8}")
+    if metrics["nsa"] is not None:
+        lines += ["", "a training step at other contexts", f"{'bytes':>6}{'dense ms':>11}{'nsa ms':>9}"]
+        for row in metrics["nsa"]["steps"]:
+            lines.append(f"{row['context']:>6}{row['ms']['dense']:>11.0f}{row['ms']['nsa']:>9.0f}")
     lines.append("")
     lines += [f"{check['status']:<8} {check['name']}: {check['detail']}" for check in metrics["checks"]]
     lines += ["", f"{metrics['seconds']:.0f} s, {metrics['peak_memory_mib']:,.0f} MiB, {metrics['device']}"]

@@ -26,8 +26,8 @@ FINAL_SHARE = 0.05  # of the peak rate, at the end of the cosine
 BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 0.1
 GRADIENT_NORM = 1.0
-WARMUP_STEPS = 100  # short ones make early steps erratic, and rounding differences with them
-CURVE_POINTS = 5  # held-out evaluations during training
+WARMUP_STEPS = 60  # short ones make early steps erratic, and rounding differences with them
+CURVE_POINTS = 4  # held-out evaluations during training
 CHECKPOINT_SECONDS = 30.0
 CHECKPOINT_FORMAT = 1
 

@@ -20,29 +20,44 @@ inline constexpr int32 kSharedAlignment = 1024;  // of a 128-byte swizzled tile
 // The shape of one forward kernel. Padded head dimensions: the tensor maps fill the columns beyond the real
 // ones with zeros, so one kernel serves every head_dim up to its own.
 struct ForwardTile {
-  int32 head_dim;      // of query and key, multiple of 64
-  int32 head_dim_v;    // of value and out, multiple of 64
+  int32 head_dim;      // of query and key, multiple of 32
+  int32 head_dim_v;    // of value and out, multiple of 32, not above head_dim (pad that instead)
   int32 block_m;       // query rows, 64 per consumer warpgroup
   int32 block_n;       // keys, multiple of 16
   int32 query_stages;  // 2: the next query tile loads under the current one
   int32 key_stages;
-  int32 value_stages;  // with a vote: divided among the consumer warpgroups
+  int32 value_stages;  // with private_values: divided among the consumer warpgroups
+  // 1: each consumer warpgroup fetches the values that it wants into stages of its own, which pays when most
+  // tiles are skipped by a vote; 0: the producer loads every V once for all.
+  int32 private_values;
+  int32 key_scalars;  // 1: one float per key travels with K (delta of the pair gate)
 };
 
 constexpr int32 round_up(int32 value, int32 multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-constexpr int32 forward_query_bytes(const ForwardTile& t) { return t.block_m * t.head_dim * kElementBytes; }
-constexpr int32 forward_key_bytes(const ForwardTile& t) { return t.block_n * t.head_dim * kElementBytes; }
-constexpr int32 forward_value_bytes(const ForwardTile& t) { return t.block_n * t.head_dim_v * kElementBytes; }
+// Shared memory holds whole chunks of columns.
+constexpr int32 forward_row_bytes(int32 head_dim) {
+  return round_up(head_dim, kChunkColumns) * kElementBytes;
+}
+constexpr int32 forward_query_bytes(const ForwardTile& t) {
+  return t.block_m * forward_row_bytes(t.head_dim);
+}
+constexpr int32 forward_key_bytes(const ForwardTile& t) { return t.block_n * forward_row_bytes(t.head_dim); }
+constexpr int32 forward_value_bytes(const ForwardTile& t) {
+  return t.block_n * forward_row_bytes(t.head_dim_v);
+}
 
 inline constexpr int32 kWorkTileBytes = 144;
+inline constexpr int32 kTileInfoBytes = 16;
 
 // Dynamic shared memory of the forward kernel; the kernel asserts that its SharedStorage has this size.
 constexpr int32 forward_shared_bytes(const ForwardTile& t) {
   const int32 tiles = t.query_stages * forward_query_bytes(t) + t.key_stages * forward_key_bytes(t) +
                       t.value_stages * forward_value_bytes(t);
   const int32 barriers = 8 * 2 * (t.query_stages + t.key_stages + t.value_stages + kWorkSlots);
-  return round_up(tiles + kWorkSlots * kWorkTileBytes + barriers, kSharedAlignment);
+  const int32 scalars = t.key_scalars * t.key_stages * t.block_n * 4;
+  const int32 infos = kWorkSlots * kWorkTileBytes + t.key_stages * kTileInfoBytes;
+  return round_up(tiles + scalars + infos + barriers, kSharedAlignment);
 }
 
 // One producer warpgroup beside the consumers.

@@ -18,12 +18,12 @@ struct ContiguousTma {
     ptx::prefetch(params.out_map);
   }
 
-  // Query boxes have 64 rows, so that one map serves every block_m.
+  // The bytes that arrive on `full` are announced by the caller. Query boxes have 64 rows, so that one map
+  // serves every block_m.
   template <int32 kRows, int32 kColumns>
   FSA_DEVICE static void load_query(const ForwardParams& params, const WorkTile& work, uint8* shared,
                                     ptx::Mbarrier& full) {
     using Tile = SwizzledTile<kRows, kColumns>;
-    ptx::arrive_expect_bytes(full, Tile::kBytes);
 #pragma unroll
     for (int32 row = 0; row < kRows; row += kRowsPerWarpgroup)
 #pragma unroll
@@ -45,11 +45,21 @@ struct ContiguousTma {
     load<SwizzledTile<kRows, kColumns>>(params.value_map, work, tile * kRows, shared, full);
   }
 
+  // One float per key of the tile, as gate_prepare laid them out.
+  template <int32 kRows>
+  FSA_DEVICE static void load_key_scalars(const ForwardParams& params, const WorkTile& work, int32 tile,
+                                          float* shared, ptx::Mbarrier& full) {
+    const int64 first = params.cu_seqlens_k ? work.k_begin / kRows + work.sequence : 0;
+    ptx::load_bytes(shared,
+                    params.gate_delta + work.k_map_batch * params.gate_delta_stride_batch +
+                        work.kv_head * params.gate_delta_stride_head + (first + tile) * kRows,
+                    kRows * 4, full);
+  }
+
  private:
   template <class Tile>
   FSA_DEVICE static void load(const TensorMap& map, const WorkTile& work, int32 key, uint8* shared,
                               ptx::Mbarrier& full) {
-    ptx::arrive_expect_bytes(full, Tile::kBytes);
 #pragma unroll
     for (int32 chunk = 0; chunk < Tile::kChunks; ++chunk)
       ptx::load_box(shared + chunk * Tile::kChunkBytes, map,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which keys a row sees, as one interval per row: sequence end, causal, scalar window.
+// Which keys a row sees when that is one interval per row: sequence end, causal, scalar window.
 #pragma once
 
 #include "policy/work_tile.cuh"
@@ -11,6 +11,15 @@ struct KeyRange {  // [begin, end)
   int32 begin;
   int32 end;
 };
+
+// Hides the keys of the thread's fragment that `seen(slot, column)` does not show; columns count from the
+// thread's first key.
+template <int32 kCount, class Seen>
+FSA_DEVICE void hide_unseen(float (&rS)[kCount], Seen seen) {
+#pragma unroll
+  for (int32 i = 0; i < kCount; ++i)
+    rS[i] = seen(fragment_slot(i), fragment_column(0, i)) ? rS[i] : -kInfinity;
+}
 
 // kLeft, kRight: the window is limited on that side (causal: on the right, by zero).
 template <bool kLeft, bool kRight>
@@ -25,24 +34,19 @@ struct WindowMask {
 
   // rS: logits of rows `row` and `row + 8` (the thread's two) by the keys from `key_begin`.
   template <int32 kCount>
-  FSA_DEVICE static void apply(const ForwardParams& params, const WorkTile& work, float (&rS)[kCount],
-                               int32 row, int32 key_begin) {
-    const int32 thread_column = fragment_column(lane_id(), 0);
+  FSA_DEVICE static void apply(const ForwardParams& params, const WorkTile& work, const TileInfo&,
+                               float (&rS)[kCount], int32 row, int32 key_begin) {
+    const int32 first_key = key_begin + fragment_column(lane_id(), 0);
     KeyRange range[kRowsPerThread];
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
       range[slot] = visible(params, work, row + 8 * slot);
-      range[slot].begin -= key_begin + thread_column;
-      range[slot].end -= key_begin + thread_column;
+      range[slot].begin -= first_key;
+      range[slot].end -= first_key;
     }
-#pragma unroll
-    for (int32 i = 0; i < kCount; ++i) {
-      const int32 column = fragment_column(0, i);
-      const KeyRange& seen = range[fragment_slot(i)];
-      bool visible = column < seen.end;
-      if constexpr (kLeft) visible = visible && column >= seen.begin;
-      rS[i] = visible ? rS[i] : -kInfinity;
-    }
+    hide_unseen(rS, [&](int32 slot, int32 column) {
+      return column < range[slot].end && (!kLeft || column >= range[slot].begin);
+    });
   }
 };
 

@@ -63,7 +63,22 @@ struct OnlineSoftmax {
 
   FSA_DEVICE void finish() {
 #pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot) row_sum[slot] = total(slot);
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+      row_sum[slot] = total(slot);
+      factor[slot] = 1;
+    }
+  }
+
+  // After finish(): a term 2^term joins every row's sum; the output's numerator shrinks by `factor`.
+  FSA_DEVICE void add_term(float term, float scale) {
+    if (term == -kInfinity) return;
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+      const float top = fmaxf(row_max[slot] * scale, term);
+      factor[slot] = ptx::exp2_approx(row_max[slot] * scale - top);
+      row_sum[slot] = row_sum[slot] * factor[slot] + ptx::exp2_approx(term - top);
+      row_max[slot] = top / scale;
+    }
   }
 
   // Natural logarithm of the sum of exponentials; -inf for a row without a key.

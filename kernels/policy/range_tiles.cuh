@@ -4,11 +4,16 @@
 #pragma once
 
 #include "policy/mask.cuh"
+#include "policy/segment_walk.cuh"
 
 namespace fsa::kernels {
 
 template <class Mask, int32 kBlockM, int32 kBlockN>
 struct RangeTiles {
+  static constexpr bool kListed = false;
+  static constexpr bool kInOrder = true;  // from right to left
+  using Walk = SegmentWalk;
+
   FSA_DEVICE static void describe(const ForwardParams& params, WorkTile& work) {
     work.num_segments = 0;
     const int32 last_row = min_of(work.m_begin + kBlockM, work.seqlen_q) - 1;

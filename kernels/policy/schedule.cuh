@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which CTA computes which work tile: a counter in global memory hands them out, longest first.
+// Which CTA computes which work tile: a counter in global memory hands them out, longest first. Without a
+// counter each CTA takes every gridDim.x-th: for calls that have hardly more tiles than CTAs.
 //
 // Heads are taken in waves whose keys and values fit the L2 together; within a wave row tiles run from the
 // last (the longest when causal) to the first, and heads fastest, so CTAs that run at one time share what
@@ -9,6 +10,22 @@
 #include "policy/work_tile.cuh"
 
 namespace fsa::kernels {
+
+// All of a work tile but its rows and segments.
+FSA_DEVICE void describe_sequence(const ForwardParams& params, int32 sequence, int32 head, WorkTile& work) {
+  work.sequence = sequence;
+  work.head = head;
+  work.kv_head = head / params.group_size;
+  work.q_map_batch = params.cu_seqlens_q ? 0 : sequence;
+  work.k_map_batch = params.cu_seqlens_k ? 0 : sequence;
+  work.q_begin = params.cu_seqlens_q ? params.cu_seqlens_q[sequence] : 0;
+  work.k_begin = params.cu_seqlens_k ? params.cu_seqlens_k[sequence] : 0;
+  work.rows = params.cu_seqlens_q ? params.cu_seqlens_q[sequence + 1] - work.q_begin : params.max_seqlen_q;
+  const int32 keys =
+      params.cu_seqlens_k ? params.cu_seqlens_k[sequence + 1] - work.k_begin : params.max_seqlen_k;
+  work.seqlen_q = params.seqused_q ? params.seqused_q[sequence] : work.rows;
+  work.seqlen_k = params.seqused_k ? params.seqused_k[sequence] : keys;
+}
 
 template <int32 kBlockM>
 class LongestFirst {
@@ -20,7 +37,8 @@ class LongestFirst {
     while (index_ < blocks(params) * heads(params)) {
       const int32 index = index_;
       // Needed only at the next call: the latency hides behind this tile.
-      index_ = static_cast<int32>(gridDim.x) + atomicAdd(params.work_counter, 1);
+      const int32 taken = params.work_counter ? atomicAdd(params.work_counter, 1) : index_;
+      index_ = static_cast<int32>(gridDim.x) + taken;
       if (describe(params, index, work)) return true;
     }
     return false;
@@ -28,6 +46,7 @@ class LongestFirst {
 
   // The last CTA leaves the counters as it found them: zero.
   FSA_DEVICE static void finish(const ForwardParams& params) {
+    if (params.work_counter == nullptr) return;
     if (atomicAdd(params.work_counter + 1, 1) == static_cast<int32>(gridDim.x) - 1) {
       params.work_counter[0] = 0;
       params.work_counter[1] = 0;
@@ -50,18 +69,7 @@ class LongestFirst {
     const int32 batch_head = first_head + in_wave % wave_heads;
     const int32 sequence = batch_head / params.num_heads;
 
-    work.sequence = sequence;
-    work.head = batch_head - sequence * params.num_heads;
-    work.kv_head = work.head / params.group_size;
-    work.q_map_batch = params.cu_seqlens_q ? 0 : sequence;
-    work.k_map_batch = params.cu_seqlens_k ? 0 : sequence;
-    work.q_begin = params.cu_seqlens_q ? params.cu_seqlens_q[sequence] : 0;
-    work.k_begin = params.cu_seqlens_k ? params.cu_seqlens_k[sequence] : 0;
-    work.rows = params.cu_seqlens_q ? params.cu_seqlens_q[sequence + 1] - work.q_begin : params.max_seqlen_q;
-    const int32 keys =
-        params.cu_seqlens_k ? params.cu_seqlens_k[sequence + 1] - work.k_begin : params.max_seqlen_k;
-    work.seqlen_q = params.seqused_q ? params.seqused_q[sequence] : work.rows;
-    work.seqlen_k = params.seqused_k ? params.seqused_k[sequence] : keys;
+    describe_sequence(params, sequence, batch_head - sequence * params.num_heads, work);
     work.m_begin = m_block * kBlockM;
     return work.m_begin < work.rows;
   }

@@ -10,6 +10,7 @@ namespace fsa::kernels {
 // Every tile is.
 struct Never {
   static constexpr bool kVotes = false;
+  FSA_DEVICE Never(const ForwardParams&, const WorkTile&, int32) {}
 };
 
 // A row wants a tile when its largest probability there, by what is known so far, may reach threshold /
@@ -50,14 +51,12 @@ class ThresholdSkip {
     }
   }
 
-  // One thread for the 64 rows from `row`; key tile `tile` was kept.
+  // One thread for the row tile of `row`; key tile `tile` was kept.
   FSA_DEVICE static void record(const ForwardParams& params, const WorkTile& work, int32 row, int32 tile) {
     if (params.skip_map == nullptr) return;
-    const int32 before = params.cu_seqlens_q ? work.q_begin / kRowsPerWarpgroup + work.sequence : 0;
-    atomicOr(params.skip_map + work.q_map_batch * params.skip_map_stride_batch +
-                 work.head * params.skip_map_stride_head +
-                 (before + row / kRowsPerWarpgroup) * params.skip_map_stride_tile + tile / 32,
-             1 << (tile % 32));
+    const TileBits map = {params.skip_map, params.skip_map_stride_batch, params.skip_map_stride_head,
+                          params.skip_map_stride_tile};
+    atomicOr(tile_bits(map, params.cu_seqlens_q != nullptr, work, row) + tile / 32, 1 << (tile % 32));
   }
 
  private:

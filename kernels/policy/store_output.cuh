@@ -3,6 +3,7 @@
 #pragma once
 
 #include "policy/online_softmax.cuh"
+#include "policy/scalar.cuh"
 #include "policy/work_tile.cuh"
 #include "ptx/sync.cuh"
 #include "ptx/tma.cuh"
@@ -10,6 +11,23 @@
 
 namespace fsa::kernels {
 
+struct NoSink {
+  FSA_DEVICE static void absorb(const ForwardParams&, const WorkTile&, OnlineSoftmax&, float) {}
+  FSA_DEVICE static float empty_lse(const ForwardParams&, const WorkTile&) { return -kInfinity; }
+};
+
+// One more logit per head that no value belongs to: a term of the denominator, so of lse too.
+struct LearnableSink {
+  FSA_DEVICE static void absorb(const ForwardParams& params, const WorkTile& work, OnlineSoftmax& softmax,
+                                float scale) {
+    softmax.add_term(load_scalar(params.sink, 0, 0, work.head) / kLn2, scale);
+  }
+  FSA_DEVICE static float empty_lse(const ForwardParams& params, const WorkTile& work) {
+    return load_scalar(params.sink, 0, 0, work.head);
+  }
+};
+
+template <class Sink>
 struct StoreOutput {
   // Where a warpgroup stages its rows: `shared` is the first of its rows in a tile of kTileRows rows. It may
   // be overwritten after wait_staging().
@@ -17,9 +35,10 @@ struct StoreOutput {
   FSA_DEVICE static void finish(const ForwardParams& params, const WorkTile& work, int32 row_begin,
                                 uint8* shared, int32 barrier, float (&rO)[kColumns / 2],
                                 OnlineSoftmax& softmax, float scale) {
-    using Tile = SwizzledTile<kTileRows, kColumns>;
+    using Tile = SwizzledTile<kTileRows, round_up(kColumns, kChunkColumns)>;
     const int32 thread = warpgroup_thread();
     softmax.finish();
+    Sink::absorb(params, work, softmax, scale);
     write_lse(params, work, row_begin, thread, softmax, scale);
     normalise(work, row_begin, thread, rO, softmax);
 
@@ -65,7 +84,7 @@ struct StoreOutput {
   // The thread that issued the stores.
   FSA_DEVICE static void wait_staging() { ptx::wait_stores_read(); }
 
-  // A tile in which no row sees a key: out 0, lse -inf.
+  // A tile in which no row sees a key: out 0, lse -inf or the sink.
   FSA_DEVICE static void finish_empty(const ForwardParams& params, const WorkTile& work, int32 row_begin) {
     const int32 thread = warpgroup_thread();
     const int32 rows = min_of(work.rows - (work.m_begin + row_begin), kRowsPerWarpgroup);
@@ -73,7 +92,24 @@ struct StoreOutput {
     for (int32 item = thread; item < rows * units; item += kWarpgroupThreads)
       *reinterpret_cast<uint4*>(out_row(params, work, row_begin + item / units) + item % units * 8) =
           make_uint4(0, 0, 0, 0);
-    if (thread < rows) *lse_row(params, work, row_begin + thread) = -kInfinity;
+    if (thread < rows && params.lse != nullptr)
+      *lse_row(params, work, row_begin + thread) =
+          used(work, row_begin + thread) ? Sink::empty_lse(params, work) : -kInfinity;
+  }
+
+  // Rows of a packed tensor behind its last sequence. One warp of each CTA.
+  FSA_DEVICE static void clear_tail(const ForwardParams& params) {
+    if (params.cu_seqlens_q == nullptr) return;
+    const int32 units = params.head_dim_v / 8;
+    for (int32 row = params.cu_seqlens_q[params.batch] + static_cast<int32>(blockIdx.x);
+         row < params.total_rows_q; row += static_cast<int32>(gridDim.x))
+      for (int32 head = 0; head < params.num_heads; ++head) {
+        uint16* const out = static_cast<uint16*>(params.out) +
+                            static_cast<int64>(row) * params.out_stride_row + head * params.out_stride_head;
+        for (int32 unit = lane_id(); unit < units; unit += kWarpThreads)
+          *reinterpret_cast<uint4*>(out + unit * 8) = make_uint4(0, 0, 0, 0);
+        if (lane_id() == 0 && params.lse != nullptr) params.lse[head * params.lse_stride_head + row] = -kInfinity;
+      }
   }
 
  private:
@@ -82,7 +118,7 @@ struct StoreOutput {
 
   FSA_DEVICE static void write_lse(const ForwardParams& params, const WorkTile& work, int32 row_begin,
                                    int32 thread, const OnlineSoftmax& softmax, float scale) {
-    if (thread % 4 != 0) return;
+    if (thread % 4 != 0 || params.lse == nullptr) return;
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
       const int32 row = row_begin + fragment_row(thread, slot);
@@ -99,7 +135,7 @@ struct StoreOutput {
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
       empty[slot] = softmax.row_sum[slot] == 0 || !used(work, row_begin + fragment_row(thread, slot));
-      inverse[slot] = 1.0f / softmax.row_sum[slot];
+      inverse[slot] = softmax.factor[slot] / softmax.row_sum[slot];
     }
 #pragma unroll
     for (int32 i = 0; i < kCount; ++i)  // a choice, not a product: unused query rows may hold NaN

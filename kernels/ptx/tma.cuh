@@ -27,6 +27,15 @@ FSA_DEVICE void load_box(void* shared, const TensorMap& map, const BoxOrigin& or
       : "memory");
 }
 
+// Contiguous bytes; both addresses and the size are multiples of 16.
+FSA_DEVICE void load_bytes(void* shared, const void* global, int32 bytes, Mbarrier& full) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(&full))
+      : "memory");
+}
+
 FSA_DEVICE void store_box(const TensorMap& map, const BoxOrigin& origin, const void* shared) {
   asm volatile(
       "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),

@@ -155,6 +155,11 @@ FSA_DEVICE void multiply_registers(float (&d)[kN / 2], uint32 a0, uint32 a1, uin
       FSA_WGMMA_REGISTERS(64, "bf16", "%32", "%33", "%34", "%35", "%36");
     else
       FSA_WGMMA_REGISTERS(64, "f16", "%32", "%33", "%34", "%35", "%36");
+  } else if constexpr (kN == 96) {
+    if constexpr (kBf16)
+      FSA_WGMMA_REGISTERS(96, "bf16", "%48", "%49", "%50", "%51", "%52");
+    else
+      FSA_WGMMA_REGISTERS(96, "f16", "%48", "%49", "%50", "%51", "%52");
   } else if constexpr (kN == 128) {
     if constexpr (kBf16)
       FSA_WGMMA_REGISTERS(128, "bf16", "%64", "%65", "%66", "%67", "%68");

@@ -74,7 +74,7 @@ GateLayout read_gate_layout(const char* name, PyObject* object) {
 
 }  // namespace
 
-void read_inputs(PyObject* tuple, AttentionInputs& inputs, InputOwners& owners) {
+void read_inputs(PyObject* tuple, CallInputs& inputs, InputOwners& owners) {
   TensorView* const views[] = {&inputs.query,        &inputs.key,
                                &inputs.value,        &inputs.cu_seqlens_q,
                                &inputs.cu_seqlens_k, &inputs.seqused_q,
@@ -87,6 +87,8 @@ void read_inputs(PyObject* tuple, AttentionInputs& inputs, InputOwners& owners) 
     PyObject* const object = PyTuple_GetItem(tuple, static_cast<Py_ssize_t>(i));
     if (object != Py_None) *views[i] = read_tensor(kInputNames[i], object, Access::read, owners[i]);
   }
+  inputs.query_object = PyTuple_GetItem(tuple, 0);
+  inputs.stream = current_stream(kInputNames[0], inputs.query_object, inputs.query.device);
 }
 
 void read_options(PyObject* tuple, AttentionOptions& options) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // How Python values become arguments of the C++ API: a tuple of tensors, in the order of kInputNames, becomes
-// AttentionInputs; a tuple of scalars, in the order of kOptionNames, AttentionOptions; any other tensor an
+// CallInputs; a tuple of scalars, in the order of kOptionNames, AttentionOptions; any other tensor an
 // In<"name"> or, where it is written, an Out<"name">.
 //
 // from_python must not throw, so the values are read by the conversion operators, which may.
@@ -48,10 +48,22 @@ struct Out : TensorView {
   static constexpr const char* kName = name.text;
 };
 
+// The first input of a call, and the stream on which its framework is working.
+template <Name name>
+struct First : In<name> {
+  void* stream = nullptr;
+};
+
+// The inputs, and the stream on which the framework of query is working.
+struct CallInputs : AttentionInputs {
+  void* stream = nullptr;
+  PyObject* query_object = nullptr;  // borrowed
+};
+
 // Objects that views point into; released after the call.
 using InputOwners = std::array<nanobind::object, kInputNames.size()>;
 
-void read_inputs(PyObject* tuple, AttentionInputs& inputs, InputOwners& owners);
+void read_inputs(PyObject* tuple, CallInputs& inputs, InputOwners& owners);
 void read_options(PyObject* tuple, AttentionOptions& options);
 
 template <typename Tensor>
@@ -67,9 +79,17 @@ struct TensorCaster {
   }
   operator Value() { return {read_tensor(Tensor::kName, source_, Tensor::kAccess, owner_)}; }
 
- private:
+ protected:
   PyObject* source_ = nullptr;
   nanobind::object owner_;
+};
+
+template <typename Tensor>
+struct FirstCaster : TensorCaster<Tensor> {
+  operator Tensor() {
+    const TensorView view = read_tensor(Tensor::kName, this->source_, Access::read, this->owner_);
+    return {{view}, current_stream(Tensor::kName, this->source_, view.device)};
+  }
 };
 
 template <typename T, std::size_t size>
@@ -99,9 +119,12 @@ struct type_caster<fsa::python::In<name>> : fsa::python::TensorCaster<fsa::pytho
 template <fsa::python::Name name>
 struct type_caster<fsa::python::Out<name>> : fsa::python::TensorCaster<fsa::python::Out<name>> {};
 
+template <fsa::python::Name name>
+struct type_caster<fsa::python::First<name>> : fsa::python::FirstCaster<fsa::python::First<name>> {};
+
 template <>
-struct type_caster<fsa::AttentionInputs>
-    : fsa::python::TupleCaster<fsa::AttentionInputs, fsa::python::kInputNames.size()> {
+struct type_caster<fsa::python::CallInputs>
+    : fsa::python::TupleCaster<fsa::python::CallInputs, fsa::python::kInputNames.size()> {
   operator Value&() {
     fsa::python::read_inputs(source_, value_, owners_);
     return value_;

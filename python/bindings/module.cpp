@@ -7,6 +7,7 @@
 #include <exception>
 #include <optional>
 
+#include "calls.h"
 #include "casters.h"
 #include "fsa/fsa.h"
 
@@ -16,7 +17,7 @@ using namespace nb::literals;
 namespace fsa::python {
 namespace {
 
-using Inputs = const AttentionInputs&;
+using Inputs = const CallInputs&;
 using Options = const AttentionOptions&;
 
 PyObject* python_type(ErrorCode code) {
@@ -40,10 +41,6 @@ void translate(const std::exception_ptr& exception, void*) {
   }
 }
 
-Workspace workspace_from(const TensorView& bytes) {
-  return {bytes.data, bytes.present() ? static_cast<std::size_t>(bytes.numel()) : 0};
-}
-
 nb::tuple to_tuple(const Status& status) { return nb::make_tuple(status.ok, status.reason); }
 
 nb::dict to_dict(const Explanation& explanation) {
@@ -62,23 +59,26 @@ nb::dict to_dict(const Explanation& explanation) {
   return dict;
 }
 
-// The GIL is released around what may take long, so that Python threads run meanwhile.
-template <typename Function>
-decltype(auto) without_gil(Function function) {
-  const nb::gil_scoped_release release;
-  return function();
+ForwardArgs forward_args(Inputs inputs, Options options) {
+  return {.inputs = inputs, .options = options, .stream = inputs.stream};
 }
-
-ForwardArgs forward_args(Inputs inputs, Options options) { return {.inputs = inputs, .options = options}; }
 
 BackwardArgs backward_args(Inputs inputs, Options options, const TensorView& skip_map,
                            const TensorView& grad_lse) {
-  return {.inputs = inputs, .options = options, .skip_map = skip_map, .grad_lse = grad_lse};
+  return {.inputs = inputs,
+          .options = options,
+          .skip_map = skip_map,
+          .grad_lse = grad_lse,
+          .stream = inputs.stream};
 }
 
 DecodeArgs decode_args(Inputs inputs, Options options, std::optional<std::int64_t> num_splits,
                        bool batch_invariant) {
-  return {.inputs = inputs, .options = options, .num_splits = num_splits, .batch_invariant = batch_invariant};
+  return {.inputs = inputs,
+          .options = options,
+          .num_splits = num_splits,
+          .batch_invariant = batch_invariant,
+          .stream = inputs.stream};
 }
 
 void bind_forward(nb::module_& m) {
@@ -91,6 +91,9 @@ void bind_forward(nb::module_& m) {
         args.lse = lse;
         args.skip_map = skip_map;
         args.workspace = workspace_from(workspace);
+        if (workspace.present()) return without_gil([&] { forward(args); });
+        const Scratch scratch("workspace", inputs.query_object, inputs.query.device, workspace_size(args));
+        args.workspace = scratch.workspace();
         without_gil([&] { forward(args); });
       },
       "inputs"_a, "options"_a, "out"_a, "lse"_a.none(), "skip_map"_a.none(), "workspace"_a.none());
@@ -246,4 +249,5 @@ NB_MODULE(_C, m) {
   fsa::python::bind_backward(m);
   fsa::python::bind_decode(m);
   fsa::python::bind_library(m);
+  fsa::python::bind_nsa(m);
 }

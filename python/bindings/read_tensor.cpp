@@ -156,4 +156,42 @@ TensorView read_tensor(const char* name, PyObject* object, Access access, nb::ob
   return view_of(name, tensor);
 }
 
+Scratch::Scratch(const char* name, PyObject* like, Device device, std::size_t bytes) {
+  if (bytes == 0) return;
+  const DLPackExchangeAPI* api = exchange_api(Py_TYPE(like));
+  if (api == nullptr) refuse(name, "missing, and " + type_name(like) + " has no allocator to take it from");
+  std::int64_t size = static_cast<std::int64_t>(bytes);
+  DLTensor prototype = {};
+  prototype.ndim = 1;
+  prototype.shape = &size;
+  prototype.dtype = {kDLUInt, 8, 1};
+  prototype.device = {device.kind == DeviceKind::cuda ? kDLCUDA : kDLCPU, device.index};
+  std::string problem;
+  DLManagedTensorVersioned* owner = nullptr;
+  const int failed = api->managed_tensor_allocator(
+      &prototype, &owner, &problem,
+      [](void* into, const char*, const char* message) { *static_cast<std::string*>(into) = message; });
+  if (failed != 0 || owner == nullptr)
+    throw Error(ErrorCode::device, std::string(name) + ": no memory for " + std::to_string(bytes) +
+                                       " bytes: " + problem.substr(0, problem.find('\n')));
+  owner_ = owner;
+  workspace_ = {static_cast<char*>(owner->dl_tensor.data) + owner->dl_tensor.byte_offset, bytes};
+}
+
+Scratch::~Scratch() {
+  auto* owner = static_cast<DLManagedTensorVersioned*>(owner_);
+  if (owner != nullptr && owner->deleter != nullptr) owner->deleter(owner);
+}
+
+void* current_stream(const char* name, PyObject* object, Device device) {
+  if (device.kind != DeviceKind::cuda) return nullptr;
+  const DLPackExchangeAPI* api = exchange_api(Py_TYPE(object));
+  if (api == nullptr)
+    refuse(name, "on a CUDA device, but " + type_name(object) +
+                     " names no current stream (__dlpack_c_exchange_api__); pass a torch.Tensor");
+  void* stream = nullptr;
+  if (api->current_work_stream(kDLCUDA, device.index, &stream) != 0) refuse_with_python_error(name, object);
+  return stream;
+}
+
 }  // namespace fsa::python

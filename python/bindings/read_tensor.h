@@ -16,4 +16,25 @@ enum class Access { read, write };
 // `name`.
 TensorView read_tensor(const char* name, PyObject* object, Access access, nanobind::object& owner);
 
+// Memory for one call, from the allocator of a tensor's framework: stream-ordered on the GPU, and without the
+// cost of a Python object. `like` is not asked when nothing is wanted. Throws Error when its type has no allocator
+// or the allocator has no memory.
+class Scratch {
+ public:
+  Scratch(const char* name, PyObject* like, Device device, std::size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  Workspace workspace() const { return workspace_; }
+
+ private:
+  void* owner_ = nullptr;  // DLManagedTensorVersioned
+  Workspace workspace_;
+};
+
+// The stream on which the tensor's framework is working on that device; null on the CPU. Throws Error with `name`
+// for a framework that does not tell: the default stream would be a guess.
+void* current_stream(const char* name, PyObject* object, Device device);
+
 }  // namespace fsa::python

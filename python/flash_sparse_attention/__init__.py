@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact, threshold-sparse and gated attention: forward, backward and decode."""
 
-from . import _C
+from . import _C, nsa
 from .flash_attn import flash_attn_func, flash_attn_varlen_func
 from .functional import (
     attention,
@@ -52,6 +52,7 @@ __all__ = [
     "flash_sparse_attn_with_kvcache_func",
     "kept_fraction",
     "merge_attention_states",
+    "nsa",
     "num_threads",
     "set_num_threads",
     "skip_tile",

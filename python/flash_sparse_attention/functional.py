@@ -206,7 +206,11 @@ def kept_fraction(
     if num_kv_heads is None:
         num_kv_heads = num_heads if window_sizes is None else window_sizes.shape[0]
     outer = () if packed else (skip_map.shape[0],)
-    element = torch.empty(head_dim, device=skip_map.device if isinstance(skip_map, Tensor) else "cpu")
+    skip_map, window_sizes, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = (
+        tensor.cpu() if isinstance(tensor, Tensor) else tensor  # counting reads them
+        for tensor in (skip_map, window_sizes, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    )
+    element = torch.empty(head_dim)
     inputs, options = collect(  # counting reads the shapes of query and key, not their elements
         element.expand(*outer, seqlen_q, num_heads, head_dim),
         element.expand(*outer, seqlen_k, num_kv_heads, head_dim),

@@ -5,14 +5,6 @@
 namespace fsa {
 namespace {
 
-// A gradient has the shape and dtype of its tensor.
-void accept_gradient(Call& call, const char* name, const TensorView& gradient, const TensorView& tensor,
-                     bool required, const char* layout, Purpose purpose) {
-  if (gradient.present() && !tensor.present())
-    fail(ErrorCode::invalid_argument, name, ": given, but there is no ", name + 5, " to differentiate by");
-  accept(call, name, gradient, Role::writes, required, {shape_of(tensor), tensor.dtype, layout}, purpose);
-}
-
 void accept_gradients(Call& call, const BackwardArgs& args, Purpose purpose) {
   const AttentionInputs& in = args.inputs;
   accept_gradient(call, "grad_query", args.grad_query, in.query, true, "the shape of query", purpose);

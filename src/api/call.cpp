@@ -57,19 +57,58 @@ Expected expected_lse(const Call& call) {
   return {{p.batch, p.num_heads, p.max_seqlen_q}, dtype, "[batch, num_heads, seqlen_q]"};
 }
 
-bool accept(Call& call, const char* name, const TensorView& view, Role role, bool required,
+IndexTable make_table(const TensorView& view) {
+  IndexTable table;
+  table.present = view.present();
+  if (!table.present) return table;
+  table.data = static_cast<const std::int32_t*>(view.data);
+  table.stride_row = effective_stride(view, 0);
+  table.stride_column = view.rank > 1 ? effective_stride(view, 1) : 0;
+  return table;
+}
+
+void take_inputs(CallTensors& call, std::initializer_list<TensorList::Item> tensors,
+                 std::initializer_list<TensorList::Item> index_tensors, Purpose purpose) {
+  const TensorList::Item& first = *tensors.begin();
+  call.device = first.view->device;
+  const auto take = [&](const TensorList::Item& item) {
+    call.inputs.add(item.name, *item.view);
+    check_view(item.name, *item.view);
+    if (purpose != Purpose::shapes) check_data(item.name, *item.view);
+    check_device(item.name, *item.view, first.name, call.device);
+  };
+  for (const TensorList::Item& item : tensors)
+    if (item.view->present()) take(item);
+  for (const TensorList::Item& item : index_tensors) {
+    if (!item.view->present()) continue;
+    take(item);
+    check_data(item.name, *item.view);
+    check_index_dtype(item.name, *item.view);
+  }
+}
+
+bool accept(CallTensors& call, const char* name, const TensorView& view, Role role, bool required,
             const Expected& expected, Purpose purpose) {
   if (required && purpose == Purpose::run) require(name, view);
   if (!view.present()) return false;
   check_view(name, view);
   if (purpose != Purpose::shapes) check_data(name, view);
-  check_device(name, view, call.inputs.begin()->name, call.problem.device);
+  check_device(name, view, call.inputs.begin()->name, call.device);
   check_dtype(name, view, expected.dtype, "");
   check_shape(name, view, expected.shape, expected.layout);
   if (role != Role::reads_any_strides) check_unit_last_stride(name, view);
   if (role == Role::writes) check_writable(name, view);
   (role == Role::writes ? call.outputs : call.inputs).add(name, view);
   return true;
+}
+
+void accept_gradient(CallTensors& call, const char* name, const TensorView& gradient,
+                     const TensorView& tensor, bool required, const char* layout, Purpose purpose) {
+  constexpr int kPrefix = 5;  // "grad_"
+  if (gradient.present() && !tensor.present())
+    fail(ErrorCode::invalid_argument, name, ": given, but there is no ", name + kPrefix,
+         " to differentiate by; leave it out");
+  accept(call, name, gradient, Role::writes, required, {shape_of(tensor), tensor.dtype, layout}, purpose);
 }
 
 void accept_skip_map(Call& call, const TensorView& view, Role role, Purpose purpose) {

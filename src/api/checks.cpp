@@ -129,9 +129,16 @@ void check_equal(const char* name, const char* quantity, std::int64_t value, con
          quantity, " ", other_value);
 }
 
-void check_head_dim(const char* name, const char* quantity, std::int64_t value) {
-  if (value < 1 || value > kMaxHeadDim)
-    fail(ErrorCode::invalid_argument, name, ": ", quantity, " ", value, ", must be from 1 to ", kMaxHeadDim);
+void check_head_dim(const char* name, const char* quantity, std::int64_t value, std::int64_t limit) {
+  if (value < 1 || value > limit)
+    fail(ErrorCode::invalid_argument, name, ": ", quantity, " ", value, ", must be from 1 to ", limit);
+}
+
+void check_heads(std::int64_t num_heads, const char* key_name, std::int64_t num_kv_heads) {
+  if (num_kv_heads < 1) fail(ErrorCode::invalid_argument, key_name, ": num_kv_heads 0, must be at least 1");
+  if (num_heads % num_kv_heads != 0)
+    fail(ErrorCode::invalid_argument, "query: num_heads ", num_heads, " is not a multiple of num_kv_heads ",
+         num_kv_heads, " of ", key_name);
 }
 
 void check_dtype(const char* name, const TensorView& view, DType expected, const char* why) {
@@ -211,6 +218,15 @@ void check_windows_of_tokens(std::int64_t compress_block, std::int64_t compress_
 void check_finite(const char* name, double value) {
   if (!std::isfinite(value))
     fail(ErrorCode::invalid_argument, name, ": ", value, ", must be a finite number");
+}
+
+double checked_softmax_scale(const std::optional<double>& given, std::int64_t head_dim) {
+  if (!given) return 1 / std::sqrt(static_cast<double>(head_dim));
+  check_finite("softmax_scale", *given);
+  if (*given <= 0)
+    fail(ErrorCode::invalid_argument, "softmax_scale: ", *given,
+         ", must be above 0; leave it unset for 1 / sqrt(head_dim)");
+  return *given;
 }
 
 void check_workspace(const Workspace& workspace, std::size_t needed) {

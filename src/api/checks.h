@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <locale>
+#include <optional>
 #include <sstream>
 #include <string>
 
@@ -71,7 +72,11 @@ void check_shape(const char* name, const TensorView& view, const Shape& expected
 void check_equal(const char* name, const char* quantity, std::int64_t value, const char* other_name,
                  std::int64_t other_value);
 
-void check_head_dim(const char* name, const char* quantity, std::int64_t value);
+void check_head_dim(const char* name, const char* quantity, std::int64_t value,
+                    std::int64_t limit = kMaxHeadDim);
+
+// num_kv_heads, of the tensor `key_name`, is above 0 and divides num_heads of query.
+void check_heads(std::int64_t num_heads, const char* key_name, std::int64_t num_kv_heads);
 
 void check_dtype(const char* name, const TensorView& view, DType expected, const char* why);
 void check_index_dtype(const char* name, const TensorView& view);
@@ -89,6 +94,9 @@ void check_writable(const char* name, const TensorView& view);
 void check_windows_of_tokens(std::int64_t compress_block, std::int64_t compress_stride);
 
 void check_finite(const char* name, double value);
+
+// 1 / sqrt(head_dim) unless given.
+double checked_softmax_scale(const std::optional<double>& given, std::int64_t head_dim);
 
 // `needed` bytes, 64-byte aligned. Null is accepted where nothing is needed.
 void check_workspace(const Workspace& workspace, std::size_t needed);

@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "api/choice.h"
 #include "api/prepare.h"
 #include "api/visibility_of.h"
 #include "core/skip_tile.h"
@@ -25,20 +28,35 @@ std::int64_t gathered_keys(const Problem& problem, const Arguments& args, std::i
   return keys;
 }
 
+// Lengths in device memory are not read: then sequences count as equally long, and window_sizes as causal.
+Sequence mean_sequence(const Problem& problem) {
+  const std::int64_t batch = std::max<std::int64_t>(1, problem.batch);
+  Sequence s;
+  s.seqlen_q = problem.packed_q ? problem.total_q / batch : problem.max_seqlen_q;
+  s.seqlen_k = problem.packed_k ? problem.total_k / batch : problem.max_seqlen_k;
+  s.offset = s.seqlen_k - s.seqlen_q;
+  return s;
+}
+
 struct Work {
   double pairs = 0;  // visible (row, key) pairs, over all query heads
   double rows = 0;   // rows and keys in use, over all sequences
   double keys = 0;
 };
 
-Work measure(const Problem& problem, const Arguments& args) {
+Work measure(Problem problem, const Arguments& args) {
   Work work;
+  const bool readable = problem.device.kind == DeviceKind::cpu;
+  if (problem.has_window_sizes && !readable) {
+    problem.has_window_sizes = false;
+    problem.causal = true;
+  }
   const std::int64_t masks = problem.has_window_sizes ? problem.num_kv_heads : 1;  // different ones
   const double heads_per_mask = static_cast<double>(problem.num_heads) / static_cast<double>(masks);
   for (std::int64_t b = 0; b < problem.batch; ++b) {
-    const Sequence s = sequence(problem, args, b);
+    const Sequence s = readable ? sequence(problem, args, b) : mean_sequence(problem);
     work.rows += static_cast<double>(s.seqlen_q);
-    if (problem.gathered) {
+    if (problem.gathered && readable) {
       const auto keys = static_cast<double>(gathered_keys(problem, args, b));
       work.keys += keys;
       work.pairs += keys * static_cast<double>(problem.num_heads);
@@ -80,21 +98,6 @@ double count_bytes(const Call& call, const Work& work) {
     bytes += 4 * words;
   }
   return bytes;
-}
-
-std::vector<BackendChoice> explain_choice(const Problem& problem, const Backend& chosen) {
-  std::vector<BackendChoice> choices;
-  bool behind = false;
-  for (const Backend* backend : registry()) {
-    BackendChoice choice{std::string(backend->name()), backend == &chosen, ""};
-    if (!choice.chosen && !behind) {
-      choice.reason = backend->reject(problem);
-      if (choice.reason.empty()) choice.reason = "could compute this, but another backend was asked for";
-    }
-    behind = behind || choice.chosen;
-    choices.push_back(choice);
-  }
-  return choices;
 }
 
 template <class Args>

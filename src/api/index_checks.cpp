@@ -34,6 +34,21 @@ void check_cu_seqlens(const char* name, const IndexTable& table, std::int64_t ba
     fail(kInvalid, name, "[", batch, "]: ", table.at(batch), ", but ", tensor, " has only ", total, " rows");
 }
 
+void check_compressed_keys(const char* keys_name, std::int64_t batch, std::int64_t keys, bool more_allowed,
+                           std::int64_t tokens, std::int64_t compress_block, std::int64_t compress_stride) {
+  const std::int64_t needed = compressed_length(tokens, compress_block, compress_stride);
+  if (more_allowed ? keys < needed : keys != needed)
+    fail(kInvalid, keys_name, ": sequence ", batch, " has ", keys, " compressed keys, but its ", tokens,
+         " tokens make ", needed, " with compress_block ", compress_block, " and compress_stride ",
+         compress_stride);
+}
+
+void check_tokens(std::int64_t batch, std::int64_t tokens, std::int64_t rows, const char* hint) {
+  if (tokens < rows)
+    fail(kInvalid, "seqused_k[", batch, "]: ", tokens, " tokens, but the sequence has ", rows,
+         " rows, each of them a token", hint);
+}
+
 Lengths check_lengths(const Problem& problem, const Arguments& args) {
   Lengths lengths;
   for (std::int64_t b = 0; b < problem.batch; ++b) {
@@ -53,14 +68,9 @@ void check_compressed_lengths(const Problem& problem, const Arguments& args) {
   for (std::int64_t b = 0; b < problem.batch; ++b) {
     const Sequence s = sequence(problem, args, b);
     const std::int64_t tokens = s.offset + s.seqlen_q;
-    if (args.seqused_k.present && tokens < s.seqlen_q)
-      fail(kInvalid, "seqused_k[", b, "]: ", tokens, " tokens, but the sequence has ", s.seqlen_q,
-           " rows, each of them a token; with compress_block seqused_k counts tokens");
-    const bool all_used = !args.seqused_k.present && !args.seqused_q.present;
-    const bool fits = all_used ? s.seqlen_k == s.keys : s.seqlen_k <= s.keys;
-    if (!fits)
-      fail(kInvalid, "key: sequence ", b, " has ", s.keys, " compressed keys, but its ", tokens,
-           " tokens make ", s.seqlen_k, " with compress_block ", block, " and compress_stride ", stride);
+    check_tokens(b, tokens, s.seqlen_q, "; with compress_block seqused_k counts tokens");
+    check_compressed_keys("key", b, s.keys, args.seqused_k.present || args.seqused_q.present, tokens, block,
+                          stride);
   }
 }
 

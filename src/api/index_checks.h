@@ -16,6 +16,14 @@ struct Lengths {              // over all sequences
 void check_cu_seqlens(const char* name, const IndexTable& table, std::int64_t batch, const char* tensor,
                       std::int64_t total);
 
+// Sequence `batch` of `keys_name` holds `keys` compressed keys and is to have as many as its tokens make; more
+// are allowed where not all are in use.
+void check_compressed_keys(const char* keys_name, std::int64_t batch, std::int64_t keys, bool more_allowed,
+                           std::int64_t tokens, std::int64_t compress_block, std::int64_t compress_stride);
+
+// seqused_k counts tokens, and each row is one.
+void check_tokens(std::int64_t batch, std::int64_t tokens, std::int64_t rows, const char* hint);
+
 // cu_seqlens are checked already. Throws when seqused is negative or beyond its sequence.
 Lengths check_lengths(const Problem& problem, const Arguments& args);
 

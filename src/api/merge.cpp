@@ -79,8 +79,8 @@ void merge(const MergeArgs& args) {
   check_unit_last_stride("outs", outs);
   check_unit_last_stride("lses", lses);
 
-  Call call;  // for its checks of outputs
-  call.problem.device = outs.device;
+  CallTensors call;
+  call.device = outs.device;
   call.inputs.add("outs", outs);
   call.inputs.add("lses", lses);
   const TensorView out_part = first_part(outs), lse_part = first_part(lses);
@@ -90,7 +90,7 @@ void merge(const MergeArgs& args) {
          Purpose::run);
   check_no_overlap(call.inputs, call.outputs);
 
-  const Axes out_axes = packed ? Axes{-1, 0, 1, 2} : Axes{0, 1, 2, 3};
+  const Axes out_axes = packed ? kPackedAxes : kBatchedAxes;
   const Axes lse_axes = packed ? Axes{.row = 1, .head = 0} : Axes{.batch = 0, .row = 2, .head = 1};
   problem.outs = make_operand(out_part, out_axes);
   problem.lses = make_operand(lse_part, lse_axes);

@@ -2,7 +2,6 @@
 #include "api/problem_builder.h"
 
 #include <algorithm>
-#include <cmath>
 #include <string>
 
 #include "api/index_checks.h"
@@ -12,19 +11,7 @@ namespace {
 
 constexpr ErrorCode kInvalid = ErrorCode::invalid_argument;
 
-constexpr Axes kBatchedAxes{0, 1, 2, 3};
-constexpr Axes kPackedAxes{-1, 0, 1, 2};
 constexpr Axes kDecodeAxes{0, -1, 1, 2};
-
-IndexTable make_table(const TensorView& view) {
-  IndexTable table;
-  table.present = view.present();
-  if (!table.present) return table;
-  table.data = static_cast<const std::int32_t*>(view.data);
-  table.stride_row = effective_stride(view, 0);
-  table.stride_column = view.rank > 1 ? effective_stride(view, 1) : 0;
-  return table;
-}
 
 // Rows -1: alpha of decode has none. Outer -1: packed tensors have none.
 struct GateExtents {
@@ -68,6 +55,17 @@ void check_gate(const char* name, const TensorView& view, const GateExtents& ext
   if (same_shape(view, extents.shape(other)))
     words += std::string("; its shape is that of gate_layout ") + (other == GateLayout::bsh ? "bsh" : "bhs");
   check_shape(name, view, extents.shape(layout), words.c_str());
+}
+
+bool is_aligned(const Operand& operand) {
+  const auto bytes = static_cast<std::int64_t>(size_of(operand.dtype));
+  const auto multiple = [](std::int64_t value) { return value % 16 == 0; };
+  return reinterpret_cast<std::uintptr_t>(operand.data) % 16 == 0 && multiple(operand.stride_batch * bytes) &&
+         multiple(operand.stride_row * bytes) && multiple(operand.stride_head * bytes);
+}
+
+bool is_contiguous(const TensorView& view) {
+  return !view.present() || view.shape[0] <= 1 || view.strides[0] == 1;
 }
 
 class Builder {
@@ -128,41 +126,27 @@ void Builder::check_tensors() {
   require("query", in_.query);
   require("key", in_.key);
   require("value", in_.value);
-  TensorList& all = call_.inputs;
-  TensorList index;
-  for (const auto& [name, view] : {TensorList::Item{"query", &in_.query},
-                                   {"key", &in_.key},
-                                   {"value", &in_.value},
-                                   {"alibi_slopes", &in_.alibi_slopes},
-                                   {"sink", &in_.sink},
-                                   {"alpha", &in_.alpha},
-                                   {"delta", &in_.delta}})
-    all.add(name, *view);
-  for (const auto& [name, view] : {TensorList::Item{"cu_seqlens_q", &in_.cu_seqlens_q},
-                                   {"cu_seqlens_k", &in_.cu_seqlens_k},
-                                   {"seqused_q", &in_.seqused_q},
-                                   {"seqused_k", &in_.seqused_k},
-                                   {"page_table", &in_.page_table},
-                                   {"window_sizes", &in_.window_sizes},
-                                   {"gather_kv_indices", &in_.gather_kv_indices}})
-    index.add(name, *view);
-  for (const auto& [name, view] : all) {
-    check_view(name, *view);
-    if (purpose_ != Purpose::shapes) check_data(name, *view);
-    check_device(name, *view, "query", in_.query.device);
-  }
-  for (const auto& [name, view] : index) {
-    check_view(name, *view);
-    check_data(name, *view);
-    check_device(name, *view, "query", in_.query.device);
-    check_index_dtype(name, *view);
-    all.add(name, *view);
-  }
+  take_inputs(call_,
+              {{"query", &in_.query},
+               {"key", &in_.key},
+               {"value", &in_.value},
+               {"alibi_slopes", &in_.alibi_slopes},
+               {"sink", &in_.sink},
+               {"alpha", &in_.alpha},
+               {"delta", &in_.delta}},
+              {{"cu_seqlens_q", &in_.cu_seqlens_q},
+               {"cu_seqlens_k", &in_.cu_seqlens_k},
+               {"seqused_q", &in_.seqused_q},
+               {"seqused_k", &in_.seqused_k},
+               {"page_table", &in_.page_table},
+               {"window_sizes", &in_.window_sizes},
+               {"gather_kv_indices", &in_.gather_kv_indices}},
+              purpose_);
   check_float_dtype("query", in_.query);
   check_dtype("key", in_.key, in_.query.dtype, " as query");
   check_dtype("value", in_.value, in_.query.dtype, " as query");
   p_.dtype = in_.query.dtype;
-  p_.device = in_.query.device;
+  p_.device = call_.device;
 }
 
 // Tensors that exclude or need each other.
@@ -279,10 +263,7 @@ void Builder::check_keys_match_query() const {
     check_equal("value", p_.paged ? "num_pages" : "batch", value.shape[0], "key", key.shape[0]);
     check_equal("value", p_.paged ? "page_size" : "seqlen_k", value.shape[1], "key", key.shape[1]);
   }
-  if (p_.num_kv_heads < 1) fail(kInvalid, "key: num_kv_heads 0, must be at least 1");
-  if (p_.num_heads % p_.num_kv_heads != 0)
-    fail(kInvalid, "query: num_heads ", p_.num_heads, " is not a multiple of num_kv_heads ", p_.num_kv_heads,
-         " of key");
+  check_heads(p_.num_heads, "key", p_.num_kv_heads);
 }
 
 void Builder::read_index_tensors() {
@@ -304,21 +285,18 @@ void Builder::read_index_tensors() {
   args_.page_table = make_table(in_.page_table);
   args_.window_sizes = make_table(in_.window_sizes);
   args_.gather_kv_indices = make_table(in_.gather_kv_indices);
+  for (const TensorView* table : {&in_.cu_seqlens_q, &in_.cu_seqlens_k, &in_.seqused_q, &in_.seqused_k})
+    p_.contiguous_tables = p_.contiguous_tables && is_contiguous(*table);
+  if (in_.window_sizes.present() && in_.window_sizes.strides[1] != 1) p_.contiguous_tables = false;
 }
 
 void Builder::read_options() {
-  if (opt_.softmax_scale) {
-    check_finite("softmax_scale", *opt_.softmax_scale);
-    if (*opt_.softmax_scale <= 0)
-      fail(kInvalid, "softmax_scale: ", *opt_.softmax_scale,
-           ", must be above 0; leave it unset for 1 / sqrt(head_dim)");
-  }
+  p_.softmax_scale = checked_softmax_scale(opt_.softmax_scale, p_.head_dim);
   check_finite("softcap", opt_.softcap);
   if (opt_.softcap < 0)
     fail(kInvalid, "softcap: ", opt_.softcap, ", must not be negative; 0 switches it off");
   if (opt_.threshold) check_finite("threshold", *opt_.threshold);
   if (opt_.gate_threshold) check_finite("gate_threshold", *opt_.gate_threshold);
-  p_.softmax_scale = opt_.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(p_.head_dim)));
   p_.softcap = opt_.softcap;
   p_.threshold = std::max(0.0, opt_.threshold.value_or(0));
   p_.causal = opt_.causal;
@@ -463,6 +441,9 @@ void Builder::fill_operands() {
   args_.query = make_operand(in_.query, call_.query_axes);
   args_.key = make_operand(in_.key, call_.key_axes);
   args_.value = make_operand(in_.value, call_.key_axes);
+  p_.aligned_query = is_aligned(args_.query);
+  p_.aligned_key = is_aligned(args_.key);
+  p_.aligned_value = is_aligned(args_.value);
   args_.alpha = make_operand(in_.alpha, call_.alpha_axes);
   args_.delta = make_operand(in_.delta, call_.delta_axes);
   args_.sink = make_operand(in_.sink, {.head = 0});

@@ -12,6 +12,9 @@
 
 namespace fsa {
 
+const char* name_of(Operation operation);  // "forward"
+const char* name_of(NsaOperation operation);
+
 struct Availability {
   bool available = false;
   std::string description;  // what it is, or why it is not available

@@ -7,7 +7,6 @@
 #include "fsa/error.h"
 
 namespace fsa {
-namespace {
 
 const char* name_of(Operation operation) {
   switch (operation) {
@@ -40,6 +39,8 @@ const char* name_of(NsaOperation operation) {
   }
   return "nsa combine_backward";
 }
+
+namespace {
 
 std::string place(Device device) {
   return device.kind == DeviceKind::cpu ? "the CPU" : "cuda:" + std::to_string(device.index);

@@ -21,6 +21,10 @@ struct Environment {
   std::string log = read("FSA_LOG");
   std::string num_threads = read("FSA_NUM_THREADS");
   std::string cpu_target = read("FSA_CPU_TARGET");
+  std::string nvrtc_path = read("FSA_NVRTC_PATH");
+  std::string jit = read("FSA_JIT");
+  std::string kernel_path = read("FSA_KERNEL_PATH");
+  std::string cache_dir = read("FSA_CACHE_DIR");
 };
 
 const Environment& environment() {
@@ -48,5 +52,20 @@ int num_threads() {
 }
 
 std::string_view cpu_target() { return environment().cpu_target; }
+
+std::string_view nvrtc_path() { return environment().nvrtc_path; }
+
+bool jit() {
+  const std::string& text = environment().jit;
+  if (text.empty() || text == "on") return true;
+  if (text != "off")
+    throw Error(ErrorCode::invalid_argument,
+                "FSA_JIT: \"" + text + "\", must be on or off; correct or unset it");
+  return false;
+}
+
+std::string_view kernel_path() { return environment().kernel_path; }
+
+std::string_view cache_dir() { return environment().cache_dir; }
 
 }  // namespace fsa::env

@@ -7,6 +7,16 @@
 // | FSA_LOG         | dispatch                       | each call prints the backend it took, and why, on stderr |
 // | FSA_NUM_THREADS | 1 ... 1024                     | threads of CPU calls; default: processors of the process |
 // | FSA_CPU_TARGET  | a name of an instruction set   | forces it on the CPU backend; an error where it is missing |
+//
+// For CUDA:
+//
+// | variable        | value                          | effect                                                  |
+// |-----------------|--------------------------------|---------------------------------------------------------|
+// | FSA_NVRTC_PATH  | a library or its folder        | the compiler NVRTC; default: see src/jit/nvrtc.h          |
+// | FSA_JIT         | on, off                        | off: a kernel that is neither in a pack nor in the cache  |
+// |                 |                                | is an error, not a compilation                           |
+// | FSA_KERNEL_PATH | folders, separated by ':'      | packs of compiled kernels, asked before the cache         |
+// | FSA_CACHE_DIR   | a folder                       | of kernels compiled here; default: in ~/.cache            |
 #pragma once
 
 #include <string_view>
@@ -17,5 +27,9 @@ std::string_view backend();  // empty when unset, as the other strings
 std::string_view log();
 int num_threads();  // 0 when unset; throws fsa::Error when it is not a whole number in 1 ... 1024
 std::string_view cpu_target();
+std::string_view nvrtc_path();
+bool jit();  // true when unset; throws fsa::Error when it is neither on nor off
+std::string_view kernel_path();
+std::string_view cache_dir();
 
 }  // namespace fsa::env

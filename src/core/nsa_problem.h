@@ -26,7 +26,7 @@ struct NsaProblem {
   bool packed = false;
   std::int64_t batch = 0;
   std::int64_t total_q = 0;       // rows of query (of x, of the branches) over all sequences
-  std::int64_t total_k = 0;       // rows of key, or of what is compressed
+  std::int64_t total_k = 0;       // rows of key; compress: of out, or an upper bound while there is no out
   std::int64_t max_seqlen_q = 0;  // rows of the longest sequence
   std::int64_t max_seqlen_k = 0;  // keys (select_blocks: compressed keys) of the longest sequence
   std::int64_t num_heads = 0;
@@ -71,8 +71,8 @@ struct NsaArguments {
   Operand query, key, value, out, lse;
   Operand weight, pe;
   Operand grad_out, grad_query, grad_key, grad_value, grad_weight, grad_pe;
-  // combine: branches 0 compressed, 1 selected, 2 sliding. gates: stride_dim between branches; stride_head 0 when
-  // per token (grad_gates too).
+  // combine: packed tensors are one sequence (batch 1, no cu_seqlens). Branches 0 compressed, 1 selected, 2 sliding;
+  // gates: stride_dim between branches; stride_head 0 when per token (grad_gates too).
   Operand branches[3], grad_branches[3], gates, grad_gates;
   IndexTable cu_seqlens_q, cu_seqlens_k, seqused_k;  // compress: q = x, k = compressed
   BlockTable selected_blocks;

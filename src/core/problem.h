@@ -30,6 +30,12 @@ struct Problem {
   bool packed_k = false;
   bool paged = false;
   bool gathered = false;  // decode through gather_kv_indices; then gather_size indices per sequence
+  // Address and strides in multiples of 16 bytes; and the last stride of the tables of lengths and of
+  // window_sizes is 1.
+  bool aligned_query = true;
+  bool aligned_key = true;
+  bool aligned_value = true;
+  bool contiguous_tables = true;
   std::int64_t total_q = 0;
   std::int64_t total_k = 0;
   std::int64_t max_seqlen_q = 0;

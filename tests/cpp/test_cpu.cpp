@@ -5,23 +5,10 @@
 
 #include "backend/cpu/thread_pool.h"
 #include "core/skip_tile.h"
-#include "test_util.h"
+#include "test_random.h"
 
 namespace fsa::test {
 namespace {
-
-DType any_dtype(Random& random) {
-  static constexpr DType kTypes[] = {DType::float32, DType::bfloat16, DType::float16};
-  return kTypes[random.below(3)];
-}
-
-double tolerance(DType dtype) {
-  return dtype == DType::float32 ? 3e-5 : dtype == DType::float16 ? 4e-3 : 3e-2;
-}
-
-std::int64_t any_of(Random& random, std::initializer_list<std::int64_t> values) {
-  return values.begin()[random.below(static_cast<std::int64_t>(values.size()))];
-}
 
 AttentionSetup random_setup(Random& random, bool is_decode) {
   AttentionSetup s;
@@ -104,21 +91,6 @@ void shut_tiles(Attention& a, Random& random) {
   const std::int64_t per_row = a.delta.shape(a.delta.view().rank - 1);
   for (std::int64_t i = 0; i < a.delta.numel(); ++i)
     a.delta.put(i, i / per_row / 64 % 3 == 0 ? 0.1 * random.normal() : -40.0);
-}
-
-// Elementwise |a - b| <= tolerance * (1 + largest |b|), with infinities and NaN in the same places.
-void expect_close(const Buffer& a, const Buffer& b, double tolerance, const char* name, std::uint64_t seed) {
-  double largest = 0;
-  for (std::int64_t i = 0; i < b.numel(); ++i)
-    if (std::isfinite(b.get(i))) largest = std::max(largest, std::abs(b.get(i)));
-  EXPECT_LE(max_difference(a, b), tolerance * (1 + largest)) << name << ", seed " << seed;
-}
-
-std::vector<std::uint64_t> seeds(std::uint64_t first, std::uint64_t count) {
-  if (const char* alone = std::getenv("FSA_TEST_SEED")) return {std::strtoull(alone, nullptr, 10)};
-  std::vector<std::uint64_t> list;
-  for (std::uint64_t i = 0; i < count; ++i) list.push_back(first + i);
-  return list;
 }
 
 Attention with_backend(Attention a, const char* backend) {

@@ -35,8 +35,8 @@ TILES = {
     (256, "128x64"): (1, 2, 2),
     (256, "128x80"): (1, 2, 2),
 }
-# With a vote: the tile is the skip tile, and each of two warpgroups has two value stages.
-THRESHOLD_TILE = {64: ("128x128", (2, 4, 4)), 128: ("128x128", (1, 2, 4))}
+# With a vote: 64 rows by block_n is the skip tile, and each warpgroup has two value stages.
+THRESHOLD_TILE = {64: ("192x128", (2, 4, 6)), 128: ("128x128", (1, 2, 4))}
 DEFAULT_TILE = {64: "192x128", 128: "128x128", 256: "128x80"}
 
 
@@ -55,7 +55,8 @@ def _config(
     block_m, block_n = map(int, tile.split("x"))
     return ForwardConfig(
         element=element, head_dim=head_dim, head_dim_v=head_dim, block_m=block_m, block_n=block_n,
-        query_stages=stages[0], key_stages=stages[1], value_stages=stages[2], left=left, right=right, skip=skip,
+        query_stages=stages[0], key_stages=stages[1], value_stages=stages[2],
+        private_values=skip != "Never", left=left, right=right, skip=skip,
     )  # fmt: skip
 
 
@@ -82,10 +83,10 @@ class Driver:
             self.lib.cuGetErrorString(code, ctypes.byref(text))
             raise RuntimeError(f"{name}: error {code} ({text.value.decode() if text.value else 'unknown'})")
 
-    def load(self, cubin: bytes, shared_bytes: int) -> ctypes.c_void_p:
+    def load(self, cubin: bytes, shared_bytes: int = 0, name: str = "fsa_forward") -> ctypes.c_void_p:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self.call("cuModuleLoadData", ctypes.byref(module), cubin)
-        self.call("cuModuleGetFunction", ctypes.byref(function), module, b"fsa_forward")
+        self.call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
         self.call("cuFuncSetAttribute", function, 8, shared_bytes)  # max dynamic shared memory
         return function
 
@@ -128,6 +129,62 @@ class Problem:
     threshold: float = 0
     causal_lengths: bool = False
     skip_map: object = None  # int32 [batch, heads, row tiles, words], or packed [heads, row tiles, words]
+    softcap: float = 0
+    alibi: object = None  # [heads] or [batch, heads]
+    sink: object = None  # [heads]
+    alpha: object = None  # [batch, seqlen_q, heads], or packed [total_q, heads]
+    delta: object = None  # [batch, seqlen_k, kv_heads], or packed [total_k, kv_heads]
+    gate_threshold: float = 0  # 0: 1 / seqlen_k
+    gate_test: bool = False
+    adaptive_gate: bool = True
+    log_sigmoid: bool = True
+    gate_bits: object = None  # as skip_map; written by the gate kernels
+    gate_delta: object = None  # float32, scratch of the gate kernels: [.., kv_heads, keys of whole tiles]
+    gate_extremes: object = None  # [.., kv_heads, tiles, 2]
+    window_sizes: object = None  # int32 [kv_heads, 4]
+    blocks: object = None  # BlockMask of features.py
+
+
+PARAMS_BYTES = 1152
+
+
+def pack_scalar(tensor, *strides: int) -> bytes:
+    """ScalarOperand: pointer, strides of batch, row and head, type."""
+    import torch
+
+    if tensor is None:
+        return bytes(40)
+    types = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+    return struct.pack("<Qqqqii", tensor.data_ptr(), *strides, types.index(tensor.dtype), 0)
+
+
+def pack_policies(p: Problem, packed_q: bool, packed_k: bool) -> bytes:
+    """The part of ForwardParams that starts with `softcap`."""
+
+    def pointer(tensor) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    def by_row(tensor, packed: bool) -> bytes:
+        strides = () if tensor is None else tensor.stride()
+        return pack_scalar(tensor, *((0, *strides) if packed else strides))
+
+    alibi = () if p.alibi is None else (p.alibi.stride(0) if p.alibi.dim() == 2 else 0, 0, p.alibi.stride(-1))
+    bits = (0, 0, 0)
+    if p.gate_bits is not None:
+        bits = (0, *p.gate_bits.stride()[:2]) if packed_q else p.gate_bits.stride()[:3]
+    delta = (0, 0)
+    if p.gate_delta is not None:
+        delta = (0, p.gate_delta.stride(0)) if packed_k else p.gate_delta.stride()[:2]
+    return b"".join([
+        struct.pack("<fi", p.softcap, p.q.shape[0] if packed_q else 0),
+        pack_scalar(p.alibi, *alibi), pack_scalar(p.sink, 0, 0, 1),
+        by_row(p.alpha, packed_q), by_row(p.delta, packed_k),
+        struct.pack("<Qq", pointer(p.window_sizes), 4),
+        struct.pack("<QQqq", pointer(p.gate_delta), pointer(p.gate_extremes), *delta),
+        struct.pack("<Qqqq", pointer(p.gate_bits), *bits),
+        struct.pack("<fiii", p.gate_threshold, p.gate_test, p.adaptive_gate, p.log_sigmoid),
+        bytes(152) if p.blocks is None else p.blocks.pack(),
+    ])  # fmt: skip
 
 
 class Kernel:
@@ -142,6 +199,22 @@ class Kernel:
     def prepare(self, p: Problem, out, lse):
         """Returns a function that launches on torch's current stream."""
         import torch
+
+        address, storage, tiles = self.parameters(p, out, lse)
+        arguments = (ctypes.c_void_p * 1)(address)
+        grid = min(self.processors, tiles)
+
+        def launch() -> None:
+            _ = storage  # keeps the parameters alive
+            self.driver.call(
+                "cuLaunchKernel", self.function, grid, 1, 1, self.config.threads, 1, 1, self.config.shared_bytes,
+                ctypes.c_void_p(torch.cuda.current_stream().cuda_stream), arguments, None,
+            )  # fmt: skip
+
+        return launch
+
+    def parameters(self, p: Problem, out, lse):
+        """ForwardParams: address, the memory that holds it, and the number of work tiles."""
 
         packed_q, packed_k = p.cu_seqlens_q is not None, p.cu_seqlens_k is not None
         batch = (p.cu_seqlens_q if packed_q else p.q).shape[0] - packed_q
@@ -170,29 +243,20 @@ class Kernel:
             OPEN_WINDOW if p.window_left < 0 else p.window_left,
             OPEN_WINDOW if p.window_right < 0 else p.window_right, heads_per_wave, LOG2E / math.sqrt(head_dim),
             p.threshold, p.causal_lengths, pointer(p.skip_map), *map_stride,
-        )  # fmt: skip
-        params = (maps + body).ljust(704, b"\0")
-        storage = ctypes.create_string_buffer(704 + 64)
+        ) + pack_policies(p, packed_q, packed_k)  # fmt: skip
+        params = (maps + body).ljust(PARAMS_BYTES, b"\0")
+        storage = ctypes.create_string_buffer(PARAMS_BYTES + 64)
         address = (ctypes.addressof(storage) + 63) // 64 * 64
-        ctypes.memmove(address, params, 704)
-        arguments = (ctypes.c_void_p * 1)(address)
-        grid = min(self.processors, -(-max_q // self.config.block_m) * batch * heads)
+        ctypes.memmove(address, params, PARAMS_BYTES)
+        return address, storage, -(-max_q // self.config.block_m) * batch * heads
 
-        def launch() -> None:
-            _ = storage  # keeps the parameters alive
-            self.driver.call(
-                "cuLaunchKernel", self.function, grid, 1, 1, self.config.threads, 1, 1, self.config.shared_bytes,
-                ctypes.c_void_p(torch.cuda.current_stream().cuda_stream), arguments, None,
-            )  # fmt: skip
-
-        return launch
-
-    def run(self, p: Problem):
+    def run(self, p: Problem, out=None, lse=None):
+        """Into poisoned outputs unless given."""
         import torch
 
-        out = torch.full_like(p.q[..., : p.v.shape[-1]], math.nan, memory_format=torch.contiguous_format)
-        shape = (p.q.shape[1], p.q.shape[0]) if p.q.dim() == 3 else (p.q.shape[0], p.q.shape[2], p.q.shape[1])
-        lse = torch.full(shape, math.nan, dtype=torch.float32, device="cuda")
+        if out is None:
+            out = torch.full((*p.q.shape[:-1], p.v.shape[-1]), math.nan, dtype=p.q.dtype, device="cuda")
+            lse = torch.full((*p.q.shape[:-3], p.q.shape[-2], p.q.shape[-3]), math.nan, device="cuda")
         self.prepare(p, out, lse)()
         torch.cuda.synchronize()
         if self.counter.any():
@@ -217,31 +281,71 @@ def take(tensor, b: int, begin: int, length: int):
     return tensor[begin : begin + length] if tensor.dim() == 3 else tensor[b, begin : begin + length]
 
 
-def reference(p: Problem, b: int, q_begin: int, k_begin: int, used_q: int, used_k: int, dtype):
-    """[rows, heads, dim] and [heads, rows] of one sequence; float64, or naively in the tensors' own type."""
+def hidden_keys(p: Problem, used_q: int, used_k: int):
+    """bool [kv_heads or heads or 1, rows, keys]: what the masks hide."""
+    import torch
+
+    i = torch.arange(used_q, device="cuda")[None, :, None] + used_k - used_q
+    j = torch.arange(used_k, device="cuda")[None, None]
+    if p.blocks is not None:
+        return ~p.blocks.visible[:, :used_q, :used_k]
+    if p.window_sizes is not None:
+        sink, left, right, near = (p.window_sizes.long()[:, c, None, None] for c in range(4))
+        distance = i - j
+        seen = (distance < near) | ((distance >= near + right) & (distance < near + right + left)) | (j < sink)
+        return ~((distance >= 0) & seen)
+    hidden = torch.zeros(1, used_q, used_k, dtype=torch.bool, device="cuda")
+    if p.window_left >= 0:
+        hidden = hidden | (j < i - p.window_left)
+    if p.window_right >= 0:
+        hidden = hidden | (j > i + p.window_right)
+    return hidden
+
+
+def logits_of(p: Problem, b: int, q_begin: int, k_begin: int, used_q: int, used_k: int, dtype):
+    """[heads, rows, keys] with masks; the product in `dtype`, the rest in float32 at least."""
     import torch
 
     group = p.q.shape[-2] // p.k.shape[-2]
     q = take(p.q, b, q_begin, used_q).to(dtype).transpose(0, 1)
     k = take(p.k, b, k_begin, used_k).to(dtype).transpose(0, 1).repeat_interleave(group, 0)
+    wide = torch.promote_types(dtype, torch.float32)
+    scale = 1 / math.sqrt(q.shape[-1])
+    logits = ((q * scale) @ k.transpose(1, 2)).to(wide)
+    if p.alpha is not None:
+        alpha = take(p.alpha.unsqueeze(-1), b, q_begin, used_q).to(wide).transpose(0, 1)
+        delta = take(p.delta.unsqueeze(-1), b, k_begin, used_k).to(wide).transpose(0, 1)
+        product = alpha @ delta.repeat_interleave(group, 0).transpose(1, 2)
+        gate = torch.nn.functional.logsigmoid(product) if p.log_sigmoid else product
+        logits = logits + gate * scale
+    if p.softcap > 0:
+        logits = p.softcap * torch.tanh(logits / p.softcap)
+    if p.alibi is not None:
+        slopes = (p.alibi[b] if p.alibi.dim() == 2 else p.alibi).to(wide)[:, None, None]
+        i = torch.arange(used_q, device="cuda")[:, None] + used_k - used_q
+        logits = logits - slopes * (i - torch.arange(used_k, device="cuda")[None]).abs()
+    hidden = hidden_keys(p, used_q, used_k)
+    hidden = hidden.repeat_interleave(logits.shape[0] // hidden.shape[0], 0)
+    return logits.masked_fill(hidden, -math.inf)
+
+
+def reference(p: Problem, b: int, q_begin: int, k_begin: int, used_q: int, used_k: int, dtype):
+    """[rows, heads, dim] and [heads, rows] of one sequence; float64, or naively in the tensors' own type."""
+    import torch
+
+    group = p.q.shape[-2] // p.k.shape[-2]
+    logits = logits_of(p, b, q_begin, k_begin, used_q, used_k, dtype)
     v = take(p.v, b, k_begin, used_k).to(dtype).transpose(0, 1).repeat_interleave(group, 0)
-    logits = ((q / math.sqrt(q.shape[-1])) @ k.transpose(1, 2)).to(torch.promote_types(dtype, torch.float32))
-    i = torch.arange(used_q, device="cuda")[:, None] + used_k - used_q
-    j = torch.arange(used_k, device="cuda")[None]
-    hidden = torch.zeros(used_q, used_k, dtype=torch.bool, device="cuda")
-    if p.window_left >= 0:
-        hidden |= j < i - p.window_left
-    if p.window_right >= 0:
-        hidden |= j > i + p.window_right
-    logits = logits.masked_fill(hidden, -math.inf)
-    lse = (
-        torch.logsumexp(logits, -1) if used_k else torch.full((q.shape[0], used_q), -math.inf, device="cuda")
-    )
-    probability = torch.exp(logits - lse[..., None]).masked_fill(hidden, 0).to(dtype)
+    lse = torch.full(logits.shape[:2], -math.inf, dtype=logits.dtype, device="cuda")
+    if used_k:
+        lse = torch.logsumexp(logits, -1)
+    if p.sink is not None:
+        lse = torch.logaddexp(lse, p.sink.to(lse.dtype)[:, None].expand_as(lse))
+    probability = torch.exp(logits - lse[..., None]).masked_fill(logits.isneginf(), 0).to(dtype)
     return (probability @ v).transpose(0, 1), lse
 
 
-def judge(p: Problem, out, lse) -> tuple[float, float, str]:
+def judge(p: Problem, out, lse, lse_tolerance: float = 1e-4) -> tuple[float, float, str]:
     """Largest error over that of the naive computation, largest lse error, and what is wrong ("" if nothing)."""
     import torch
 
@@ -268,7 +372,7 @@ def judge(p: Problem, out, lse) -> tuple[float, float, str]:
         worst_lse = max(worst_lse, difference if difference == difference else math.inf)
     if not worst <= 2:
         wrong = wrong or "error above twice that of the naive computation"
-    if not worst_lse <= 1e-4:
+    if not worst_lse <= lse_tolerance:
         wrong = wrong or "lse"
     return worst, worst_lse, wrong
 
@@ -383,12 +487,43 @@ def topics(batch: int, seqlen: int, heads: int, kv_heads: int, head_dim: int, dt
     )
 
 
-def kept_tiles(p: Problem, b: int, head: int, row_tile: int, tiles: int) -> list[bool]:
-    """Which key tiles the kernel kept."""
+def map_bits(p: Problem, bits, b: int, head: int, row_tile: int, tiles: int) -> list[bool]:
+    """The key tiles of a row tile in a skip map or gate bitmap."""
     first = 0 if p.cu_seqlens_q is None else int(p.cu_seqlens_q[b]) // 64 + b
-    words = p.skip_map[head, first + row_tile] if p.q.dim() == 3 else p.skip_map[b, head, row_tile]
-    words = [int(w) & 0xFFFFFFFF for w in words]
+    words = bits[head, first + row_tile] if p.q.dim() == 3 else bits[b, head, row_tile]
+    words = [w & 0xFFFFFFFF for w in words.tolist()]
     return [bool(words[t // 32] >> (t % 32) & 1) for t in range(tiles)]
+
+
+def replay_gate(p: Problem, b: int, head: int, row_tile: int, logits, gate_open: list[bool], n: int) -> str:
+    """The gate test in float64 on the kernel's own history; what is wrong, or ""."""
+    import torch
+
+    _, (q0, _), (k0, _), used_q, used_k = list(sequences(p))[b]
+    group, scale = p.q.shape[-2] // p.k.shape[-2], LOG2E / math.sqrt(p.q.shape[-1])
+    begin, end = 64 * row_tile, min(64 * row_tile + 64, used_q)
+    alpha = take(p.alpha.unsqueeze(-1), b, q0, used_q)[begin:end, head, 0].double()
+    delta = take(p.delta.unsqueeze(-1), b, k0, used_k)[:, head // group, 0].double()
+    gamma = p.gate_threshold or 1 / used_k
+    if p.adaptive_gate and p.causal_lengths:
+        gamma *= (begin + used_k - used_q + 1) / used_k
+    best = -math.inf
+    for tile in reversed(range(-(-used_k // n))):
+        sees = bool((~logits[:, tile * n : (tile + 1) * n].isneginf()).any())
+        if not sees:
+            if gate_open[tile]:
+                return f"gate: tile {tile} of row tile {row_tile} is open but not visible"
+            continue
+        part = delta[tile * n : (tile + 1) * n]
+        products = torch.stack([x * y for x in (alpha.min(), alpha.max()) for y in (part.min(), part.max())])
+        c = products.max()
+        c = (torch.nn.functional.logsigmoid(c) if p.log_sigmoid else c).item()
+        margin = (c - best) * scale - math.log2(gamma) if math.isfinite(best) and gamma > 0 else math.inf
+        if margin > 1e-2 and not gate_open[tile] or margin < -1e-2 and gate_open[tile]:
+            return f"gate: tile {tile} of row tile {row_tile}, head {head}: margin {margin:.3g}"
+        if gate_open[tile]:
+            best = max(best, c)
+    return ""
 
 
 def judge_threshold(p: Problem, out, lse, block_n: int) -> tuple[float, float, float, str]:
@@ -399,43 +534,49 @@ def judge_threshold(p: Problem, out, lse, block_n: int) -> tuple[float, float, f
     worst = worst_lse = 0.0
     wrong, kept_count, visible_count = "", 0, 0
     for b, (q0, _), (k0, _), used_q, used_k in sequences(p):
+        all_logits = logits_of(p, b, q0, k0, used_q, used_k, torch.float64)
+        all_naive = logits_of(p, b, q0, k0, used_q, used_k, p.q.dtype)
+        tiles = -(-used_k // block_n)
         for head, row_tile in itertools.product(range(p.q.shape[-2]), range(-(-used_q // 64))):
             begin, end = 64 * row_tile, min(64 * row_tile + 64, used_q)
-            q = take(p.q, b, q0, used_q)[begin:end, head].double()
-            k = take(p.k, b, k0, used_k)[:, head // group].double()
             v = take(p.v, b, k0, used_k)[:, head // group].double()
-            logits = q @ k.T / math.sqrt(q.shape[-1])
-            i = torch.arange(begin, end, device="cuda")[:, None] + used_k - used_q
-            hidden = (torch.arange(used_k, device="cuda")[None] > i) & (p.window_right == 0)
-            logits = logits.masked_fill(hidden, -math.inf)
-            length = i[:, 0] + 1 if p.causal_lengths else torch.full_like(i[:, 0], used_k)
+            logits = all_logits[head, begin:end]
+            i = torch.arange(begin, end, device="cuda") + used_k - used_q
+            length = i + 1 if p.causal_lengths else torch.full_like(i, used_k)
             cut = (p.threshold / length.clamp(min=1)).clamp(0, 1).log2()
             total = torch.full((end - begin,), -math.inf, dtype=torch.float64, device="cuda")
-            tiles = -(-used_k // block_n)
-            kept = kept_tiles(p, b, head, row_tile, tiles)
+            kept = map_bits(p, p.skip_map, b, head, row_tile, tiles)
+            gate_open = [True] * tiles
+            if p.gate_test:
+                gate_open = map_bits(p, p.gate_bits, b, head, row_tile, tiles)
+                wrong = wrong or replay_gate(p, b, head, row_tile, logits, gate_open, block_n)
             keep_column = torch.zeros(used_k, dtype=torch.bool, device="cuda")
             for tile in reversed(range(tiles)):
                 part = logits[:, tile * block_n : (tile + 1) * block_n]
                 top = part.amax(1)
                 sees = ~top.isneginf()
-                # How far above its cut the tile lies, in log2 units; a row's first keys always count.
-                margin = torch.where(total.isneginf(), math.inf, (top - total) * LOG2E - cut)[sees]
-                highest = margin.max().item() if margin.numel() else -math.inf
                 visible_count += bool(sees.any())
                 kept_count += kept[tile]
-                if highest > 1e-2 and not kept[tile] or highest < -1e-2 and kept[tile]:
-                    wrong = (
-                        wrong
-                        or f"tile {tile} of row tile {row_tile}: margin {highest:.3g}, kept {kept[tile]}"
-                    )
+                if p.threshold > 0 and gate_open[tile]:
+                    # How far above its cut the tile lies, in log2 units; a row's first keys always count.
+                    margin = torch.where(total.isneginf(), math.inf, (top - total) * LOG2E - cut)[sees]
+                    highest = margin.max().item() if margin.numel() else -math.inf
+                    bad = highest > 1e-2 and not kept[tile] or highest < -1e-2 and kept[tile]
+                else:
+                    highest, bad = 0.0, kept[tile] != (gate_open[tile] and bool(sees.any()))
+                if bad:
+                    place = f"tile {tile} of row tile {row_tile}, head {head}"
+                    wrong = wrong or f"{place}: margin {highest:.3g}, kept {kept[tile]}"
                 if kept[tile]:
                     keep_column[tile * block_n : (tile + 1) * block_n] = True
                     total = torch.logaddexp(total, torch.logsumexp(part, 1))
             chosen = logits.masked_fill(~keep_column[None], -math.inf)
+            low = all_naive[head, begin:end].masked_fill(~keep_column[None], -math.inf)
+            if p.sink is not None:
+                total = torch.logaddexp(total, p.sink[head].double())
+                low = torch.cat([low, p.sink[head].to(low.dtype).expand(end - begin, 1)], 1)
             exact = torch.exp(chosen - total[:, None]).nan_to_num(0) @ v
-            low = (q.to(p.q.dtype) / math.sqrt(q.shape[-1])) @ k.to(p.q.dtype).T
-            low = low.float().masked_fill(hidden | ~keep_column[None], -math.inf)
-            naive = torch.softmax(low, -1).nan_to_num(0).to(p.q.dtype) @ v.to(p.q.dtype)
+            naive = torch.softmax(low, -1)[:, :used_k].nan_to_num(0).to(p.q.dtype) @ v.to(p.q.dtype)
             got = take(out, b, q0, used_q)[begin:end, head].double()
             got_lse = (
                 lse[head, q0 + begin : q0 + end] if p.q.dim() == 3 else lse[b, head, begin:end]
@@ -507,6 +648,12 @@ def bench_threshold(args: argparse.Namespace) -> bool:
     for d in set(args.head_dim) & set(THRESHOLD_TILE):
         configs[d, "Never"] = config_for(d, DEFAULT_TILE[d], "bf16", False, True)
         configs[d, "ThresholdSkip"] = threshold_config(d, "bf16", False, True)
+        for name in args.define:
+            fields = dict(x.split("=") for x in name.split(",") if "=" in x)
+            macros = tuple(x for x in name.split(",") if "=" not in x)
+            configs[d, name] = replace(
+                configs[d, "ThresholdSkip"], defines=macros, **{k: int(v) for k, v in fields.items()}
+            )
     cubins = compile_all(list(configs.values()), args.jobs)
     driver = Driver()
     torch.zeros(1, device="cuda")
@@ -521,8 +668,14 @@ def bench_threshold(args: argparse.Namespace) -> bool:
         vote = kernels[d, "ThresholdSkip"]
         times = interleaved_ms(
             [kernels[d, "Never"].prepare(dense, out, lse), vote.prepare(replace(one, threshold=1e-30), out, lse),
-             vote.prepare(one, out, lse), vote.prepare(with_map, out, lse)], args.samples,
+             vote.prepare(one, out, lse), vote.prepare(with_map, out, lse),
+             *(kernels[d, name].prepare(replace(one, threshold=t), out, lse)
+               for name in args.define for t in (1e-30, 1.0, 1e9))], args.samples,
         )  # fmt: skip
+        for i, name in enumerate(args.define):
+            none, one_ms, most = times[4 + 3 * i : 7 + 3 * i]
+            print(f"    {name}: price {none / times[0]:.3f}, threshold 1 {one_ms:.3f} ms "
+                  f"({times[0] / one_ms:.2f} x dense), threshold 1e9 {most:.3f} ms")  # fmt: skip
         tiles = vote.config.block_n
         visible = sum(-(-64 * (t + 1) // tiles) for t in range(-(-seqlen // 64))) * 16
         kept = (
@@ -624,6 +777,7 @@ def main() -> int:
     parser.add_argument(
         "--watchdog", action="store_true", help="checks: trap instead of hanging; slower code"
     )
+    parser.add_argument("--define", nargs="*", default=[], help="bench-threshold: variants to compare, as MACRO,field=value")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     actions = {

@@ -32,18 +32,30 @@ class ForwardConfig:
     query_stages: int = 2
     key_stages: int = 2
     value_stages: int = 2
+    private_values: bool = False
     left: bool = False
     right: bool = False
+    mask: str = "window"  # window (left, right), band, list
+    gate_bits: bool = False
+    logit: tuple[str, ...] = ()
     skip: str = "Never"
+    sink: bool = False
     defines: tuple[str, ...] = field(default=())
 
     @property
+    def key_scalars(self) -> bool:
+        return any(stage.startswith("PairGate") for stage in self.logit)
+
+    @property
     def name(self) -> str:
-        mask = {(False, False): "full", (False, True): "causal"}.get((self.left, self.right), "window")
-        mask += "" if self.skip == "Never" else "_threshold"
+        window = {(False, False): "full", (False, True): "causal"}.get((self.left, self.right), "window")
+        parts = [window if self.mask == "window" else self.mask]
+        parts += ["gatebits"] * self.gate_bits
+        parts += [re.sub(r"\W", "", stage).lower() for stage in self.logit]
+        parts += ["threshold"] * (self.skip != "Never") + ["sink"] * self.sink
         extra = "".join(f"_{d}" for d in self.defines)
         return (
-            f"forward_sm90_{self.element}_d{self.head_dim}x{self.head_dim_v}_{mask}"
+            f"forward_sm90_{self.element}_d{self.head_dim}x{self.head_dim_v}_{'_'.join(parts)}"
             f"_{self.block_m}x{self.block_n}s{self.key_stages}{extra}"
         )
 
@@ -53,14 +65,33 @@ class ForwardConfig:
 
     @property
     def shared_bytes(self) -> int:
-        tiles = self.query_stages * self.block_m * self.head_dim * 2
-        tiles += self.block_n * (self.key_stages * self.head_dim + self.value_stages * self.head_dim_v) * 2
+        dim, dim_v = (-(-d // 64) * 64 for d in (self.head_dim, self.head_dim_v))
+        tiles = self.query_stages * self.block_m * dim * 2
+        tiles += self.block_n * (self.key_stages * dim + self.value_stages * dim_v) * 2
+        scalars = self.key_scalars * self.key_stages * self.block_n * 4
         barriers = 8 * 2 * (self.query_stages + self.key_stages + self.value_stages + 2)
-        return -(-(tiles + 2 * 144 + barriers) // 1024) * 1024
+        return -(-(tiles + scalars + 2 * 144 + self.key_stages * 16 + barriers) // 1024) * 1024
+
+    @property
+    def mask_type(self) -> str:
+        bools = ", ".join(str(b).lower() for b in (self.left, self.right))
+        return {"window": f"WindowMask<{bools}>", "band": "BandMask", "list": "ListMask"}[self.mask]
+
+    def tiles_type(self, block_m: int) -> str:
+        shape = f"{block_m}, {self.block_n}"
+        return {
+            "window": f"RangeTiles<{self.mask_type}, {shape}>", "band": f"BandTiles<{shape}>",
+            "list": f"ListTiles<{shape}>",
+        }[self.mask]  # fmt: skip
 
     def source(self) -> str:
-        bools = ", ".join(str(b).lower() for b in (self.left, self.right))
-        return f"""#include "policy/contiguous_tma.cuh"
+        tiles = self.tiles_type(self.block_m)
+        if self.gate_bits:
+            tiles = f"BitmapTiles<{tiles}, {self.block_m}>"
+        return f"""#include "policy/band_mask.cuh"
+#include "policy/bitmap_tiles.cuh"
+#include "policy/contiguous_tma.cuh"
+#include "policy/list_tiles.cuh"
 #include "policy/logit.cuh"
 #include "policy/mask.cuh"
 #include "policy/range_tiles.cuh"
@@ -75,20 +106,54 @@ struct Config {{
   static constexpr ForwardTile kTile = {{
       .head_dim = {self.head_dim}, .head_dim_v = {self.head_dim_v}, .block_m = {self.block_m},
       .block_n = {self.block_n}, .query_stages = {self.query_stages}, .key_stages = {self.key_stages},
-      .value_stages = {self.value_stages}}};
+      .value_stages = {self.value_stages}, .private_values = {int(self.private_values)},
+      .key_scalars = {int(self.key_scalars)}}};
   using KvSource = ContiguousTma;
-  using Mask = WindowMask<{bools}>;
-  using TileIterator = RangeTiles<Mask, {self.block_m}, {self.block_n}>;
+  using Mask = {self.mask_type};
+  using TileIterator = {tiles};
   using Schedule = LongestFirst<{self.block_m}>;
-  using Logit = Scale;
+  using LogitChain = Logit<{", ".join(self.logit)}>;
   using Skip = {self.skip};
-  using Epilogue = StoreOutput;
+  using Epilogue = StoreOutput<{"LearnableSink" if self.sink else "NoSink"}>;
 }};
 }}  // namespace fsa::kernels
 
 extern "C" __global__ void __launch_bounds__({self.threads}, 1)
 fsa_forward(const __grid_constant__ fsa::kernels::ForwardParams params) {{
   fsa::kernels::sm90::forward<fsa::kernels::Config>(params);
+}}
+"""
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The two kernels in front of gated attention, and the skip map of dense attention."""
+
+    block_n: int = 128
+    left: bool = False
+    right: bool = False
+    mask: str = "window"
+    defines: tuple[str, ...] = ()
+    shared_bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"gate_{self.mask}_{self.left:d}{self.right:d}_{self.block_n}"
+
+    def source(self) -> str:
+        tiles = replace(ForwardConfig(), block_n=self.block_n, left=self.left, right=self.right, mask=self.mask)
+        return f"""#include "common/gate_bitmap.cuh"
+#include "policy/band_mask.cuh"
+#include "policy/range_tiles.cuh"
+
+using namespace fsa::kernels;
+extern "C" __global__ void __launch_bounds__({self.block_n})
+fsa_gate_prepare(const __grid_constant__ ForwardParams params) {{
+  gate_prepare<{self.block_n}>(params);
+}}
+extern "C" __global__ void __launch_bounds__(32 * kBitmapWarps)
+fsa_gate_bitmap(const __grid_constant__ ForwardParams params) {{
+  gate_bitmap<{tiles.tiles_type(64)}, {self.block_n}>(params);
 }}
 """
 

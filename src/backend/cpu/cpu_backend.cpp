@@ -6,9 +6,12 @@
 #include <string>
 #include <vector>
 
+#include "backend/cpu/carver.h"
 #include "backend/cpu/merge.h"
+#include "backend/cpu/nsa_backend.h"
 #include "backend/cpu/reference_scalar.h"
 #include "backend/cpu/simd/kernel_table.h"
+#include "backend/cpu/simd/nsa_table.h"
 #include "backend/cpu/thread_pool.h"
 #include "backend/registry.h"
 #include "core/env.h"
@@ -23,6 +26,7 @@ namespace {
 
 struct Target {
   const KernelTable* kernels;
+  const NsaKernelTable* nsa_kernels;
   bool on_this_machine;
 };
 
@@ -41,49 +45,46 @@ std::vector<Target> targets() {
                       __builtin_cpu_supports("avx512cd");
 #endif
 #if defined(FSA_HAS_AVX512)
-  list.push_back({&avx512_kernels(), avx512});
+  list.push_back({&avx512_kernels(), &avx512_nsa_kernels(), avx512});
 #endif
 #if defined(FSA_HAS_AVX2)
-  list.push_back({&avx2_kernels(), avx2});
+  list.push_back({&avx2_kernels(), &avx2_nsa_kernels(), avx2});
 #endif
 #if defined(FSA_HAS_SSE4)
-  list.push_back({&sse4_kernels(), sse4});
+  list.push_back({&sse4_kernels(), &sse4_nsa_kernels(), sse4});
 #endif
 #if defined(FSA_HAS_NEON)
-  list.push_back({&neon_kernels(), true});
+  list.push_back({&neon_kernels(), &neon_nsa_kernels(), true});
 #endif
 #if defined(FSA_HAS_GENERIC)
-  list.push_back({&generic_kernels(), true});
+  list.push_back({&generic_kernels(), &generic_nsa_kernels(), true});
 #endif
   return list;
 }
 
-// Null with a reason when FSA_CPU_TARGET names a set that this machine or build lacks, or none fits.
-const KernelTable* find_kernels(std::string& reason) {
+// Without kernels, and with a reason, when FSA_CPU_TARGET names a set that this machine or build lacks, or none fits.
+struct Choice {
+  const KernelTable* kernels = nullptr;
+  const NsaKernelTable* nsa_kernels = nullptr;
+  std::string reason;
+};
+
+Choice find_kernels() {
   const std::string wanted(env::cpu_target());
   std::string have;
   for (const Target& target : targets()) {
     if (!target.on_this_machine) continue;
-    if (wanted.empty() || wanted == target.kernels->target) return target.kernels;
+    if (wanted.empty() || wanted == target.kernels->target) return {target.kernels, target.nsa_kernels, ""};
     have += (have.empty() ? "" : ", ") + std::string(target.kernels->target);
   }
-  reason = wanted.empty() ? "this processor has none of the instruction sets that the library was built for"
-                          : "FSA_CPU_TARGET: " + wanted + ", but this machine offers " +
-                                (have.empty() ? "none" : have) + "; unset it to take the best one";
-  return nullptr;
+  return {nullptr, nullptr,
+          wanted.empty() ? "this processor has none of the instruction sets that the library was built for"
+                         : "FSA_CPU_TARGET: " + wanted + ", but this machine offers " +
+                               (have.empty() ? "none" : have) + "; unset it to take the best one"};
 }
 
-struct Choice {
-  const KernelTable* kernels = nullptr;
-  std::string reason;
-};
-
 const Choice& choice() {
-  static const Choice made = [] {
-    Choice c;
-    c.kernels = find_kernels(c.reason);
-    return c;
-  }();
+  static const Choice made = find_kernels();
   return made;
 }
 
@@ -94,36 +95,22 @@ const KernelTable& kernels() {
 
 // ---------------------------------------------------------------------------------------------- memory
 
-// Carves arrays out of the workspace; with a null base it only counts.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class T>
-  T* take(std::int64_t count) {
-    T* result = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return result;
-  }
-  std::size_t used() const { return used_; }
-
- private:
-  char* base_;
-  std::size_t used_ = 0;
-};
-
 // Row tiles of one query head over all sequences, or more.
 std::int64_t row_tiles_bound(const Problem& p) {
   return p.packed_q ? p.total_q / kSkipTileRows + p.batch : p.batch * ceil_div(p.max_seqlen_q, kSkipTileRows);
 }
 
 // Parts of the key range whose dQ is kept apart. Fixed by the shape, never by the machine: 32 items feed 16 threads
-// with two each, and more than 8 copies of dQ would cost more memory than they bring speed.
+// with two each, and more than 8 copies of dQ, or more than two beyond 128 MB, would cost more memory than they bring
+// speed.
 std::int64_t backward_segments(const Problem& p) {
+  const std::int64_t copy_bytes = row_tiles_bound(p) * kSkipTileRows * p.num_heads * p.head_dim * 4;
+  const std::int64_t most =
+      std::clamp<std::int64_t>((std::int64_t{1} << 27) / std::max<std::int64_t>(1, copy_bytes), 2, 8);
   const std::int64_t heads = std::max<std::int64_t>(1, p.batch * p.num_kv_heads);
   const std::int64_t keys = 2 * skip_tile_keys(p.head_dim);
   return std::clamp<std::int64_t>(ceil_div(32, heads), 1,
-                                  std::clamp<std::int64_t>(ceil_div(p.max_seqlen_k, keys), 1, 8));
+                                  std::clamp<std::int64_t>(ceil_div(p.max_seqlen_k, keys), 1, most));
 }
 
 BackwardBuffers backward_buffers(const Problem& p, Carver& memory) {
@@ -409,6 +396,19 @@ class CpuBackend final : public Backend {
       case Operation::decode:
         return run_decode(p, args, workspace);
     }
+  }
+
+  std::string reject(const NsaProblem& p) const override {
+    if (p.device.kind != DeviceKind::cpu) return "the tensors are not in CPU memory";
+    if (p.dtype == DType::float64) return "float64 is computed by the reference";
+    kernels();
+    return {};
+  }
+  std::string kernel(const NsaProblem& p) const override { return nsa_kernel_name(p, kernels().target); }
+  std::size_t workspace_bytes(const NsaProblem& p) const override { return nsa_workspace_bytes(p); }
+  void run(const NsaProblem& p, const NsaArguments& args, Workspace workspace) const override {
+    kernels();
+    run_nsa(*choice().nsa_kernels, p, args, workspace);
   }
 };
 

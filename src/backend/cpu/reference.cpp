@@ -2,6 +2,7 @@
 #include "backend/cpu/reference.h"
 
 #include "backend/cpu/merge.h"
+#include "backend/cpu/reference_nsa.h"
 #include "backend/registry.h"
 
 namespace fsa {
@@ -9,11 +10,6 @@ namespace {
 
 class ReferenceBackend final : public Backend {
  public:
-  using Backend::kernel;
-  using Backend::reject;
-  using Backend::run;
-  using Backend::workspace_bytes;
-
   std::string_view name() const override { return "reference"; }
 
   Availability availability() const override { return {true, "float64, one plain loop per rule; slow"}; }
@@ -43,6 +39,33 @@ class ReferenceBackend final : public Backend {
         return reference::backward(problem, args);
       case Operation::decode:
         return reference::decode(problem, args);
+    }
+  }
+
+  std::string reject(const NsaProblem& problem) const override {
+    return problem.device.kind == DeviceKind::cpu ? "" : "computes on the CPU only";
+  }
+
+  std::string kernel(const NsaProblem&) const override { return "float64 loops"; }
+
+  std::size_t workspace_bytes(const NsaProblem&) const override { return 0; }
+
+  void run(const NsaProblem& problem, const NsaArguments& args, Workspace) const override {
+    switch (problem.operation) {
+      case NsaOperation::compress:
+        return reference::compress(problem, args);
+      case NsaOperation::compress_backward:
+        return reference::compress_backward(problem, args);
+      case NsaOperation::select_blocks:
+        return reference::select_blocks(problem, args);
+      case NsaOperation::selected_forward:
+        return reference::selected_forward(problem, args);
+      case NsaOperation::selected_backward:
+        return reference::selected_backward(problem, args);
+      case NsaOperation::combine:
+        return reference::combine(problem, args);
+      case NsaOperation::combine_backward:
+        return reference::combine_backward(problem, args);
     }
   }
 };

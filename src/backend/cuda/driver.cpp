@@ -3,36 +3,30 @@
 
 #include <dlfcn.h>
 
+#include <map>
+#include <mutex>
+
+#include "fsa/error.h"
+
 namespace fsa::cuda {
 namespace {
 
-// Of the driver API, as documented: results, devices and attributes are ints.
-using Result = int;
-using DeviceHandle = int;
 constexpr Result kSuccess = 0;
+constexpr int kProcessorCount = 16;
 constexpr int kComputeCapabilityMajor = 75;
 constexpr int kComputeCapabilityMinor = 76;
-
-struct Functions {
-  Result (*initialize)(unsigned flags) = nullptr;
-  Result (*driver_version)(int* version) = nullptr;
-  Result (*device_count)(int* count) = nullptr;
-  Result (*device)(DeviceHandle* device, int ordinal) = nullptr;
-  Result (*device_name)(char* name, int bytes, DeviceHandle device) = nullptr;
-  Result (*device_attribute)(int* value, int attribute, DeviceHandle device) = nullptr;
-  Result (*error_string)(Result result, const char** text) = nullptr;
-};
+constexpr int kMaxSharedBytes = 97;
 
 // False, with the reason in `error`, when the symbol is missing.
 template <class Function>
 bool find(void* library, const char* symbol, Function& function, std::string& error) {
   function = reinterpret_cast<Function>(dlsym(library, symbol));
   if (function != nullptr) return true;
-  error = std::string("libcuda.so.1 has no symbol ") + symbol;
+  error = std::string("libcuda.so.1 has no symbol ") + symbol + "; a driver of CUDA 12 or newer is needed";
   return false;
 }
 
-bool find_all(void* library, Functions& f, std::string& error) {
+bool find_questions(void* library, Functions& f, std::string& error) {
   return find(library, "cuInit", f.initialize, error) &&
          find(library, "cuDriverGetVersion", f.driver_version, error) &&
          find(library, "cuDeviceGetCount", f.device_count, error) &&
@@ -42,23 +36,44 @@ bool find_all(void* library, Functions& f, std::string& error) {
          find(library, "cuGetErrorString", f.error_string, error);
 }
 
-bool succeeded(const Functions& f, Result result, const char* call, std::string& error) {
-  if (result == kSuccess) return true;
+bool find_actions(void* library, Functions& f, std::string& error) {
+  return find(library, "cuCtxGetDevice", f.context_device, error) &&
+         find(library, "cuDevicePrimaryCtxRetain", f.primary_context, error) &&
+         find(library, "cuCtxPushCurrent_v2", f.push_context, error) &&
+         find(library, "cuCtxPopCurrent_v2", f.pop_context, error) &&
+         find(library, "cuStreamIsCapturing", f.stream_is_capturing, error) &&
+         find(library, "cuLibraryLoadData", f.load_library, error) &&
+         find(library, "cuLibraryGetKernel", f.library_kernel, error) &&
+         find(library, "cuLibraryUnload", f.unload_library, error) &&
+         find(library, "cuKernelGetFunction", f.kernel_function, error) &&
+         find(library, "cuKernelSetAttribute", f.set_kernel_attribute, error) &&
+         find(library, "cuMemsetD8Async", f.fill_bytes, error) &&
+         find(library, "cuTensorMapEncodeTiled", f.encode_tensor_map, error) &&
+         find(library, "cuLaunchKernel", f.launch, error);
+}
+
+std::string text_of(const Functions& f, Result result, const char* call) {
   const char* text = nullptr;
   if (f.error_string(result, &text) != kSuccess || text == nullptr) text = "unknown error";
-  error = std::string(call) + " failed with error " + std::to_string(result) + ": " + text;
+  return std::string(call) + " failed with error " + std::to_string(result) + ": " + text;
+}
+
+bool succeeded(const Functions& f, Result result, const char* call, std::string& error) {
+  if (result == kSuccess) return true;
+  error = text_of(f, result, call);
   return false;
 }
 
 bool read_device(const Functions& f, int ordinal, DeviceInfo& info, std::string& error) {
   DeviceHandle device = 0;
   char name[256] = {};
+  const auto read = [&](int attribute, int& value) {
+    return succeeded(f, f.device_attribute(&value, attribute, device), "cuDeviceGetAttribute", error);
+  };
   const bool ok = succeeded(f, f.device(&device, ordinal), "cuDeviceGet", error) &&
                   succeeded(f, f.device_name(name, sizeof(name), device), "cuDeviceGetName", error) &&
-                  succeeded(f, f.device_attribute(&info.major, kComputeCapabilityMajor, device),
-                            "cuDeviceGetAttribute", error) &&
-                  succeeded(f, f.device_attribute(&info.minor, kComputeCapabilityMinor, device),
-                            "cuDeviceGetAttribute", error);
+                  read(kComputeCapabilityMajor, info.major) && read(kComputeCapabilityMinor, info.minor) &&
+                  read(kProcessorCount, info.processors) && read(kMaxSharedBytes, info.shared_bytes);
   name[sizeof(name) - 1] = '\0';
   info.name = name;
   return ok;
@@ -73,9 +88,10 @@ DriverInfo discover() {
     info.error = reason == nullptr ? "libcuda.so.1 cannot be loaded" : reason;
     return info;
   }
-  Functions f;
+  const Functions& f = info.call;
   int version = 0, count = 0;
-  if (!find_all(library, f, info.error) || !succeeded(f, f.initialize(0), "cuInit", info.error) ||
+  if (!find_questions(library, info.call, info.error) ||
+      !succeeded(f, f.initialize(0), "cuInit", info.error) ||
       !succeeded(f, f.driver_version(&version), "cuDriverGetVersion", info.error) ||
       !succeeded(f, f.device_count(&count), "cuDeviceGetCount", info.error))
     return info;
@@ -86,7 +102,19 @@ DriverInfo discover() {
     if (!read_device(f, ordinal, device, info.error)) break;
     info.devices.push_back(device);
   }
+  if (info.error.empty()) find_actions(library, info.call, info.error);
   return info;
+}
+
+// Retained once per process: it is every user's context of that device.
+Context primary_context(DeviceHandle device) {
+  static std::mutex mutex;
+  static std::map<DeviceHandle, Context> contexts;
+  const std::lock_guard lock(mutex);
+  Context& context = contexts[device];
+  if (context == nullptr)
+    require_success(driver().call.primary_context(&context, device), "cuDevicePrimaryCtxRetain");
+  return context;
 }
 
 }  // namespace
@@ -94,6 +122,25 @@ DriverInfo discover() {
 const DriverInfo& driver() {
   static const DriverInfo info = discover();
   return info;
+}
+
+void require_success(Result result, const char* call) {
+  if (result != kSuccess) throw Error(ErrorCode::device, text_of(driver().call, result, call));
+}
+
+// The context of the device that is current stays: the caller's stream may belong to it.
+DeviceGuard::DeviceGuard(int device) {
+  const Functions& f = driver().call;
+  DeviceHandle current = 0, wanted = 0;
+  require_success(f.device(&wanted, device), "cuDeviceGet");
+  if (f.context_device(&current) == kSuccess && current == wanted) return;
+  require_success(f.push_context(primary_context(wanted)), "cuCtxPushCurrent");
+  pushed_ = true;
+}
+
+DeviceGuard::~DeviceGuard() {
+  Context context = nullptr;
+  if (pushed_) driver().call.pop_context(&context);
 }
 
 }  // namespace fsa::cuda

@@ -185,20 +185,21 @@ HWY_INLINE void backward_tile(const Problem& p, const LogitPolicies& logit, cons
                               std::int64_t keys, std::int64_t in_block, bool masked) {
   const float* key = s.key + in_block * s.key_pitch;
   const float* value = s.value + in_block * s.value_pitch;
-  gemm<Init::zero>({s.query_t, kRows, key, s.key_pitch, 1, p.head_dim, s.scores, kRows}, keys, t.tile.lanes);
+  gemm<Init::zero>(Gemm{s.query_t, kRows, key, s.key_pitch, 1, p.head_dim, s.scores, kRows}, keys,
+                   t.tile.lanes);
   if (logit.any())
     apply_logit(logit, t.tile, s.delta + in_block, visibility.offset, key_begin, keys, s.scores, s.tanh);
   if (masked) apply_mask(visibility, t.tile, key_begin, keys, s.scores);
-  gemm<Init::zero>({s.grad_out_t, kRows, value, s.value_pitch, 1, p.head_dim_v, s.grad_scores, kRows}, keys,
-                   t.tile.lanes);
+  gemm<Init::zero>(Gemm{s.grad_out_t, kRows, value, s.value_pitch, 1, p.head_dim_v, s.grad_scores, kRows},
+                   keys, t.tile.lanes);
   grad_scores_of(t, keys, s.tanh, s.scores, s.grad_scores);
   if (logit.pair_gate)
     add_gate_grads(logit, t, keys, s.delta + in_block, s.grad_scores, s.grad_delta + in_block);
-  gemm<Init::add>({s.grad_out, s.value_pitch, s.scores, kRows, 1, t.tile.rows,
-                   s.grad_value + in_block * s.value_pitch, s.value_pitch},
+  gemm<Init::add>(Gemm{s.grad_out, s.value_pitch, s.scores, kRows, 1, t.tile.rows,
+                       s.grad_value + in_block * s.value_pitch, s.value_pitch},
                   keys, p.head_dim_v);
-  gemm<Init::add>({s.query, s.key_pitch, s.grad_scores, kRows, 1, t.tile.rows,
-                   s.grad_key + in_block * s.key_pitch, s.key_pitch},
+  gemm<Init::add>(Gemm{s.query, s.key_pitch, s.grad_scores, kRows, 1, t.tile.rows,
+                       s.grad_key + in_block * s.key_pitch, s.key_pitch},
                   keys, p.head_dim);
   const Gemm grad_query{s.grad_scores, kRows, key, 1, s.key_pitch, keys, t.grad_query, kRows};
   if (t.touched)

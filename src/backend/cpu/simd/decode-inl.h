@@ -364,7 +364,7 @@ HWY_INLINE void decode_values(const DecodeContext& c, std::int64_t begin, std::i
   } else {
     pack_rows(c.value, begin, keys, c.p.head_dim_v, s.value, pitch);
   }
-  gemm<Init::add>({value, pitch, s.scores, s.tile_keys, 1, keys, s.out, s.value_pitch}, c.p.group_size,
+  gemm<Init::add>(Gemm{value, pitch, s.scores, s.tile_keys, 1, keys, s.out, s.value_pitch}, c.p.group_size,
                   round_up(c.p.head_dim_v, kLanes));
 }
 

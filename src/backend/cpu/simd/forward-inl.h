@@ -228,8 +228,9 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
         pack_rows(key_rows, key_begin, keys, p.head_dim, scratch.key, scratch.key_pitch);
         loaded.key = true;
       }
-      gemm<Init::zero>({t.query, kRows, scratch.key, scratch.key_pitch, 1, p.head_dim, scratch.scores, kRows},
-                       keys, t.tile.lanes);
+      gemm<Init::zero>(
+          Gemm{t.query, kRows, scratch.key, scratch.key_pitch, 1, p.head_dim, scratch.scores, kRows}, keys,
+          t.tile.lanes);
       if (logit.any())
         apply_logit(logit, t.tile, scratch.delta, visibility.offset, key_begin, keys, scratch.scores,
                     nullptr);

@@ -24,9 +24,60 @@ struct Gemm {
   std::int64_t k;
   float* c;
   std::int64_t c_pitch;
+
+  HWY_INLINE const float* a_row(std::int64_t i) const { return a + i * a_pitch; }
+  HWY_INLINE const float* b_row(std::int64_t n) const { return b + n * b_n; }
+  HWY_INLINE std::int64_t b_step() const { return b_k; }
+  HWY_INLINE float* c_row(std::int64_t n) const { return c + n * c_pitch; }
 };
 
-enum class Init { zero, add, scale };  // C starts at 0, at C, or at C times one factor per lane
+// The same product with the rows of one operand in a list of addresses: rows that were selected one by one are read,
+// or accumulated, where they are.
+struct GemmListedA {
+  const float* const* a;
+  const float* b;
+  std::int64_t b_n;
+  std::int64_t b_k;
+  std::int64_t k;
+  float* c;
+  std::int64_t c_pitch;
+
+  HWY_INLINE const float* a_row(std::int64_t i) const { return a[i]; }
+  HWY_INLINE const float* b_row(std::int64_t n) const { return b + n * b_n; }
+  HWY_INLINE std::int64_t b_step() const { return b_k; }
+  HWY_INLINE float* c_row(std::int64_t n) const { return c + n * c_pitch; }
+};
+
+struct GemmListedB {
+  const float* a;
+  std::int64_t a_pitch;
+  const float* const* b;
+  std::int64_t k;
+  float* c;
+  std::int64_t c_pitch;
+
+  HWY_INLINE const float* a_row(std::int64_t i) const { return a + i * a_pitch; }
+  HWY_INLINE const float* b_row(std::int64_t n) const { return b[n]; }
+  HWY_INLINE std::int64_t b_step() const { return 1; }
+  HWY_INLINE float* c_row(std::int64_t n) const { return c + n * c_pitch; }
+};
+
+struct GemmListedC {
+  const float* a;
+  std::int64_t a_pitch;
+  const float* b;
+  std::int64_t b_n;
+  std::int64_t k;
+  float* const* c;
+
+  HWY_INLINE const float* a_row(std::int64_t i) const { return a + i * a_pitch; }
+  HWY_INLINE const float* b_row(std::int64_t n) const { return b + n * b_n; }
+  HWY_INLINE std::int64_t b_step() const { return 1; }
+  HWY_INLINE float* c_row(std::int64_t n) const { return c[n]; }
+};
+
+// C starts at 0, at C, at C times one factor per lane, or at C times one factor per row.
+enum class Init { zero, add, scale, scale_rows };
 
 #if HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64
 inline constexpr int kPanel = 4;  // vectors of C per row: 32 registers
@@ -36,8 +87,14 @@ inline constexpr int kPanel = 2;  // 16 registers: 12 of C, 2 of A, 1 of B
 inline constexpr int kBlock = 6;
 #endif
 
-template <int kVectors, int kColumns, Init kInit>
-HWY_INLINE void gemm_block(const Gemm& g, const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, float* c,
+// Terms [begin, end) of the sum.
+struct Terms {
+  std::int64_t begin;
+  std::int64_t end;
+};
+
+template <int kVectors, int kColumns, Init kInit, class Product>
+HWY_INLINE void gemm_block(const Product& g, Terms terms, std::int64_t n_begin, std::int64_t v_begin,
                            const float* factors) {
   Float sums[kColumns][kVectors];
 #pragma GCC unroll 8
@@ -45,67 +102,70 @@ HWY_INLINE void gemm_block(const Gemm& g, const float* HWY_RESTRICT a, const flo
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sums[n][v] = hn::Zero(kFloat);
   }
-  const std::int64_t b_k = g.b_k, b_n = g.b_n, a_pitch = g.a_pitch;
-  for (std::int64_t k = 0; k < g.k; ++k) {
+  const std::int64_t b_step = g.b_step();
+  const float* HWY_RESTRICT b[kColumns];
+#pragma GCC unroll 8
+  for (int n = 0; n < kColumns; ++n) b[n] = g.b_row(n_begin + n) + terms.begin * b_step;
+  std::int64_t at = 0;
+  for (std::int64_t k = terms.begin; k < terms.end; ++k) {
+    const float* HWY_RESTRICT a = g.a_row(k) + v_begin;
     Float row[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) row[v] = hn::LoadU(kFloat, a + v * kLanes);
 #pragma GCC unroll 8
     for (int n = 0; n < kColumns; ++n) {
-      const Float factor = hn::Set(kFloat, b[n * b_n]);
+      const Float factor = hn::Set(kFloat, b[n][at]);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sums[n][v] = hn::MulAdd(factor, row[v], sums[n][v]);
     }
-    a += a_pitch;
-    b += b_k;
+    at += b_step;
   }
 #pragma GCC unroll 8
   for (int n = 0; n < kColumns; ++n) {
+    float* c = g.c_row(n_begin + n) + v_begin;
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      float* target = c + n * g.c_pitch + v * kLanes;
+      float* target = c + v * kLanes;
       Float sum = sums[n][v];
       if constexpr (kInit == Init::add) sum = hn::Add(hn::Load(kFloat, target), sum);
       if constexpr (kInit == Init::scale)
-        sum = hn::MulAdd(hn::Load(kFloat, target), hn::Load(kFloat, factors + v * kLanes), sum);
+        sum = hn::MulAdd(hn::Load(kFloat, target), hn::Load(kFloat, factors + v_begin + v * kLanes), sum);
+      if constexpr (kInit == Init::scale_rows)
+        sum = hn::MulAdd(hn::Load(kFloat, target), hn::Set(kFloat, factors[n_begin + n]), sum);
       hn::Store(sum, kFloat, target);
     }
   }
 }
 
 // One panel of kVectors vectors against all n: blocks of kBlock, then a remainder.
-template <int kVectors, Init kInit>
-HWY_NOINLINE void gemm_panel(const Gemm& g, std::int64_t n_count, std::int64_t v_begin,
+template <int kVectors, Init kInit, class Product>
+HWY_NOINLINE void gemm_panel(Product g, Terms terms, std::int64_t n_count, std::int64_t v_begin,
                              const float* factors) {
-  const float* a = g.a + v_begin;
-  if (kInit == Init::scale) factors += v_begin;
   std::int64_t n = 0;
   // A remainder of 1 to 3 would leave the FMA pipes half empty: two blocks of 3 to 5 share it instead.
   while (n_count - n >= kBlock && n_count - n != kBlock + 1 && n_count - n != kBlock + 2) {
-    gemm_block<kVectors, kBlock, kInit>(g, a, g.b + n * g.b_n, g.c + n * g.c_pitch + v_begin, factors);
+    gemm_block<kVectors, kBlock, kInit>(g, terms, n, v_begin, factors);
     n += kBlock;
   }
   while (n < n_count) {
-    const float* b = g.b + n * g.b_n;
-    float* c = g.c + n * g.c_pitch + v_begin;
     const std::int64_t left = n_count - n;
     if (left >= 6) {  // 7 = 4 + 3, 8 = 4 + 4
-      gemm_block<kVectors, 4, kInit>(g, a, b, c, factors);
+      gemm_block<kVectors, 4, kInit>(g, terms, n, v_begin, factors);
       n += 4;
     } else if (left == 5) {
-      gemm_block<kVectors, 5, kInit>(g, a, b, c, factors);
+      gemm_block<kVectors, 5, kInit>(g, terms, n, v_begin, factors);
       n += 5;
     } else if (left == 4) {
-      gemm_block<kVectors, 4, kInit>(g, a, b, c, factors);
+      gemm_block<kVectors, 4, kInit>(g, terms, n, v_begin, factors);
       n += 4;
     } else if (left == 3) {
-      gemm_block<kVectors, 3, kInit>(g, a, b, c, factors);
+      gemm_block<kVectors, 3, kInit>(g, terms, n, v_begin, factors);
       n += 3;
     } else if (left == 2) {
-      gemm_block<kVectors, 2, kInit>(g, a, b, c, factors);
+      gemm_block<kVectors, 2, kInit>(g, terms, n, v_begin, factors);
       n += 2;
     } else {
-      gemm_block<kVectors, 1, kInit>(g, a, b, c, factors);
+      gemm_block<kVectors, 1, kInit>(g, terms, n, v_begin, factors);
       n += 1;
     }
   }
@@ -115,27 +175,23 @@ HWY_NOINLINE void gemm_panel(const Gemm& g, std::int64_t n_count, std::int64_t v
 // and tile sizes are one chain, and longer sums pay 1.5 % for half the error at head_dim 512.
 inline constexpr std::int64_t kChain = 128;
 
-template <Init kInit>
-HWY_INLINE void gemm_chain(const Gemm& g, std::int64_t n_count, std::int64_t v_count, const float* factors) {
+template <Init kInit, class Product>
+HWY_INLINE void gemm_chain(const Product& g, Terms terms, std::int64_t n_count, std::int64_t v_count,
+                           const float* factors) {
   std::int64_t v = 0;
   for (; v + (kPanel - 1) * kLanes < v_count; v += kPanel * kLanes)
-    gemm_panel<kPanel, kInit>(g, n_count, v, factors);
-  for (; v < v_count; v += kLanes) gemm_panel<1, kInit>(g, n_count, v, factors);
+    gemm_panel<kPanel, kInit>(g, terms, n_count, v, factors);
+  for (; v < v_count; v += kLanes) gemm_panel<1, kInit>(g, terms, n_count, v, factors);
 }
 
-// n_count rows of C by v_count lanes (rounded up to whole vectors). `factors`, one per lane, with Init::scale only.
-template <Init kInit>
-HWY_INLINE void gemm(const Gemm& g, std::int64_t n_count, std::int64_t v_count,
+// n_count rows of C by v_count lanes (rounded up to whole vectors). `factors`, one per lane or per row, with
+// Init::scale and Init::scale_rows only.
+template <Init kInit, class Product>
+HWY_INLINE void gemm(const Product& g, std::int64_t n_count, std::int64_t v_count,
                      const float* factors = nullptr) {
-  Gemm chain = g;
-  chain.k = min_of(g.k, kChain);
-  gemm_chain<kInit>(chain, n_count, v_count, factors);
-  for (std::int64_t k = chain.k; k < g.k; k += kChain) {
-    chain.k = min_of(g.k - k, kChain);
-    chain.a = g.a + k * g.a_pitch;
-    chain.b = g.b + k * g.b_k;
-    gemm_chain<Init::add>(chain, n_count, v_count, nullptr);
-  }
+  gemm_chain<kInit>(g, {0, min_of(g.k, kChain)}, n_count, v_count, factors);
+  for (std::int64_t k = kChain; k < g.k; k += kChain)
+    gemm_chain<Init::add>(g, {k, min_of(g.k, k + kChain)}, n_count, v_count, nullptr);
 }
 
 }  // namespace fsa::cpu::FSA_SIMD_TARGET

@@ -193,10 +193,11 @@ struct Arena {
   }
 };
 
-// rows [begin, begin + count) of `source`, times `factor`, transposed: target[dim][row], zero beyond the rows.
-// `staging` holds 64 rows at pitch round_up(dim, kLanes).
+// rows [begin, begin + count) of `source`, at most 64, times `factor`, transposed: target[dim][row], zero beyond the
+// rows up to whole vectors. `staging` holds 64 rows at pitch round_up(dim, kLanes).
 HWY_INLINE void pack_transposed(const RowSource& source, std::int64_t begin, std::int64_t count,
-                                std::int64_t dim, float factor, float* staging, float* target) {
+                                std::int64_t dim, float factor, float* staging, float* target,
+                                std::int64_t target_pitch = kRows) {
   const std::int64_t pitch = round_up(dim, kLanes);
   pack_rows(source, begin, count, dim, staging, pitch);
   if (factor != 1.0f) {
@@ -207,7 +208,7 @@ HWY_INLINE void pack_transposed(const RowSource& source, std::int64_t begin, std
   const std::int64_t lanes = round_up(count, kLanes);
   for (std::int64_t i = count * pitch; i < lanes * pitch; i += kLanes)
     hn::Store(hn::Zero(kFloat), kFloat, staging + i);
-  transpose(staging, pitch, lanes, round_up(dim, 4), target, kRows);
+  transpose(staging, pitch, lanes, round_up(dim, 4), target, target_pitch);
 }
 
 }  // namespace fsa::cpu::FSA_SIMD_TARGET

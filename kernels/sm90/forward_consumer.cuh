@@ -1,0 +1,506 @@
+// SPDX-License-Identifier: Apache-2.0
+// One consumer warpgroup of the forward kernel: 64 query rows, S and O in registers.
+//
+// Three ways through the key tiles of a work tile:
+//
+//   sweep          every tile counts: S(j + 1) and P V(j) in flight together, softmax(j + 1) under P V(j)
+//   sweep_shared   tiles of a list, or voted on, with V loaded for all: as sweep, but a tile that this
+//                  warpgroup does not want ends the pipeline, and its V is passed over
+//   sweep_private  tiles voted on, with V fetched on demand; two modes. While tiles are skipped, S of the
+//                  next tile is in flight under the vote, in a second buffer. While they are kept, P V needs
+//                  those registers: S(j + 1) and P V(j) are issued together, the vote on j + 1 under P V(j).
+//
+// ptxas serialises every multiply of a kernel where a multiply is issued in one arm of a branch with another
+// in flight (C7511, C7520). So arms are whole steps, and loops begin with nothing or just one P V in flight.
+#pragma once
+
+#include "policy/skip.cuh"
+#include "ptx/sync.cuh"
+#include "sm90/forward_types.cuh"
+#include "tile/fragment.cuh"
+#include "tile/ring.cuh"
+
+namespace fsa::kernels::sm90 {
+
+// Named barrier of the first consumer warpgroup; the others follow.
+inline constexpr int32 kWarpgroupBarrier = 1;
+
+// What it keeps in registers from tile to tile.
+template <class Types>
+struct Consumer {
+  using Scores = float[Types::kBlockN / 2];
+  using LogitChain = typename Types::LogitChain;
+  using Skip = typename Types::Skip;
+  using Walk = typename Types::Tiles::Walk;
+
+  const ForwardParams& params;
+  ForwardStorage<Types>& storage;
+  const int32 index;      // which consumer
+  const int32 row;        // first of the thread's rows in the work tile
+  uint32 query_address;   // of the warpgroup's rows
+
+  Ring<kWorkSlots> slot;
+  Ring<Types::kQueryStages> query;
+  Ring<Types::kKeyStages> key;
+  Ring<Types::kConsumerValueStages> value;
+
+  Scores rS;
+  float rO[Types::kHeadDimV / 2];
+  uint32 rP[Types::kBlockN / 4];
+  OnlineSoftmax softmax;
+  bool output_staged = false;  // the previous query stage still holds output rows
+
+  FSA_DEVICE Consumer(const ForwardParams& params_, ForwardStorage<Types>& storage_, int32 index_)
+      : params(params_),
+        storage(storage_),
+        index(index_),
+        row(index_ * kRowsPerWarpgroup + fragment_row(warpgroup_thread(), 0)) {}
+
+  // ---- Stages ----
+
+  // Warps arrive one by one: each knows only its own share of a multiply to be complete.
+  FSA_DEVICE static void release(ptx::Mbarrier& empty) {
+    if (lane_id() == 0) ptx::arrive(empty);
+  }
+
+  FSA_DEVICE void wait_key() { ptx::wait(storage.key_full[key.stage()], key.phase()); }
+
+  FSA_DEVICE void release_key(int32 stage) { release(storage.key_empty[stage]); }
+
+  FSA_DEVICE int32 value_stage() const {
+    return Types::kPrivateValues ? index * Types::kConsumerValueStages + value.stage() : value.stage();
+  }
+
+  FSA_DEVICE void wait_value() { ptx::wait(storage.value_full[value_stage()], value.phase()); }
+
+  FSA_DEVICE void release_value() {
+    if constexpr (!Types::kPrivateValues) release(storage.value_empty[value_stage()]);
+    value.advance();
+  }
+
+  // With two query stages the wait for the copy engine falls into the next work tile, after its first
+  // multiply was issued: +3 % at seqlen 2048, +2 % at 16384 (H200, head_dim 128 causal, 2026-11).
+  FSA_DEVICE void release_query() {
+    if (!output_staged) return;
+    if (warpgroup_thread() == 0) {
+      Types::Epilogue::wait_staging();
+      ptx::arrive(storage.query_empty[(query.position - 1) % Types::kQueryStages]);
+    }
+    output_staged = false;
+  }
+
+  // ---- Multiplies ----
+
+  // S = Q K^T
+  FSA_DEVICE void issue_scores(Scores& r) {
+    using QueryTile = typename Types::QueryTile;
+    using KeyTile = typename Types::KeyTile;
+    ptx::wgmma_fence();
+    const uint64 a = QueryTile::inner_columns(query_address);
+    const uint64 b = KeyTile::inner_columns(shared_address(storage.key[key.stage()]));
+#pragma unroll
+    for (int32 step = 0; step < Types::kHeadDim / 16; ++step)
+      ptx::multiply_shared<Types::kElement, Types::kBlockN>(
+          r, QueryTile::advance(a, QueryTile::inner_columns_offset(step)),
+          KeyTile::advance(b, KeyTile::inner_columns_offset(step)), step != 0);
+    ptx::wgmma_commit();
+  }
+
+  // O += P V
+  FSA_DEVICE void issue_output() {
+    using ValueTile = typename Types::ValueTile;
+    ptx::wgmma_fence();
+    const uint64 b = ValueTile::inner_rows(shared_address(storage.value[value_stage()]));
+#pragma unroll
+    for (int32 step = 0; step < Types::kBlockN / 16; ++step)
+      ptx::multiply_registers<Types::kElement, Types::kHeadDimV>(
+          rO, rP[4 * step], rP[4 * step + 1], rP[4 * step + 2], rP[4 * step + 3],
+          ValueTile::advance(b, ValueTile::inner_rows_offset(step)));
+    ptx::wgmma_commit();
+  }
+
+  FSA_DEVICE void wait_output() {
+    ptx::wgmma_wait<0>();
+    ptx::settle(rO);
+    ptx::settle(rP);
+  }
+
+  // Once the next keys are there. Returns their stage, for take_scores.
+  FSA_DEVICE int32 start_scores(Scores& r) {
+    wait_key();
+    issue_scores(r);
+    const int32 stage = key.stage();
+    key.advance();
+    return stage;
+  }
+
+  // The stage of a complete S is free once the logits have read its key scalars.
+  FSA_DEVICE void take_scores(const LogitChain& logit, Scores& r, int32 tile, int32 stage) {
+    ptx::settle(r);
+    if constexpr (Types::kKeyScalars) {
+      logit.apply({tile * Types::kBlockN, storage.key_scalars.of(stage)}, r);
+      __syncwarp();
+      release_key(stage);
+    } else {
+      release_key(stage);
+      logit.apply({tile * Types::kBlockN, nullptr}, r);
+    }
+  }
+
+  FSA_DEVICE void mask(const WorkTile& work, const TileInfo& info, Scores& r) {
+    Types::Mask::apply(params, work, info, r, work.m_begin + row, info.tile * Types::kBlockN);
+  }
+
+  FSA_DEVICE void pack_probabilities(const Scores& r) {
+#pragma unroll
+    for (int32 i = 0; i < Types::kBlockN / 4; ++i)
+      rP[i] = ptx::pack<Types::kElement>(r[2 * i], r[2 * i + 1]);
+  }
+
+  // Keys beyond the used length have p = 0, but 0 * NaN is NaN: their values must not be what memory holds.
+  // All warpgroups write the same zeros, each before its own multiply.
+  FSA_DEVICE void clear_unused_values(const WorkTile& work, int32 tile) {
+    const int32 used = work.seqlen_k - tile * Types::kBlockN;
+    if (used >= Types::kBlockN) return;
+    wait_value();
+    constexpr int32 kUnits = Types::kHeadDimV * kElementBytes / kUnitBytes;
+    for (int32 item = warpgroup_thread(); item < (Types::kBlockN - used) * kUnits; item += kWarpgroupThreads)
+      *reinterpret_cast<uint4*>(storage.value[value_stage()] +
+                                Types::ValueTile::unit_offset(used + item / kUnits, item % kUnits)) =
+          make_uint4(0, 0, 0, 0);
+    ptx::fence_shared_for_async();
+    ptx::barrier_sync(kWarpgroupBarrier + index, kWarpgroupThreads);
+  }
+
+  // ---- Every tile counts ----
+
+  FSA_DEVICE void first_step(const WorkTile& work, const LogitChain& logit, const TileInfo& info) {
+    const int32 stage = start_scores(rS);
+    ptx::wgmma_wait<0>();
+    take_scores(logit, rS, info.tile, stage);
+    if (info.masked()) mask(work, info, rS);
+    clear_unused_values(work, info.tile);
+    softmax.update(rS, logit.scale());
+    if constexpr (Types::Tiles::kListed) {  // O may hold earlier tiles
+      if (softmax.grown) softmax.rescale(rO);
+    }
+    pack_probabilities(rS);
+  }
+
+  template <bool kMasked>
+  FSA_DEVICE void step(const WorkTile& work, const LogitChain& logit, const TileInfo& info) {
+    const int32 stage = start_scores(rS);
+    wait_value();
+    issue_output();
+    ptx::wgmma_wait<1>();
+    take_scores(logit, rS, info.tile, stage);
+    if constexpr (kMasked) mask(work, info, rS);
+    softmax.update(rS, logit.scale());
+
+    // ptxas moves a wait up through straight-line code, here to before the exponentials, which would then no
+    // longer run beside P V. It does not move one across the branch.
+    ptx::settle(rS);
+    if (softmax.grown) {
+      ptx::wgmma_wait<0>();
+      ptx::settle(rO);
+      softmax.rescale(rO);
+    }
+    wait_output();
+    release_value();
+    pack_probabilities(rS);
+    if constexpr (kMasked && Types::Tiles::kListed) clear_unused_values(work, info.tile);
+  }
+
+  FSA_DEVICE void last_output() {
+    wait_value();
+    issue_output();
+    wait_output();
+    release_value();
+  }
+
+  FSA_DEVICE void sweep(const WorkTile& work, const LogitChain& logit) {
+    const Segment& first = work.segments[0];
+    first_step(work, logit, {first.first, first.masked ? TileInfo::kMasked : 0, -1, 0});
+    if constexpr (Types::kQueryStages > 1) release_query();
+    for (int32 s = 0; s < work.num_segments; ++s) {
+      const Segment segment = work.segments[s];
+      const int32 end = segment.first - segment.count;
+      int32 tile = segment.first - (s == 0);
+      if (segment.masked)
+        for (; tile > end; --tile) step<true>(work, logit, {tile, TileInfo::kMasked, -1, 0});
+      else
+        for (; tile > end; --tile) step<false>(work, logit, {tile, 0, -1, 0});
+    }
+    last_output();
+  }
+
+  // ---- Which tile is next ----
+
+  // Tiles of a list come with their keys: waits for those. False when there is no more.
+  FSA_DEVICE bool next_listed(bool& last, TileInfo& info) {
+    if (last) return false;
+    wait_key();
+    info = storage.info[key.stage()];
+    last = info.last();
+    return true;
+  }
+
+  FSA_DEVICE void pass_over_key() {
+    __syncwarp();
+    release_key(key.stage());
+    key.advance();
+  }
+
+  // The warpgroup's own next tile; keys of the others' are passed over.
+  FSA_DEVICE bool next_tile(Walk& walk, bool& last, TileInfo& info) {
+    if constexpr (!Types::Tiles::kListed) {
+      return walk.next(info);
+    } else {
+      while (next_listed(last, info)) {
+        if (info.belongs_to(index)) return true;
+        pass_over_key();
+      }
+      return false;
+    }
+  }
+
+  // The next tile is looked up in the shadow of a multiply, where that is arithmetic. A list is read from the
+  // next stage, and other warpgroups' tiles before it need stages: not while this one holds one.
+  FSA_DEVICE bool next_early(Walk& walk, bool& last, TileInfo& info) {
+    if constexpr (Types::Tiles::kListed) return false;
+    return next_tile(walk, last, info);
+  }
+  FSA_DEVICE bool next_late(Walk& walk, bool& last, TileInfo& info, bool early) {
+    if constexpr (Types::Tiles::kListed) return next_tile(walk, last, info);
+    return early;
+  }
+
+  // Votes on a tile whose S is in `r`; `top` gets its row maxima.
+  FSA_DEVICE bool vote(const LogitChain& logit, const Skip& skip, const Scores& r,
+                       OnlineSoftmax::RowPair& top) {
+    top = OnlineSoftmax::row_maximum(r, [](float a, float b) { return ptx::max_nan(a, b); });
+    return ptx::barrier_any(kWarpgroupBarrier + index, kWarpgroupThreads, skip.wants(top, logit.scale()));
+  }
+
+  // ---- A list, or a vote, with V for all ----
+
+  // A step that ends in a vote; true when the tile is kept.
+  template <bool kPending>
+  FSA_DEVICE bool shared_step(const WorkTile& work, const LogitChain& logit, Skip& skip,
+                              const TileInfo& info) {
+    const int32 stage = start_scores(rS);
+    if constexpr (kPending) {
+      wait_value();
+      issue_output();
+      ptx::wgmma_wait<1>();
+    } else {
+      ptx::wgmma_wait<0>();
+    }
+    take_scores(logit, rS, info.tile, stage);
+    if (info.masked()) mask(work, info, rS);
+    OnlineSoftmax::RowPair top;
+    const bool keep = vote(logit, skip, rS, top);
+    if (keep) {
+      if (warpgroup_thread() == 0) Skip::record(params, work, work.m_begin + row, info.tile);
+      softmax.update(rS, top, logit.scale());
+    }
+    ptx::settle(rS);
+    if (softmax.grown && keep) {
+      ptx::wgmma_wait<0>();
+      ptx::settle(rO);
+      softmax.rescale(rO);
+    }
+    wait_output();
+    if constexpr (kPending) release_value();
+    if (keep) {
+      pack_probabilities(rS);
+      skip.raise(softmax, logit.scale());
+      if (info.masked()) clear_unused_values(work, info.tile);
+    }
+    return keep;
+  }
+
+  FSA_DEVICE void pass_over_value() {
+    wait_value();
+    __syncwarp();
+    release_value();
+  }
+
+  // The next tile of this warpgroup's. The others' keys and values are passed over, which ends the pipeline.
+  FSA_DEVICE bool next_shared(Walk& walk, bool& last, bool& pending, TileInfo& info) {
+    if constexpr (!Types::Tiles::kListed) return walk.next(info);
+    while (next_listed(last, info)) {
+      if (info.belongs_to(index)) return true;
+      pass_over_key();
+      if (pending) last_output();
+      pending = false;
+      pass_over_value();
+    }
+    return false;
+  }
+
+  FSA_DEVICE void sweep_shared(const WorkTile& work, const LogitChain& logit) {
+    Skip skip(params, work, work.m_begin + row);
+    Walk walk(params, work);
+    TileInfo info;
+    bool pending = false;  // P of the last kept tile waits for its multiply
+    bool last = false;
+    bool more = next_shared(walk, last, pending, info);
+    while (more) {
+      if constexpr (Skip::kVotes) {
+        pending = pending ? shared_step<true>(work, logit, skip, info)
+                          : shared_step<false>(work, logit, skip, info);
+        if (!pending) pass_over_value();
+        more = next_shared(walk, last, pending, info);
+      } else if (!pending) {
+        first_step(work, logit, info);
+        if constexpr (Types::kQueryStages > 1) release_query();
+        pending = true;
+        more = next_shared(walk, last, pending, info);
+      } else if (info.masked()) {
+        step<true>(work, logit, info);
+        more = next_shared(walk, last, pending, info);
+      } else {  // a loop of its own, where registers keep their places
+        do {
+          step<false>(work, logit, info);
+          more = next_shared(walk, last, pending, info);
+        } while (more && pending && !info.masked());
+      }
+    }
+    if (pending) last_output();
+  }
+
+  // ---- A vote, with V on demand ----
+
+  // V of a kept tile loads under its softmax. Every warp has completed the P V that last read this stage.
+  FSA_DEVICE void fetch_value(const WorkTile& work, int32 tile) {
+    if (warpgroup_thread() == 0) {
+      ptx::Mbarrier& full = storage.value_full[value_stage()];
+      ptx::arrive_expect_bytes(full, Types::ValueTile::kBytes);
+      Types::Source::template load_value<Types::kBlockN, Types::kPaddedDimV>(
+          params, work, tile, storage.value[value_stage()], full);
+    }
+    if (warpgroup_thread() == kWarpgroupThreads - 1)  // of another warp: this takes its time
+      Skip::record(params, work, work.m_begin + index * kRowsPerWarpgroup, tile);
+  }
+
+  FSA_DEVICE void sweep_private(const WorkTile& work, const LogitChain& logit) {
+    Skip skip(params, work, work.m_begin + row);
+    Walk walk(params, work);
+    TileInfo tile, ahead;
+    bool last = false;
+    if (!next_tile(walk, last, tile)) return;
+    int32 stage = start_scores(rS);
+    bool more = next_early(walk, last, ahead);
+    ptx::wgmma_wait<0>();
+    take_scores(logit, rS, tile.tile, stage);
+    more = next_late(walk, last, ahead, more);
+    if constexpr (Types::kQueryStages > 1) release_query();
+
+    OnlineSoftmax::RowPair top;
+    for (;;) {
+      // Skipping. S of `tile` is in rS, nothing in flight.
+      for (;;) {
+        if (tile.masked()) mask(work, tile, rS);
+        if (vote(logit, skip, rS, top)) break;
+        if (!more) return;
+        tile = ahead;
+        stage = start_scores(rS);
+        more = next_early(walk, last, ahead);
+        ptx::wgmma_wait<0>();
+        take_scores(logit, rS, tile.tile, stage);
+        more = next_late(walk, last, ahead, more);
+      }
+      keep(work, logit, tile, rS, top);
+
+      // Keeping. P of `tile` is in rP, nothing in flight.
+      for (;;) {
+        if (tile.masked()) clear_unused_values(work, tile.tile);
+        if (!more) {
+          last_output();
+          return;
+        }
+        tile = ahead;
+        stage = start_scores(rS);
+        wait_value();
+        issue_output();
+        value.advance();
+        skip.raise(softmax, logit.scale());
+        more = next_early(walk, last, ahead);
+        ptx::wgmma_wait<1>();
+        take_scores(logit, rS, tile.tile, stage);
+        more = next_late(walk, last, ahead, more);
+        if (tile.masked()) mask(work, tile, rS);
+        if (!vote(logit, skip, rS, top)) break;
+        fetch_value(work, tile.tile);
+        softmax.update(rS, top, logit.scale());
+        ptx::settle(rS);
+        wait_output();
+        if (softmax.grown) softmax.rescale(rO);
+        pack_probabilities(rS);
+      }
+      if (!more) {
+        wait_output();
+        return;
+      }
+      tile = ahead;
+      stage = start_scores(rS);
+      more = next_early(walk, last, ahead);
+      wait_output();
+      take_scores(logit, rS, tile.tile, stage);
+      more = next_late(walk, last, ahead, more);
+    }
+  }
+
+  // With nothing in flight.
+  FSA_DEVICE void keep(const WorkTile& work, const LogitChain& logit, const TileInfo& info, Scores& r,
+                       const OnlineSoftmax::RowPair& top) {
+    fetch_value(work, info.tile);
+    softmax.update(r, top, logit.scale());
+    if (softmax.grown) softmax.rescale(rO);
+    pack_probabilities(r);
+  }
+
+  // ---- A work tile ----
+
+  FSA_DEVICE void attend(const WorkTile& work) {
+    uint8* const sQ = storage.query[query.stage()] + index * (kRowsPerWarpgroup * kLineBytes);
+    query_address = shared_address(sQ);
+    softmax = OnlineSoftmax();
+#pragma unroll
+    for (int32 i = 0; i < Types::kHeadDimV / 2; ++i) rO[i] = 0;
+    const LogitChain logit(params, work, work.m_begin + row, params.softmax_scale_log2);
+    ptx::wait(storage.query_full[query.stage()], query.phase());
+
+    if constexpr (Types::kPrivateValues)
+      sweep_private(work, logit);
+    else if constexpr (Skip::kVotes || Types::Tiles::kListed)
+      sweep_shared(work, logit);
+    else
+      sweep(work, logit);
+    if constexpr (Types::kQueryStages > 1) release_query();  // where no multiply of its own did it
+
+    Types::Epilogue::template finish<Types::kElement, Types::kBlockM, Types::kHeadDimV>(
+        params, work, index * kRowsPerWarpgroup, sQ, kWarpgroupBarrier + index, rO, softmax, logit.scale());
+    query.advance();
+    output_staged = true;
+    if constexpr (Types::kQueryStages == 1) release_query();
+  }
+
+  FSA_DEVICE void run() {
+    for (;; slot.advance()) {
+      ptx::wait(storage.work_full[slot.stage()], slot.phase());
+      const WorkTile& work = storage.work[slot.stage()];
+      if (work.sequence < 0) break;
+      if (work.num_segments > 0)
+        attend(work);
+      else
+        Types::Epilogue::finish_empty(params, work, index * kRowsPerWarpgroup);
+      __syncwarp();
+      release(storage.work_empty[slot.stage()]);
+    }
+    release_query();  // shared memory must outlive the stores that read it
+  }
+};
+
+}  // namespace fsa::kernels::sm90

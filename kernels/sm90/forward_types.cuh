@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the forward kernel derives from its Config at compile time, and its shared memory.
+#pragma once
+
+#include "core/config.h"
+#include "core/params.h"
+#include "policy/work_tile.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/wgmma.cuh"
+#include "tile/swizzle.cuh"
+
+namespace fsa::kernels::sm90 {
+
+template <class Config>
+struct ForwardTypes {
+  static constexpr ElementType kElement = Config::kElement;
+  static constexpr ForwardTile kTile = Config::kTile;
+  static constexpr int32 kHeadDim = kTile.head_dim;
+  static constexpr int32 kHeadDimV = kTile.head_dim_v;
+  static constexpr int32 kBlockM = kTile.block_m;
+  static constexpr int32 kBlockN = kTile.block_n;
+  static constexpr int32 kKeyStages = kTile.key_stages;
+  static constexpr int32 kValueStages = kTile.value_stages;
+  static constexpr int32 kQueryStages = kTile.query_stages;
+  static constexpr int32 kNumConsumers = kBlockM / kRowsPerWarpgroup;
+  static constexpr int32 kConsumerThreads = kNumConsumers * kWarpgroupThreads;
+  static constexpr int32 kConsumerWarps = kConsumerThreads / kWarpThreads;
+
+  using Skip = typename Config::Skip;
+  // Without a vote all consumers share each V stage. With one they want different tiles: where they fit, each
+  // has stages of its own.
+  static constexpr bool kPrivateValues = kTile.private_values != 0;
+  static constexpr int32 kConsumerValueStages = kPrivateValues ? kValueStages / kNumConsumers : kValueStages;
+
+  using Source = typename Config::KvSource;
+  using Mask = typename Config::Mask;
+  using Tiles = typename Config::TileIterator;
+  using Schedule = typename Config::Schedule;
+  using LogitChain = typename Config::LogitChain;
+  using Epilogue = typename Config::Epilogue;
+  static constexpr int32 kPaddedDim = round_up(kHeadDim, kChunkColumns);
+  static constexpr int32 kPaddedDimV = round_up(kHeadDimV, kChunkColumns);
+  using QueryTile = SwizzledTile<kBlockM, kPaddedDim>;
+  using KeyTile = SwizzledTile<kBlockN, kPaddedDim>;
+  using ValueTile = SwizzledTile<kBlockN, kPaddedDimV>;
+  static constexpr bool kKeyScalars = LogitChain::kKeyScalars;
+  static constexpr int32 kKeyScalarBytes = kKeyScalars ? kBlockN * 4 : 0;
+
+  // 64 K registers: a launch gives each of the warpgroups the same share, setmaxnreg moves it to the
+  // consumers.
+  static constexpr int32 kConsumerRegisters = kNumConsumers == 2 ? 232 : 160;
+  static constexpr int32 kProducerRegisters = kNumConsumers == 2 ? 40 : 32;
+
+  static_assert(kNumConsumers == 2 || kNumConsumers == 3,
+                "block_m is 128 or 192: two or three consumer warpgroups");
+  static_assert(kHeadDimV <= kHeadDim, "the output is staged in the query's shared memory");
+  static_assert(kBlockN % 16 == 0, "P V takes 16 keys at a time");
+  static_assert(kHeadDim % 16 == 0 && kHeadDimV % 16 == 0, "multiplies take 16 columns at a time");
+  static_assert(!kPrivateValues || (Skip::kVotes && kConsumerValueStages == 2),
+                "V of a kept tile loads beside P V of the one before");
+  static_assert(!Skip::kVotes || kBlockN == skip_tile_keys(kHeadDim), "one vote decides one skip tile");
+  static_assert(!Skip::kVotes || Tiles::kInOrder, "votes are taken from right to left");
+  static_assert((kTile.key_scalars != 0) == kKeyScalars, "the pair gate needs delta beside K");
+  static_assert(kBlockN <= 256, "a TMA box has at most 256 rows");
+  static_assert(KeyTile::kBytes % kSharedAlignment == 0 && ValueTile::kBytes % kSharedAlignment == 0,
+                "every stage must start on a swizzle period");
+};
+
+// [stages][count] floats; nothing when count is 0.
+template <int32 kStages, int32 kCount>
+struct KeyScalarStages {
+  alignas(16) float values[kStages][kCount];
+  FSA_DEVICE float* of(int32 stage) { return values[stage]; }
+};
+template <int32 kStages>
+struct KeyScalarStages<kStages, 0> {};
+
+template <class Types>
+struct alignas(kSharedAlignment) ForwardStorage {
+  uint8 query[Types::kQueryStages][Types::QueryTile::kBytes];
+  uint8 key[Types::kKeyStages][Types::KeyTile::kBytes];
+  uint8 value[Types::kValueStages][Types::ValueTile::kBytes];
+  [[no_unique_address]] KeyScalarStages<Types::kKeyStages, Types::kKeyScalarBytes / 4> key_scalars;
+  TileInfo info[Types::kKeyStages];  // of listed tiles
+  WorkTile work[kWorkSlots];
+  ptx::Mbarrier query_full[Types::kQueryStages];
+  ptx::Mbarrier query_empty[Types::kQueryStages];
+  ptx::Mbarrier key_full[Types::kKeyStages];
+  ptx::Mbarrier key_empty[Types::kKeyStages];
+  ptx::Mbarrier value_full[Types::kValueStages];
+  ptx::Mbarrier value_empty[Types::kValueStages];
+  ptx::Mbarrier work_full[kWorkSlots];
+  ptx::Mbarrier work_empty[kWorkSlots];
+};
+
+}  // namespace fsa::kernels::sm90

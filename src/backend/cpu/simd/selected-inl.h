@@ -1,0 +1,375 @@
+// SPDX-License-Identifier: Apache-2.0
+// NSA selected attention. One item is a chunk of tokens of one key head with all heads of the group; a row is one query
+// head of one token.
+//
+//   for each block that a token of the chunk selected, ascending:          (lists: selected_lists.h)
+//     K^T and V of the block packed once
+//     for batches of the rows that selected it:
+//       S = Q K^T         rows of Q where they are, through a list of addresses
+//       softmax           max and sum of each row, kept in the chunk
+//       O = O * 2^(m_old - m) + P V     rows of O where they are, in the chunk's accumulators
+//
+// One lane per key, unlike the dense kernels: the rows of a batch are scattered, the keys of a block are not, so neither
+// Q, P nor O is ever transposed. A row accumulates its blocks in ascending order with its own maximum, so
+// there are no partial results to write, read back and merge, and the chunk bounds all memory. The bits of a row do not
+// depend on the chunk: chunks of one token are the query-outer algorithm.
+#pragma once
+
+#include "backend/cpu/simd/compress-inl.h"
+#include "backend/cpu/simd/gemm-inl.h"
+#include "backend/cpu/simd/nsa_table.h"
+#include "backend/cpu/simd/scores-inl.h"
+
+namespace fsa::cpu::FSA_SIMD_TARGET {
+
+// Rows of a block that are computed together: 8 register blocks of 6, and 12 KB of scores at 64 keys.
+inline constexpr std::int64_t kSelectedBatch = 48;
+
+// Query (or grad_out) rows of a chunk as float, row token * group + head. Copied even where they could be used in
+// place: rows of one head lie num_heads * head_dim apart, which maps them to a few sets of the caches (4 heads of 64:
+// 90 GFLOP/s in place, 128 copied).
+HWY_INLINE void pack_chunk(const NsaProblem& p, const Operand& o, const SelectedItem& item, std::int64_t dims,
+                           std::int64_t pitch, float* target) {
+  const NsaSequence& s = item.sequence;
+  for (std::int64_t g = 0; g < p.group_size; ++g)
+    load_rows(o, s.batch, s.q_begin, item.kv_head * p.group_size + g, item.row_begin,
+              item.row_end - item.row_begin, dims, target + g * pitch, pitch * p.group_size);
+}
+
+struct SelectedScratch {
+  std::int64_t block_pitch, key_pitch, value_pitch;  // of K^T and scores, of rows of head_dim, of head_dim_v
+  float *query, *grad_out;                           // [rows][pitch]
+  float *out, *grad_query;                           // [rows][pitch], accumulated
+  float *row_max, *row_sum;                          // [rows]; backward: the base-2 lse in two floats
+  float* dots;                                       // [rows]: rowsum(out * grad_out)
+  float *key_t, *value_t, *key, *value;              // of the block
+  float *scores, *grad_scores, *maxima, *factors, *staging;
+
+  HWY_INLINE std::size_t carve(const NsaProblem& p, std::int64_t tokens, char* base) {
+    Arena arena{base};
+    const bool backward = p.operation == NsaOperation::selected_backward;
+    const std::int64_t rows = tokens * p.group_size;
+    block_pitch = round_up(p.block_size, 16);
+    key_pitch = round_up(p.head_dim, 16);
+    value_pitch = round_up(p.head_dim_v, 16);
+    query = arena.floats(rows * key_pitch);
+    out = arena.floats(backward ? 0 : rows * value_pitch);
+    grad_out = arena.floats(backward ? rows * value_pitch : 0);
+    grad_query = arena.floats(backward ? rows * key_pitch : 0);
+    row_max = arena.floats(rows);
+    row_sum = arena.floats(rows);
+    dots = arena.floats(backward ? rows : 0);
+    key_t = arena.floats(round_up(p.head_dim, 4) * block_pitch);
+    value_t = arena.floats(backward ? round_up(p.head_dim_v, 4) * block_pitch : 0);
+    key = arena.floats(backward ? p.block_size * key_pitch : 0);
+    value = arena.floats(backward ? 0 : p.block_size * value_pitch);
+    scores = arena.floats(kSelectedBatch * block_pitch);
+    grad_scores = arena.floats(backward ? kSelectedBatch * block_pitch : 0);
+    maxima = arena.floats(kSelectedBatch);
+    factors = arena.floats(kSelectedBatch);
+    staging = arena.floats(kRows * max_of(key_pitch, value_pitch));
+    return arena.used;
+  }
+};
+
+HWY_INLINE std::size_t selected_scratch(const NsaProblem& p, std::int64_t tokens) {
+  SelectedScratch scratch;
+  return scratch.carve(p, tokens, nullptr);
+}
+
+// The keys of one block of the sequence.
+struct SelectedBlock {
+  std::int64_t begin = 0;  // first key
+  std::int64_t keys = 0;
+};
+
+HWY_INLINE SelectedBlock selected_block(const NsaProblem& p, const NsaSequence& s, std::int64_t block) {
+  const std::int64_t begin = block * p.block_size;
+  return {begin, min_of(p.block_size, s.tokens - begin)};
+}
+
+// Rows of the block transposed, times `factor`: target[dim][key], zeros up to block_pitch.
+HWY_INLINE void pack_block_transposed(const RowSource& source, const SelectedBlock& block, std::int64_t dims,
+                                      float factor, std::int64_t pitch, float* staging, float* target) {
+  for (std::int64_t j = 0; j < block.keys; j += kRows)
+    pack_transposed(source, block.begin + j, min_of(kRows, block.keys - j), dims, factor, staging, target + j,
+                    pitch);
+  for (std::int64_t j = round_up(block.keys, kLanes); j < pitch; j += kLanes)
+    for (std::int64_t c = 0; c < dims; ++c) hn::Store(hn::Zero(kFloat), kFloat, target + c * pitch + j);
+}
+
+// Rows [begin, begin + count) of the (token, head) pairs that selected a block.
+struct SelectedRows {
+  std::int32_t row[kSelectedBatch];    // in the chunk: token * group + head
+  std::int32_t limit[kSelectedBatch];  // keys of the block that the row sees: all, or up to its own token
+};
+
+HWY_INLINE void list_rows(const NsaProblem& p, const SelectedItem& item, const SelectedBlock& block,
+                          const std::int32_t* tokens, std::int64_t begin, std::int64_t count,
+                          SelectedRows& rows) {
+  const std::int64_t first_position = item.row_begin + item.sequence.offset();
+  std::int64_t token = begin / p.group_size, g = begin % p.group_size;
+  for (std::int64_t r = 0; r < count; ++r) {
+    rows.row[r] = static_cast<std::int32_t>(tokens[token] * p.group_size + g);
+    rows.limit[r] = static_cast<std::int32_t>(
+        min_of<std::int64_t>(block.keys, first_position + tokens[token] - block.begin + 1));
+    if (++g == p.group_size) {
+      g = 0;
+      ++token;
+    }
+  }
+}
+
+// Scores beyond the limit become -inf; returns the largest of the rest.
+HWY_INLINE float mask_and_max(float* scores, std::int64_t limit, std::int64_t pitch) {
+  const Float hidden = hn::Set(kFloat, kNegativeInfinity);
+  Float m = hidden;
+  std::int64_t j = 0;
+  for (; j + kLanes <= limit; j += kLanes) m = hn::Max(m, hn::Load(kFloat, scores + j));
+  for (; j < pitch; j += kLanes) {
+    const auto seen =
+        hn::Lt(hn::Iota(kInt, static_cast<std::int32_t>(j)), hn::Set(kInt, static_cast<std::int32_t>(limit)));
+    const Float x = hn::IfThenElse(hn::RebindMask(kFloat, seen), hn::Load(kFloat, scores + j), hidden);
+    hn::Store(x, kFloat, scores + j);
+    m = hn::Max(m, x);
+  }
+  return hn::GetLane(hn::MaxOfLanes(kFloat, m));
+}
+
+// P replaces the scores; factors = 2^(m_old - m_new) per row.
+HWY_INLINE void selected_softmax(const SelectedScratch& s, const SelectedRows& rows, std::int64_t count) {
+  for (std::int64_t r = 0; r < count; ++r) {
+    s.maxima[r] = mask_and_max(s.scores + r * s.block_pitch, rows.limit[r], s.block_pitch);
+    s.factors[r] = s.row_max[rows.row[r]];
+  }
+  for (std::int64_t r = 0; r < count; r += kLanes) {  // lanes beyond count hold garbage that nobody reads
+    const Float old_max = hn::Load(kFloat, s.factors + r);
+    const Float new_max = hn::Max(old_max, hn::Load(kFloat, s.maxima + r));
+    const Float empty = hn::Set(kFloat, kNegativeInfinity);
+    const Float base = hn::IfThenElse(hn::Eq(new_max, empty), hn::Zero(kFloat), new_max);
+    hn::Store(new_max, kFloat, s.maxima + r);
+    hn::Store(exp2(hn::Sub(old_max, base)), kFloat, s.factors + r);
+  }
+  for (std::int64_t r = 0; r < count; ++r) {
+    const float max = s.maxima[r];
+    const Float base = hn::Set(kFloat, max == kNegativeInfinity ? 0.0f : max);
+    Float sum = hn::Zero(kFloat);
+    float* scores = s.scores + r * s.block_pitch;
+    for (std::int64_t j = 0; j < s.block_pitch; j += kLanes) {
+      const Float x = exp2(hn::Sub(hn::Load(kFloat, scores + j), base));
+      hn::Store(x, kFloat, scores + j);
+      sum = hn::Add(sum, x);
+    }
+    const std::int32_t row = rows.row[r];
+    s.row_max[row] = max;
+    s.row_sum[row] = s.row_sum[row] * s.factors[r] + hn::GetLane(hn::SumOfLanes(kFloat, sum));
+  }
+}
+
+HWY_INLINE float scale_log2(const NsaProblem& p) { return static_cast<float>(p.softmax_scale * kLog2E); }
+
+// out = O / l and lse = (m + log2 l) ln 2; a row that saw no key gets 0 and -inf.
+HWY_INLINE void finish_selected(const NsaProblem& p, const NsaArguments& args, const SelectedItem& item,
+                                const SelectedScratch& s) {
+  const NsaSequence& sequence = item.sequence;
+  const std::int64_t tokens = item.row_end - item.row_begin;
+  for (std::int64_t g = 0; g < p.group_size; ++g) {
+    const std::int64_t head = item.kv_head * p.group_size + g;
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const std::int64_t row = t * p.group_size + g;
+      const double sum = s.row_sum[row];
+      const float factor = sum == 0 ? 0.0f : static_cast<float>(1.0 / sum);
+      store_rows(args.out, sequence.batch, sequence.q_begin, head, item.row_begin + t, 1, p.head_dim_v,
+                 s.out + row * s.value_pitch, s.value_pitch, factor);
+      if (!args.lse.present()) continue;
+      const double lse_log2 =
+          sum == 0 ? -__builtin_inf() : static_cast<double>(s.row_max[row]) + __builtin_log2(sum);
+      static_cast<float*>(
+          args.lse.data)[sequence.batch * args.lse.stride_batch + head * args.lse.stride_head +
+                         (sequence.q_begin + item.row_begin + t) * args.lse.stride_row] =
+          static_cast<float>(lse_log2 * kLn2);
+    }
+  }
+}
+
+HWY_INLINE void selected_forward(const NsaProblem& p, const NsaArguments& args, const SelectedItem& item,
+                                 const SelectedLists& lists, void* memory) {
+  SelectedScratch s;
+  const std::int64_t tokens = item.row_end - item.row_begin, rows_in_chunk = tokens * p.group_size;
+  s.carve(p, tokens, static_cast<char*>(memory));
+  const NsaSequence& sequence = item.sequence;
+  pack_chunk(p, args.query, item, p.head_dim, s.key_pitch, s.query);
+  const RowSource keys = row_source(args.key, sequence.batch, sequence.k_begin, item.kv_head);
+  const RowSource values = row_source(args.value, sequence.batch, sequence.k_begin, item.kv_head);
+  clear_floats(s.out, rows_in_chunk * s.value_pitch);
+  clear_floats(s.row_sum, rows_in_chunk);
+  for (std::int64_t r = 0; r < rows_in_chunk; ++r) s.row_max[r] = kNegativeInfinity;
+
+  SelectedRows rows;
+  const float* query_rows[kSelectedBatch];
+  float* out_rows[kSelectedBatch];
+  for (std::int64_t b = 0; b < lists.blocks; ++b) {
+    const SelectedBlock block = selected_block(p, sequence, lists.block[b]);
+    pack_block_transposed(keys, block, p.head_dim, scale_log2(p), s.block_pitch, s.staging, s.key_t);
+    pack_rows(values, block.begin, block.keys, p.head_dim_v, s.value, s.value_pitch);
+    const std::int64_t total = (lists.begin[b + 1] - lists.begin[b]) * p.group_size;
+    for (std::int64_t begin = 0; begin < total; begin += kSelectedBatch) {
+      const std::int64_t count = min_of(kSelectedBatch, total - begin);
+      list_rows(p, item, block, lists.tokens + lists.begin[b], begin, count, rows);
+      for (std::int64_t r = 0; r < count; ++r) {
+        query_rows[r] = s.query + rows.row[r] * s.key_pitch;
+        out_rows[r] = s.out + rows.row[r] * s.value_pitch;
+      }
+      gemm<Init::zero>(GemmListedB{s.key_t, s.block_pitch, query_rows, p.head_dim, s.scores, s.block_pitch},
+                       count, block.keys);
+      selected_softmax(s, rows, count);
+      gemm<Init::scale_rows>(
+          GemmListedC{s.value, s.value_pitch, s.scores, s.block_pitch, block.keys, out_rows}, count,
+          p.head_dim_v, s.factors);
+    }
+  }
+  finish_selected(p, args, item, s);
+}
+
+// ---------------------------------------------------------------------------------------------- backward
+
+HWY_INLINE void selected_row_statistics(const NsaProblem& p, const NsaArguments& args,
+                                        const SelectedItem& item, const SelectedScratch& s) {
+  const NsaSequence& sequence = item.sequence;
+  for (std::int64_t g = 0; g < p.group_size; ++g) {
+    const std::int64_t head = item.kv_head * p.group_size + g;
+    for (std::int64_t t = 0; t < item.row_end - item.row_begin; ++t) {
+      const std::int64_t row = t * p.group_size + g;
+      load_rows(args.out, sequence.batch, sequence.q_begin, head, item.row_begin + t, 1, p.head_dim_v,
+                s.staging, 0);
+      s.dots[row] = dot_row(s.staging, s.grad_out + row * s.value_pitch, p.head_dim_v);
+      const float lse = static_cast<const float*>(
+          args.lse.data)[sequence.batch * args.lse.stride_batch + head * args.lse.stride_head +
+                         (sequence.q_begin + item.row_begin + t) * args.lse.stride_row];
+      const double exact = static_cast<double>(lse) * kLog2E;
+      s.row_max[row] = static_cast<float>(exact);
+      s.row_sum[row] =
+          __builtin_isfinite(lse) ? static_cast<float>(exact - static_cast<double>(s.row_max[row])) : 0.0f;
+    }
+  }
+}
+
+// P = 2^(S - lse) over the scores, dS = P (dP - dot) over the products; 0 beyond the limit of the row.
+HWY_INLINE void selected_grad_scores(const SelectedScratch& s, const SelectedRows& rows, std::int64_t count) {
+  for (std::int64_t r = 0; r < count; ++r) {
+    const std::int32_t row = rows.row[r];
+    const Float lse = hn::Set(kFloat, s.row_max[row]), lse_low = hn::Set(kFloat, s.row_sum[row]);
+    const Float dot = hn::Set(kFloat, s.dots[row]);
+    float* scores = s.scores + r * s.block_pitch;
+    float* grads = s.grad_scores + r * s.block_pitch;
+    for (std::int64_t j = 0; j < s.block_pitch; j += kLanes) {
+      Float x = exp2(hn::Sub(hn::Sub(hn::Load(kFloat, scores + j), lse), lse_low));
+      Float g = hn::Mul(x, hn::Sub(hn::Load(kFloat, grads + j), dot));
+      if (j + kLanes > rows.limit[r]) {
+        const auto seen = hn::RebindMask(
+            kFloat, hn::Lt(hn::Iota(kInt, static_cast<std::int32_t>(j)), hn::Set(kInt, rows.limit[r])));
+        x = hn::IfThenElseZero(seen, x);
+        g = hn::IfThenElseZero(seen, g);
+      }
+      hn::Store(x, kFloat, scores + j);
+      hn::Store(g, kFloat, grads + j);
+    }
+  }
+}
+
+template <class Product>
+HWY_INLINE void add_or_start(bool start, const Product& product, std::int64_t n_count, std::int64_t v_count) {
+  if (start)
+    gemm<Init::zero>(product, n_count, v_count);
+  else
+    gemm<Init::add>(product, n_count, v_count);
+}
+
+HWY_INLINE void selected_backward(const NsaProblem& p, const NsaArguments& args,
+                                  const SelectedBuffers& buffers, const SelectedItem& item,
+                                  const SelectedLists& lists, void* memory) {
+  SelectedScratch s;
+  const std::int64_t tokens = item.row_end - item.row_begin;
+  s.carve(p, tokens, static_cast<char*>(memory));
+  const NsaSequence& sequence = item.sequence;
+  pack_chunk(p, args.query, item, p.head_dim, s.key_pitch, s.query);
+  pack_chunk(p, args.grad_out, item, p.head_dim_v, s.value_pitch, s.grad_out);
+  const RowSource keys = row_source(args.key, sequence.batch, sequence.k_begin, item.kv_head);
+  const RowSource values = row_source(args.value, sequence.batch, sequence.k_begin, item.kv_head);
+  selected_row_statistics(p, args, item, s);
+  clear_floats(s.grad_query, tokens * p.group_size * s.key_pitch);
+
+  const std::int64_t copy = item.segment * p.num_kv_heads + item.kv_head;
+  const std::int64_t first_key = p.packed ? sequence.k_begin : sequence.batch * p.max_seqlen_k;
+  SelectedRows rows;
+  const float* query_rows[kSelectedBatch];
+  const float* grad_out_rows[kSelectedBatch];
+  float* grad_query_rows[kSelectedBatch];
+  for (std::int64_t b = 0; b < lists.blocks; ++b) {
+    const SelectedBlock block = selected_block(p, sequence, lists.block[b]);
+    pack_block_transposed(keys, block, p.head_dim, scale_log2(p), s.block_pitch, s.staging, s.key_t);
+    pack_block_transposed(values, block, p.head_dim_v, 1.0f, s.block_pitch, s.staging, s.value_t);
+    pack_rows(keys, block.begin, block.keys, p.head_dim, s.key, s.key_pitch);
+    const std::int64_t slot = copy * buffers.key_rows + first_key + block.begin;
+    float* grad_key = buffers.grad_key + slot * buffers.key_pitch;
+    float* grad_value = buffers.grad_value + slot * buffers.value_pitch;
+    std::uint8_t& touched = buffers.touched[copy * buffers.blocks + item.block_begin + lists.block[b]];
+    const std::int64_t total = (lists.begin[b + 1] - lists.begin[b]) * p.group_size;
+    for (std::int64_t begin = 0; begin < total; begin += kSelectedBatch) {
+      const std::int64_t count = min_of(kSelectedBatch, total - begin);
+      list_rows(p, item, block, lists.tokens + lists.begin[b], begin, count, rows);
+      for (std::int64_t r = 0; r < count; ++r) {
+        query_rows[r] = s.query + rows.row[r] * s.key_pitch;
+        grad_out_rows[r] = s.grad_out + rows.row[r] * s.value_pitch;
+        grad_query_rows[r] = s.grad_query + rows.row[r] * s.key_pitch;
+      }
+      gemm<Init::zero>(GemmListedB{s.key_t, s.block_pitch, query_rows, p.head_dim, s.scores, s.block_pitch},
+                       count, s.block_pitch);
+      gemm<Init::zero>(
+          GemmListedB{s.value_t, s.block_pitch, grad_out_rows, p.head_dim_v, s.grad_scores, s.block_pitch},
+          count, s.block_pitch);
+      selected_grad_scores(s, rows, count);
+      const bool start = touched == 0;
+      add_or_start(
+          start,
+          GemmListedA{grad_out_rows, s.scores, 1, s.block_pitch, count, grad_value, buffers.value_pitch},
+          block.keys, p.head_dim_v);
+      add_or_start(
+          start, GemmListedA{query_rows, s.grad_scores, 1, s.block_pitch, count, grad_key, buffers.key_pitch},
+          block.keys, p.head_dim);
+      gemm<Init::add>(
+          GemmListedC{s.key, s.key_pitch, s.grad_scores, s.block_pitch, block.keys, grad_query_rows}, count,
+          p.head_dim);
+      touched = 1;
+    }
+  }
+  for (std::int64_t g = 0; g < p.group_size; ++g)
+    store_rows(args.grad_query, sequence.batch, sequence.q_begin, item.kv_head * p.group_size + g,
+               item.row_begin, tokens, p.head_dim, s.grad_query + g * s.key_pitch, s.key_pitch * p.group_size,
+               static_cast<float>(p.softmax_scale));
+}
+
+// Keys [row_begin, row_end) of one block: the segments added in order, zeros where none touched it.
+HWY_INLINE void selected_finish(const NsaProblem& p, const NsaArguments& args, const SelectedBuffers& buffers,
+                                const SelectedItem& item, void* memory) {
+  const NsaSequence& sequence = item.sequence;
+  const std::int64_t first_key = p.packed ? sequence.k_begin : sequence.batch * p.max_seqlen_k;
+  const std::int64_t block = item.block_begin + item.row_begin / p.block_size;
+  float* sum = static_cast<float*>(memory);
+  const auto finish = [&](const Operand& target, const float* grads, std::int64_t pitch, std::int64_t dims,
+                          float factor) HWY_ATTR {
+    for (std::int64_t key = item.row_begin; key < item.row_end; ++key) {
+      clear_floats(sum, pitch);
+      for (std::int64_t segment = 0; segment < buffers.segments; ++segment) {
+        const std::int64_t copy = segment * p.num_kv_heads + item.kv_head;
+        if (key < sequence.tokens && buffers.touched[copy * buffers.blocks + block] != 0)
+          add_row(grads + (copy * buffers.key_rows + first_key + key) * pitch, 1.0f, dims, sum);
+      }
+      store_rows(target, sequence.batch, sequence.k_begin, item.kv_head, key, 1, dims, sum, pitch, factor);
+    }
+  };
+  finish(args.grad_key, buffers.grad_key, buffers.key_pitch, p.head_dim, static_cast<float>(p.softmax_scale));
+  finish(args.grad_value, buffers.grad_value, buffers.value_pitch, p.head_dim_v, 1.0f);
+}
+
+}  // namespace fsa::cpu::FSA_SIMD_TARGET

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backend/cuda/dispatch.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "core/skip_tile.h"
+#include "kernels/core/params.h"
+
+namespace fsa::cuda {
+namespace {
+
+using kernels::ElementType;
+using kernels::ForwardTile;
+
+// The tile of a pair of head dimensions, to which smaller ones are padded: the tensor maps fill the columns
+// beyond the real ones with zeros. Measured on an H200: docs/kernels/forward_sm90.md.
+struct TileRow {
+  int head_dim, head_dim_v;
+  int block_m, block_n;
+  int query_stages, key_stages, value_stages;
+  bool private_values;
+};
+
+// By cost. The second table is for kernels in which a tile is a skip tile, the third for those that vote.
+constexpr TileRow kDense[] = {
+    {64, 64, 192, 128, 2, 4, 4, false},   {96, 96, 128, 128, 2, 2, 2, false},
+    {128, 128, 128, 128, 2, 2, 2, false}, {192, 128, 128, 128, 1, 2, 2, false},
+    {192, 192, 128, 112, 1, 2, 2, false}, {256, 256, 128, 80, 1, 2, 2, false},
+};
+constexpr TileRow kTiled[] = {
+    {64, 64, 128, 128, 2, 4, 4, false},   {96, 96, 128, 128, 2, 2, 2, false},
+    {128, 128, 128, 128, 2, 2, 2, false}, {192, 128, 128, 64, 1, 4, 4, false},
+    {192, 192, 128, 64, 1, 2, 4, false},  {256, 256, 128, 64, 1, 2, 2, false},
+};
+constexpr TileRow kVoting[] = {
+    {64, 64, 192, 128, 2, 4, 6, true},   {96, 96, 128, 128, 1, 2, 4, true},
+    {128, 128, 128, 128, 1, 2, 4, true}, {192, 128, 128, 64, 1, 4, 4, true},
+    {192, 192, 128, 64, 1, 2, 4, true},  {256, 256, 128, 64, 1, 2, 2, false},
+};
+constexpr int kRows = static_cast<int>(std::size(kDense));
+
+// The kernels count rows, keys and their sums with a window in 32 bits.
+constexpr std::int64_t kLongest = kernels::kOpenWindow - 1024;
+constexpr std::int64_t kMostWorkTiles = std::int64_t{1} << 30;
+constexpr std::int64_t kMostBlocksYz = 65535;  // of a grid's second and third extent
+
+constexpr std::int64_t kCounterBytes = 64;  // two counters, in a cache line of their own
+
+// Up to so many, one for each processor, there is nothing to balance: the call then needs no counters, and the
+// host saves clearing them and, mostly, a workspace.
+constexpr std::int64_t kFewWorkTiles = 132;
+
+ForwardTile tile_of(const KernelConfig& config, int row) {
+  const bool tiled = config.gate != GateKind::none;
+  const TileRow& r = (config.threshold ? kVoting : tiled ? kTiled : kDense)[row];
+  ForwardTile tile = {};
+  tile.head_dim = r.head_dim;
+  tile.head_dim_v = r.head_dim_v;
+  tile.block_m = r.block_m;
+  tile.block_n = r.block_n;
+  tile.query_stages = r.query_stages;
+  tile.key_stages = r.key_stages;
+  tile.value_stages = r.value_stages;
+  tile.private_values = r.private_values;
+  tile.key_scalars = tiled;
+  return tile;
+}
+
+int row_of(const Problem& problem) {
+  int row = 0;
+  while (problem.head_dim > kDense[row].head_dim || problem.head_dim_v > kDense[row].head_dim_v) ++row;
+  return row;
+}
+
+void set_mask(const Problem& problem, KernelConfig& config) {
+  if (problem.has_window_sizes) {
+    config.mask = MaskKind::bands;
+    return;
+  }
+  config.window_left = problem.window_left >= 0;
+  // A left edge alone runs on the kernel with two: a third kind of mask would gain little and compile as long.
+  config.window_right = config.window_left || problem.causal || problem.window_right >= 0;
+}
+
+std::string reject_sizes(const Problem& p) {
+  if (p.head_dim > 256) return "computes head_dim up to 256, not " + std::to_string(p.head_dim);
+  if (p.head_dim_v > 256) return "computes head_dim_v up to 256, not " + std::to_string(p.head_dim_v);
+  for (const auto& [name, length] : {std::pair{"query", p.packed_q ? p.total_q : p.max_seqlen_q},
+                                     {"key", p.packed_k ? p.total_k : p.max_seqlen_k},
+                                     {"max_seqlen_q", p.max_seqlen_q},
+                                     {"max_seqlen_k", p.max_seqlen_k}})
+    if (length > kLongest)
+      return "computes lengths up to " + std::to_string(kLongest) + ", not " + std::to_string(length) + " (" +
+             name + ")";
+  const std::int64_t blocks = ceil_div(p.max_seqlen_q, 128);  // block_m is at least 128
+  if (p.batch > 0 && blocks > kMostWorkTiles / p.batch / p.num_heads)
+    return "computes up to 2^30 tiles of 128 rows in one call; split the batch";
+  if (p.batch > kMostBlocksYz || p.num_heads > kMostBlocksYz)
+    return "computes up to 65535 sequences and heads in one call; split the batch";
+  return "";
+}
+
+bool is_normal_float(double value) { return value >= std::numeric_limits<float>::min() && value <= 1e30; }
+
+std::string reject_features(const Problem& p) {
+  if (p.paged) return "has no paged keys (page_table) in this version";
+  if (p.compress_block > 0) return "has no compressed keys in this version";
+  if ((p.threshold > 0 || p.has_gate) && p.head_dim <= 128 && p.head_dim_v > 128)
+    return "has no threshold and no gate for head_dim up to 128 with head_dim_v above 128 (" +
+           std::to_string(p.head_dim) + " and " + std::to_string(p.head_dim_v) + "); split value";
+  if (!is_normal_float(p.softmax_scale)) return "computes with a softmax_scale from 1e-37 to 1e30";
+  if (p.softcap > 0 && !is_normal_float(p.softcap)) return "computes with a softcap from 1e-37 to 1e30";
+  if (!p.contiguous_tables)
+    return "needs cu_seqlens, seqused and the rows of window_sizes with stride 1; call contiguous() on them";
+  return "";
+}
+
+class Carver {
+ public:
+  std::size_t take(std::int64_t bytes) {
+    const std::size_t begin = used_;
+    used_ += static_cast<std::size_t>((bytes + 63) / 64 * 64);
+    return begin;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  std::size_t used_ = 0;
+};
+
+std::int64_t copy_bytes(std::int64_t rows, std::int64_t heads, std::int64_t dim) {
+  return rows * heads * ceil_div(dim, 8) * 16;
+}
+
+}  // namespace
+
+std::string reject_forward(const Problem& problem) {
+  if (problem.dtype != DType::bfloat16 && problem.dtype != DType::float16)
+    return std::string("computes bfloat16 and float16, not ") + fsa::name_of(problem.dtype) +
+           "; convert query, key and value";
+  if (std::string reason = reject_sizes(problem); !reason.empty()) return reason;
+  return reject_features(problem);
+}
+
+KernelConfig forward_kernel(const Problem& problem) {
+  KernelConfig config;
+  config.element = problem.dtype == DType::bfloat16 ? ElementType::bf16 : ElementType::fp16;
+  set_mask(problem, config);
+  config.threshold = problem.threshold > 0;
+  // Where tiles are voted on, the error of the fast one would be felt.
+  if (problem.softcap > 0) config.softcap = config.threshold ? SoftcapKind::exact : SoftcapKind::fast;
+  if (problem.has_gate) config.gate = problem.log_sigmoid_gate ? GateKind::log_sigmoid : GateKind::linear;
+  config.gate_bits = problem.gate_test;
+  config.alibi = problem.has_alibi;
+  config.sink = problem.has_sink;
+  config.tile = tile_of(config, row_of(problem));
+  return config;
+}
+
+KernelConfig gate_prepare_kernel(const Problem& problem) {
+  KernelConfig config;
+  config.kind = KernelKind::gate_prepare;
+  config.tile.block_n = static_cast<int>(skip_tile_keys(problem.head_dim));
+  return config;
+}
+
+KernelConfig gate_bitmap_kernel(const Problem& problem) {
+  KernelConfig config;
+  config.kind = KernelKind::gate_bitmap;
+  config.tile.block_n = static_cast<int>(skip_tile_keys(problem.head_dim));
+  set_mask(problem, config);
+  return config;
+}
+
+KernelConfig copy_rows_kernel() {
+  KernelConfig config;
+  config.kind = KernelKind::copy_rows;
+  return config;
+}
+
+std::int64_t gate_tiles(const Problem& problem) {
+  const std::int64_t keys = skip_tile_keys(problem.head_dim);
+  return problem.packed_k ? problem.total_k / keys + problem.batch : ceil_div(problem.max_seqlen_k, keys);
+}
+
+ForwardWorkspace forward_workspace(const Problem& p) {
+  ForwardWorkspace parts;
+  Carver carver;
+  const std::int64_t tiles = ceil_div(p.max_seqlen_q, forward_kernel(p).tile.block_m) * p.batch * p.num_heads;
+  if (tiles > kFewWorkTiles) parts.counters = carver.take(kCounterBytes);
+  if (!p.aligned_query) parts.query = carver.take(copy_bytes(p.total_q, p.num_heads, p.head_dim));
+  if (!p.aligned_key) parts.key = carver.take(copy_bytes(p.total_k, p.num_kv_heads, p.head_dim));
+  if (!p.aligned_value) parts.value = carver.take(copy_bytes(p.total_k, p.num_kv_heads, p.head_dim_v));
+  if (p.head_dim_v % 8 != 0) parts.out = carver.take(copy_bytes(p.total_q, p.num_heads, p.head_dim_v));
+  if (p.has_gate) {
+    const std::int64_t tiles = gate_tiles(p) * p.num_kv_heads * (p.packed_k ? 1 : p.batch);
+    parts.gate_delta = carver.take(tiles * skip_tile_keys(p.head_dim) * 4);
+    parts.gate_extremes = carver.take(tiles * 2 * 4);
+  }
+  if (p.gate_test) {
+    const std::int64_t words = ceil_div(ceil_div(p.max_seqlen_k, skip_tile_keys(p.head_dim)), 32);
+    const std::int64_t row_tiles =
+        p.packed_q ? p.total_q / kSkipTileRows + p.batch : p.batch * ceil_div(p.max_seqlen_q, kSkipTileRows);
+    parts.gate_bits = carver.take(p.num_heads * row_tiles * words * 4);
+  }
+  parts.bytes = carver.used();
+  return parts;
+}
+
+std::vector<KernelConfig> reachable_kernels() {
+  std::vector<KernelConfig> found;
+  Problem p;
+  const auto add_forward = [&] {
+    KernelConfig config = forward_kernel(p);
+    for (int row = 0; row < kRows; ++row) {
+      config.tile = tile_of(config, row);
+      found.push_back(config);
+    }
+  };
+  const auto each = [](bool& flag, auto next) {
+    for (const bool value : {false, true}) {
+      flag = value;
+      next();
+    }
+    flag = false;
+  };
+  const auto each_mask = [&](auto next) {
+    for (const int mask : {0, 1, 2, 3}) {
+      p.causal = mask == 1;
+      p.window_left = mask == 2 ? 1 : -1;
+      p.has_window_sizes = mask == 3;
+      next();
+    }
+    p.has_window_sizes = false;
+  };
+  for (const DType dtype : {DType::bfloat16, DType::float16}) {
+    p.dtype = dtype;
+    each_mask([&] {
+      for (const double threshold : {0.0, 1.0})
+        for (const double softcap : {0.0, 1.0}) {
+          p.threshold = threshold;
+          p.softcap = softcap;
+          each(p.has_alibi, [&] {
+            each(p.has_sink, [&] {
+              each(p.has_gate, [&] {
+                if (!p.has_gate) return add_forward();
+                each(p.gate_test, [&] { each(p.log_sigmoid_gate, add_forward); });
+              });
+            });
+          });
+        }
+    });
+  }
+  for (const int head_dim : {128, 256}) {
+    p.head_dim = head_dim;
+    found.push_back(gate_prepare_kernel(p));
+    each_mask([&] { found.push_back(gate_bitmap_kernel(p)); });
+  }
+  found.push_back(copy_rows_kernel());
+  return found;
+}
+
+std::vector<KernelConfig> shipped_kernels() {
+  std::vector<KernelConfig> shipped;
+  for (const KernelConfig& c : reachable_kernels()) {
+    const int features = (c.softcap != SoftcapKind::none) + (c.gate != GateKind::none) + c.alibi + c.sink +
+                         (c.mask == MaskKind::bands);
+    // Each feature once: on the commonest head_dim, causal unless it is a mask.
+    const bool sample = c.element == ElementType::bf16 && c.tile.head_dim == 128 &&
+                        (c.mask == MaskKind::bands || (c.window_right && !c.window_left));
+    const bool plain = features == 0 &&
+                       (c.element == ElementType::bf16 || c.tile.head_dim == c.tile.head_dim_v) &&
+                       !(c.element == ElementType::fp16 && (c.window_left || !c.window_right)) &&
+                       !(c.threshold && c.window_left);
+    if (c.kind != KernelKind::forward || plain || (features == 1 && sample)) shipped.push_back(c);
+  }
+  return shipped;
+}
+
+}  // namespace fsa::cuda

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which kernels compute a problem, and why none does. Pure: no driver, no GPU.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "backend/cuda/kernel_config.h"
+#include "core/problem.h"
+
+namespace fsa::cuda {
+
+// Why no forward kernel computes the problem; empty when one does. As Backend::reject.
+std::string reject_forward(const Problem& problem);
+
+// The following are for problems that are not rejected.
+
+KernelConfig forward_kernel(const Problem& problem);
+KernelConfig gate_prepare_kernel(const Problem& problem);
+KernelConfig gate_bitmap_kernel(const Problem& problem);
+KernelConfig copy_rows_kernel();
+
+// Parts of the workspace as byte offsets; kAbsent for what the problem does not need.
+struct ForwardWorkspace {
+  static constexpr std::size_t kAbsent = ~std::size_t{0};
+
+  std::size_t counters = kAbsent;  // of the scheduler, when there are more tiles than processors
+  // Copies of tensors that the copy engine cannot read, and of an out that it cannot write: contiguous, with
+  // head_dim rounded up to a multiple of 8.
+  std::size_t query = kAbsent, key = kAbsent, value = kAbsent, out = kAbsent;
+  std::size_t gate_delta = kAbsent, gate_extremes = kAbsent, gate_bits = kAbsent;
+  std::size_t bytes = 0;
+};
+ForwardWorkspace forward_workspace(const Problem& problem);
+
+// Key tiles per key head that the gate's arrays hold, over all sequences when packed.
+std::int64_t gate_tiles(const Problem& problem);
+
+// Kernels that are compiled by CI and by `fsa-kernels prefill` without a pattern.
+std::vector<KernelConfig> shipped_kernels();
+
+// Every kernel that a problem can lead to: features of the shipped ones in any combination.
+std::vector<KernelConfig> reachable_kernels();
+
+}  // namespace fsa::cuda

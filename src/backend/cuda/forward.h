@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launches of one forward call.
+#pragma once
+
+#include "core/problem.h"
+#include "fsa/tensor.h"
+
+namespace fsa::cuda {
+
+// For a problem that is not rejected. Enqueues on args.stream and returns; allocates nothing, waits for nothing,
+// reads no device memory.
+void run_forward(const Problem& problem, const Arguments& args, Workspace workspace);
+
+}  // namespace fsa::cuda

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// What is fixed when a kernel is compiled, and the source text that it is compiled from. Pure: no driver, no GPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "jit/hash.h"
+#include "jit/kernel_source.h"
+#include "kernels/core/config.h"
+
+namespace fsa::cuda {
+
+enum class KernelKind : std::uint8_t { forward, gate_prepare, gate_bitmap, copy_rows };
+enum class MaskKind : std::uint8_t { window, bands };  // bands: window_sizes
+enum class SoftcapKind : std::uint8_t { none, fast, exact };
+enum class GateKind : std::uint8_t { none, linear, log_sigmoid };
+
+// The key of the kernels in memory. A kind that does not use a field leaves it zero.
+struct KernelConfig {
+  kernels::ForwardTile tile = {};  // of the gate's kernels: block_n alone
+  KernelKind kind = KernelKind::forward;
+  kernels::ElementType element = kernels::ElementType::bf16;
+  MaskKind mask = MaskKind::window;
+  bool window_left = false;   // the mask has a left edge
+  bool window_right = false;  // and a right one; causal is right alone
+  SoftcapKind softcap = SoftcapKind::none;
+  GateKind gate = GateKind::none;
+  bool gate_bits = false;  // tiles are taken from the bit map of the gate test
+  bool alibi = false;
+  bool sink = false;
+  bool threshold = false;  // tiles are voted on
+  std::uint8_t unused = 0;
+
+  friend bool operator==(const KernelConfig& a, const KernelConfig& b) {
+    return std::memcmp(&a, &b, sizeof(KernelConfig)) == 0;
+  }
+};
+static_assert(std::has_unique_object_representations_v<KernelConfig>, "compared and hashed as bytes");
+
+// "forward_sm90_bf16_d128_causal_threshold_128x128"; no two kernels share one.
+std::string name_of(const KernelConfig& config);
+
+jit::KernelSource source_of(const KernelConfig& config);
+
+unsigned threads_of(const KernelConfig& config);
+unsigned shared_bytes_of(const KernelConfig& config);  // dynamic
+
+}  // namespace fsa::cuda
+
+template <>
+struct std::hash<fsa::cuda::KernelConfig> {
+  std::size_t operator()(const fsa::cuda::KernelConfig& config) const noexcept {
+    return fsa::jit::hash({reinterpret_cast<const char*>(&config), sizeof(config)});
+  }
+};

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector kernels of native sparse attention against the reference, on random problems: every dtype, group, block
+// size, algorithm, layout. One seed is one problem; a failure names it: fsa_tests --gtest_filter='NsaCpu.*' with
+// FSA_TEST_SEED=<seed> runs it alone.
+#include "test_nsa_util.h"
+
+namespace fsa::test {
+namespace {
+
+#define SKIP_UNLESS_COMPUTED(part) \
+  if (!runs_forward(part)) GTEST_SKIP() << "the CPU backend has no such part"
+
+// cu_seqlens of up to four sequences of up to `longest` tokens, some empty.
+void make_packed(NsaSetup& s, Random& random, std::int64_t longest) {
+  s.cu_seqlens = {0};
+  for (std::int64_t b = 1 + random.below(4); b > 0; --b)
+    s.cu_seqlens.push_back(s.cu_seqlens.back() + static_cast<std::int32_t>(random.below(longest + 1)));
+  s.spare = random.below(4);
+}
+
+// Keys with room for more tokens than are in use, and rows that are the last of them.
+void make_last_rows(NsaSetup& s, Random& random, std::int64_t longest) {
+  s.seqlen = 1 + random.below(3);
+  s.room = s.seqlen + random.below(longest);
+  for (std::int64_t b = 0; b < s.batch; ++b)
+    s.seqused_k.push_back(static_cast<std::int32_t>(s.seqlen + random.below(s.room - s.seqlen + 1)));
+}
+
+NsaSetup random_setup(Random& random, std::int64_t longest) {
+  NsaSetup s;
+  s.backend = "cpu";
+  s.dtype = any_dtype(random);
+  s.batch = 1 + random.below(3);
+  s.seqlen = any_of(random, {1, 15, 16, 17, 63, 64, 65, 100, 200, 333});
+  s.seqlen = std::min(s.seqlen, longest);
+  s.num_kv_heads = 1 + random.below(3);
+  s.num_heads = s.num_kv_heads * any_of(random, {1, 1, 2, 3, 4, 5, 7, 8, 16});
+  s.head_dim = any_of(random, {1, 3, 8, 16, 31, 64, 80, 128, 130, 192, 256});
+  s.head_dim_v = random.below(2) == 0 ? any_of(random, {1, 5, 17, 64, 136, 256}) : s.head_dim;
+  s.block_size = any_of(random, {16, 32, 48, 64, 128, 256});
+  s.top_k = 1 + random.below(8);
+  if (random.below(4) == 0) s.softmax_scale = 0.1 + random.uniform();
+  s.seed = random.bits();
+  return s;
+}
+
+// Group 64 and long rows are dear in the reference: they come with small heads.
+void make_large_group(NsaSetup& s) {
+  s.num_kv_heads = 1;
+  s.num_heads = 64;
+  s.head_dim = std::min<std::int64_t>(s.head_dim, 32);
+  s.head_dim_v = std::min<std::int64_t>(s.head_dim_v, 32);
+}
+
+NsaSetup random_compression(Random& random) {
+  NsaSetup s = random_setup(random, 333);
+  const std::int64_t kind = random.below(4);
+  s.kind = kind < 2    ? nsa::CompressKind::linear
+           : kind == 2 ? nsa::CompressKind::mean
+                       : nsa::CompressKind::weighted;
+  s.pe = random.below(2) == 0;
+  s.compress_stride = any_of(random, {1, 3, 8, 16, 16, 32});
+  s.compress_block = s.compress_stride * any_of(random, {1, 2, 2, 4});
+  if (s.compress_stride < 8) s.seqlen = std::min<std::int64_t>(s.seqlen, 65);
+  if (s.kind == nsa::CompressKind::linear && s.head_dim > 64) s.num_kv_heads = 1;
+  if (s.head_dim >= 192) s.seqlen = std::min<std::int64_t>(s.seqlen, 100);
+  if (random.below(2) == 0) make_packed(s, random, s.seqlen);
+  return s;
+}
+
+NsaSetup random_selected(Random& random) {
+  NsaSetup s = random_setup(random, 333);
+  s.algorithm = std::array{nsa::Algorithm::automatic, nsa::Algorithm::kv_outer,
+                           nsa::Algorithm::query_outer}[static_cast<std::size_t>(random.below(3))];
+  if (random.below(3) == 0) s.chunk_tokens = any_of(random, {1, 16, 50, 64, 500});
+  if (random.below(10) == 0) make_large_group(s);
+  const std::int64_t layout = random.below(5);
+  if (layout < 2) make_packed(s, random, s.seqlen);
+  if (layout == 2) make_last_rows(s, random, 400);
+  return s;
+}
+
+NsaSetup random_selection(Random& random) {
+  NsaSetup s = random_setup(random, 333);
+  s.seqlen = any_of(random, {1, 31, 64, 100, 333, 700});
+  s.compress_stride = any_of(random, {8, 16, 16, 32});
+  s.compress_block = s.compress_stride * any_of(random, {1, 2, 2, 4});
+  s.block_size = s.compress_stride * any_of(random, {1, 2, 4, 8});
+  s.block_size = std::clamp<std::int64_t>(s.block_size, 16, 256);
+  s.init_blocks = random.below(3);
+  s.local_blocks = random.below(4);
+  s.top_k = std::max<std::int64_t>(1, s.init_blocks + s.local_blocks + random.below(12));
+  if (random.below(10) == 0) make_large_group(s);
+  const std::int64_t layout = random.below(5);
+  if (layout < 2) make_packed(s, random, s.seqlen);
+  if (layout == 2) make_last_rows(s, random, 900);
+  return s;
+}
+
+NsaSetup random_combination(Random& random) {
+  NsaSetup s = random_setup(random, 100);
+  s.gates_per_head = random.below(2) == 0;
+  if (random.below(2) == 0) s.gate_dtype = DType::float32;
+  if (random.below(2) == 0) make_packed(s, random, 100);
+  return s;
+}
+
+TEST(NsaCpu, CompressMatchesReference) {
+  for (const std::uint64_t seed : seeds(20000, 60)) {
+    SCOPED_TRACE(testing::Message() << "FSA_TEST_SEED=" << seed);
+    Random random(seed);
+    Compression cpu(random_compression(random));
+    SKIP_UNLESS_COMPUTED(cpu);
+    Compression reference = with_backend(cpu, "reference");
+    reference.forward();
+    expect_same_outputs(cpu, reference, tolerance(cpu.setup.dtype));
+    cpu.backward();
+    reference.backward();
+    expect_same_gradients(cpu, reference, tolerance(cpu.setup.dtype));
+  }
+}
+
+TEST(NsaCpu, SelectedAttentionMatchesReference) {
+  for (const std::uint64_t seed : seeds(21000, 90)) {
+    SCOPED_TRACE(testing::Message() << "FSA_TEST_SEED=" << seed);
+    Random random(seed);
+    SelectedAttention cpu(random_selected(random));
+    cpu.random_blocks(random);
+    SKIP_UNLESS_COMPUTED(cpu);
+    SelectedAttention reference = with_backend(cpu, "reference");
+    reference.forward();
+    expect_close(cpu.out, reference.out, tolerance(cpu.setup.dtype), "out", seed);
+    expect_close(cpu.lse, reference.lse, 1e-5, "lse", seed);
+    reference.out = cpu.out;
+    reference.lse = cpu.lse;
+    cpu.backward();
+    reference.backward();
+    expect_same_gradients(cpu, reference, 4 * tolerance(cpu.setup.dtype));
+  }
+}
+
+// The indices are those of float64 except where scores are equal to 1e-5.
+TEST(NsaCpu, SelectionIsTheBest) {
+  for (const std::uint64_t seed : seeds(22000, 60)) {
+    SCOPED_TRACE(testing::Message() << "FSA_TEST_SEED=" << seed);
+    Random random(seed);
+    Selection cpu(random_selection(random));
+    try {
+      cpu.run();
+    } catch (const Error& error) {
+      if (std::string(error.what()).find("native sparse attention is not implemented") == std::string::npos)
+        throw;
+      GTEST_SKIP() << "the CPU backend has no such part";
+    }
+    expect_best_blocks(cpu, 1e-5);
+    Selection reference = with_backend(cpu, "reference");
+    reference.run();
+    expect_best_blocks(reference, 1e-12);
+  }
+}
+
+TEST(NsaCpu, CombineMatchesReference) {
+  for (const std::uint64_t seed : seeds(23000, 40)) {
+    SCOPED_TRACE(testing::Message() << "FSA_TEST_SEED=" << seed);
+    Random random(seed);
+    Combination cpu(random_combination(random));
+    SKIP_UNLESS_COMPUTED(cpu);
+    Combination reference = with_backend(cpu, "reference");
+    reference.forward();
+    expect_same_outputs(cpu, reference, tolerance(cpu.setup.dtype));
+    cpu.backward();
+    reference.backward();
+    expect_same_gradients(cpu, reference, tolerance(cpu.setup.dtype));
+  }
+}
+
+// ---- Bit for bit ----
+
+template <class Part>
+void expect_independent_of_threads(Part one) {
+  Part many = one;
+  set_num_threads(1);
+  one.forward();
+  one.backward();
+  set_num_threads(5);
+  many.forward();
+  many.backward();
+  expect_same_bits(one, many);
+}
+
+struct ThreadsAsBefore {
+  int threads = num_threads();
+  ~ThreadsAsBefore() { set_num_threads(threads); }
+};
+
+TEST(NsaCpu, ResultsDoNotDependOnThreads) {
+  const ThreadsAsBefore restore;
+  for (const std::uint64_t seed : seeds(24000, 12)) {
+    SCOPED_TRACE(testing::Message() << "FSA_TEST_SEED=" << seed);
+    Random random(seed);
+    Compression compression(random_compression(random));
+    SKIP_UNLESS_COMPUTED(compression);
+    expect_independent_of_threads(compression);
+    SelectedAttention selected(random_selected(random));
+    selected.random_blocks(random);
+    expect_independent_of_threads(selected);
+    expect_independent_of_threads(Combination(random_combination(random)));
+    Selection one(random_selection(random)), many = one;
+    set_num_threads(1);
+    one.run();
+    set_num_threads(5);
+    many.run();
+    EXPECT_TRUE(same_bytes(one.selected_blocks, many.selected_blocks));
+  }
+}
+
+template <class Part>
+void expect_repeatable(Part part) {
+  part.forward();
+  part.backward();
+  const Part first = part;
+  for (int repeat = 0; repeat < 100; ++repeat) {
+    part.forward();
+    part.backward();
+    expect_same_bits(part, first);
+    if (testing::Test::HasFailure()) return;
+  }
+}
+
+TEST(NsaCpu, HundredRepeatsAreEqual) {
+  const ThreadsAsBefore restore;
+  set_num_threads(4);
+  NsaSetup setup{.batch = 2,
+                 .seqlen = 300,
+                 .num_heads = 4,
+                 .num_kv_heads = 2,
+                 .head_dim = 16,
+                 .head_dim_v = 16,
+                 .dtype = DType::float32,
+                 .pe = true,
+                 .block_size = 32,
+                 .backend = "cpu"};
+  Compression compression(setup);
+  SKIP_UNLESS_COMPUTED(compression);
+  expect_repeatable(compression);
+  for (const nsa::Algorithm algorithm : {nsa::Algorithm::kv_outer, nsa::Algorithm::query_outer}) {
+    setup.algorithm = algorithm;
+    Random random(1);
+    SelectedAttention selected(setup);
+    selected.random_blocks(random);
+    expect_repeatable(selected);
+  }
+  expect_repeatable(Combination(setup));
+  Selection selection(setup);
+  selection.run();
+  const Buffer first = selection.selected_blocks;
+  for (int repeat = 0; repeat < 100; ++repeat) {
+    selection.run();
+    ASSERT_TRUE(same_bytes(selection.selected_blocks, first));
+  }
+}
+
+}  // namespace
+}  // namespace fsa::test

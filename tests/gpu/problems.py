@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The case table and the random generator on the GPU, against the float64 oracle.
+
+The main process computes on the GPU; worker processes compare on the CPU, with the oracle and the rules of
+tests/python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import math
+import multiprocessing
+import os
+import random
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import checks
+import flash_sparse_attention as fsa
+import oracle
+import torch
+from cases import Problem, build, load_cases
+from generator import draw, draw_case
+from torch import Tensor
+
+DTYPES = ("bfloat16", "float16")
+HALF = (torch.bfloat16, torch.float16)
+GUARD = 64  # elements before and after out
+
+
+@dataclasses.dataclass
+class Named:
+    name: str
+    problem: Problem
+
+
+def select(part: str, args: argparse.Namespace) -> list[Named]:
+    """The problems of a part, on the CPU."""
+    return table() if part == "table" else drawn(args.seed, args.random)
+
+
+def table() -> list[Named]:
+    """Every row with a feature; every shape, with heads and mask that go round."""
+    found = []
+    for case in load_cases("test", "feature"):
+        for dtype in DTYPES:
+            found.append(Named(f"{case.name} {dtype}", build(case, dtype, seed=11)))
+    for index, case in enumerate(load_cases("shape")):
+        for turn, (heads, kv_heads) in enumerate(((3, 3), (4, 2), (3, 1))):
+            mask = ("full", "causal", "window")[(index + turn) % 3]
+            dtype, head_dim = DTYPES[turn % 2], (64, 128, 72, 192, 256)[(index + turn) % 5]
+            rng = random.Random(f"{case.name} {turn}")
+            changed = case.replace(
+                num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim
+            )
+            if mask == "causal":
+                changed = changed.replace(causal=True)
+            elif mask == "window":
+                left, right = rng.randrange(case.seqlen_k + 1), rng.randrange(case.seqlen_k + 1)
+                changed = changed.replace(window_size=(left, right))
+            name = f"{case.name} {dtype} {heads}/{kv_heads} d{head_dim} {mask}"
+            found.append(Named(name, build(changed, dtype, seed=13)))
+    return found
+
+
+def drawn(seed: int, count: int) -> list[Named]:
+    """The generator's first `count` problems that are neither decode nor paged and have 2-byte elements."""
+    found, index = [], 0
+    while len(found) < count:
+        case, dtype = draw_case(random.Random(f"{seed}/{index}"))
+        if dtype in DTYPES and case.form in ("batched", "packed"):
+            one = draw(seed, index)
+            found.append(Named(f"random {seed}/{index}: {one}", one.problem))
+        index += 1
+    return found
+
+
+def to_device(tensor: Tensor) -> Tensor:
+    """The same layout in device memory, together with what lies between the elements."""
+    if tensor.numel() == 0:
+        return tensor.cuda()
+    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return whole.cuda().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def on_device(problem: Problem) -> dict[str, Any]:
+    """Arguments of attention()."""
+    options = dict(problem.options)
+    for side in ("q", "k"):
+        cu = problem.tensors.get(f"cu_seqlens_{side}")
+        if cu is not None:  # the longest sequence cannot be read there
+            options.setdefault(f"max_seqlen_{side}", max([0, *(cu[1:] - cu[:-1]).tolist()]))
+    return {**{n: to_device(t) for n, t in problem.tensors.items()}, **options}
+
+
+def prefill(tool: Path, chosen: list[Named]) -> str:
+    """Compiles the kernels of the problems on all processors, so that no test waits for the compiler."""
+    names = {"copy_rows_sm90"}
+    for one in chosen:
+        try:
+            names.add(fsa.explain(**on_device(one.problem))["kernel"])
+        except NotImplementedError:
+            continue
+    for keys in (64, 128):
+        names |= {f"gate_prepare_sm90_{keys}"}
+        names |= {f"gate_bitmap_sm90_{mask}_{keys}" for mask in ("full", "causal", "window", "bands")}
+    done = subprocess.run(
+        [tool, "prefill", *sorted(names), "--output", os.environ["FSA_CACHE_DIR"], "--jobs",
+         str(os.cpu_count())], capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode != 0:
+        return f"prefill failed: {done.stderr[-4000:]}"
+    return done.stdout.splitlines()[-1]
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came back, on the CPU."""
+
+    out: Tensor
+    lse: Tensor
+    skip_map: Tensor
+    guards: Tensor
+    same_alone: bool  # without lse and map, through a fresh out: the same bits
+    inputs_kept: bool
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(checks.bits(a), checks.bits(b))
+
+
+def compute(problem: Problem) -> Outcome:
+    arguments = on_device(problem)
+    query, value = arguments["query"], arguments["value"]
+    shape = (*query.shape[:-1], value.shape[-1])
+    memory = torch.full((math.prod(shape) + 2 * GUARD,), math.nan, dtype=query.dtype, device="cuda")
+    memory[:GUARD] = memory[-GUARD:] = 12345.0
+    buffer = memory[GUARD : memory.numel() - GUARD].view(shape)
+    out, lse, skip_map = fsa.attention(**arguments, out=buffer, return_lse=True, return_skip_map=True)
+    assert out.data_ptr() == buffer.data_ptr() or out.numel() == 0, "out: not written in place"
+    alone = fsa.attention(**arguments)
+    torch.cuda.synchronize()
+    kept = all(same_bits(arguments[n].cpu(), t) for n, t in problem.tensors.items())
+    guards = torch.cat([memory[:GUARD], memory[-GUARD:]]).cpu()
+    return Outcome(out.cpu(), lse.cpu(), skip_map.cpu(), guards, same_bits(alone.cpu(), out.cpu()), kept)
+
+
+def lse_tolerance(problem: Problem) -> float:
+    """Of max(1, |lse|). The fast softcap is right to 2^-11 of the cap, half a unit of bfloat16."""
+    return 1e-5 + 2.0**-11 * problem.options.get("softcap", 0.0)
+
+
+def compare(problem: Problem, ours: Outcome) -> str:
+    """Raises AssertionError; returns a summary."""
+    torch.set_num_threads(1)
+    assert (ours.guards == torch.full_like(ours.guards, 12345.0)).all(), "written outside of out"
+    assert ours.inputs_kept, "an input was changed"
+    assert ours.same_alone, "out depends on whether lse and the skip map are wanted"
+    assert tuple(ours.skip_map.shape) == oracle.skip_map_shape(problem), f"map {tuple(ours.skip_map.shape)}"
+    tiles = oracle.replay(problem, ours.skip_map, checks.tolerance_of_decisions(problem.dtype))
+    kept = oracle.skip_map_bits(problem, ours.skip_map)
+    truth = oracle.attend(problem, kept=kept)
+    naive = checks.Naive(problem, truth, kept=kept)
+    checks.assert_within_twice("out", ours.out, truth, naive, 3.0 if problem.options.get("softcap") else 2.0)
+    empty = truth.lse == -math.inf
+    assert torch.equal(ours.lse == -math.inf, empty), "lse: -inf at other rows than those without a key"
+    error = ((ours.lse.double() - truth.lse).abs() / truth.lse.abs().clamp(min=1))[~empty]
+    worst = float(error.max()) if error.numel() else 0.0
+    assert worst <= lse_tolerance(problem), f"lse: error {worst:.3g} of max(1, |lse|)"
+    return f"lse {worst:.1e}, kept {tiles.kept}/{tiles.visible}"
+
+
+def verify_all(chosen: list[Named]) -> list[dict[str, str]]:
+    """One entry per problem: passed, failed or refused, and why."""
+    results: dict[int, dict[str, str]] = {}
+    context = multiprocessing.get_context("spawn")
+    workers = max(1, min(os.cpu_count() or 1, 24) - 1)
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = {}
+        for index, one in enumerate(chosen):
+            try:
+                waiting[pool.submit(compare, one.problem, compute(one.problem))] = index
+            except NotImplementedError as error:
+                reason = [line for line in str(error).splitlines() if line.strip().startswith("cuda:")]
+                detail = (reason or [str(error)])[0].strip()
+                results[index] = {"name": one.name, "result": "refused", "detail": detail}
+            except Exception as error:  # one problem must not hide the others
+                detail = f"{type(error).__name__}: {error}"[:500]
+                results[index] = {"name": one.name, "result": "failed", "detail": detail}
+                if "CUDA error" in detail:
+                    raise RuntimeError(f"{one.name}: {detail}") from error  # no later call would work
+        for future in concurrent.futures.as_completed(waiting):
+            index = waiting[future]
+            try:
+                outcome, detail = "passed", future.result()
+            except Exception as error:
+                outcome, detail = "failed", f"{type(error).__name__}: {error}"[:500]
+            results[index] = {"name": chosen[index].name, "result": outcome, "detail": detail}
+    return [results[index] for index in sorted(results)]
