@@ -109,6 +109,7 @@ class Layer:
             _, _, blocks = nsa.compressed_attention(self.query, *entries, **SELECT)
         compressed = [t.detach().requires_grad_() for t in entries]
         states = [self.query, self.key, self.value]
+        branches = [torch.randn_like(self.query).requires_grad_() for _ in range(3)]
 
         def compressed_and_selection(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return nsa.compressed_attention(query, key, value, **SELECT)[0]
@@ -124,6 +125,7 @@ class Layer:
             "compressed, selection": (compressed_and_selection, [self.query, *compressed]),
             "selected": (selected, states),
             "sliding": (sliding, states),
+            "gated sum": (nsa.combine, [*branches, self.gates]),
         }
         calls: dict[tuple[str, str], Call] = {}
         for name, (function, leaves) in functions.items():

@@ -5,6 +5,9 @@ include(CMakePackageConfigHelpers)
 
 set(fsa_config_dir ${CMAKE_INSTALL_LIBDIR}/cmake/fsa)
 install(TARGETS fsa EXPORT fsaTargets FILE_SET HEADERS)
+if(FSA_CUDA)
+  install(TARGETS fsa-kernels)
+endif()
 install(EXPORT fsaTargets NAMESPACE fsa:: DESTINATION ${fsa_config_dir})
 configure_package_config_file(${PROJECT_SOURCE_DIR}/cmake/fsaConfig.cmake.in
   ${PROJECT_BINARY_DIR}/fsaConfig.cmake INSTALL_DESTINATION ${fsa_config_dir})

@@ -25,6 +25,9 @@ nanobind_add_stub(_C_stub MODULE _C OUTPUT ${package_dir}/_C.pyi PYTHON_PATH ${p
 if(DEFINED SKBUILD)
   install(TARGETS _C LIBRARY DESTINATION ${package})
   install(FILES ${package_dir}/_C.pyi DESTINATION ${package})
+  if(FSA_CUDA)
+    install(TARGETS fsa-kernels DESTINATION ${SKBUILD_SCRIPTS_DIR})
+  endif()
 else()
   # Makes <build>/python importable (PYTHONPATH): the sources are linked in beside the extension.
   file(MAKE_DIRECTORY ${package_dir})

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
-CPP_FOLDERS = ("include", "src", "python/bindings", "tests", "examples", "benchmarks")
+CPP_FOLDERS = ("include", "src", "python/bindings", "tests", "examples", "benchmarks", "tools")
 PYTHON_FOLDERS = ("python", "tests", "examples", "benchmarks", "tools")
 
 
@@ -123,6 +124,21 @@ def kernel_objects() -> Totals:
     return totals
 
 
+def device_kernels() -> Totals:
+    """Compiles every shipped GPU kernel and fails on registers, spills or serialised multiplies. Needs no GPU."""
+    totals = Totals()
+    nvrtc = Path(sysconfig.get_path("purelib")) / "nvidia/cu13/lib"
+    tool = BUILD / "release" / "fsa-kernels"
+    totals.add(build("release") and run(tool, "compile", FSA_NVRTC_PATH=str(nvrtc)))
+    return totals
+
+
+def gpu_verdict() -> str:
+    """One line: whether a GPU has seen these sources."""
+    command = [sys.executable, ROOT / "tests/gpu/report.py"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def python() -> Totals:
     report = BUILD / "pytest.xml"
     report.parent.mkdir(exist_ok=True)
@@ -154,6 +170,7 @@ PARTS: dict[str, tuple[str, Callable[[], Totals]]] = {
     "layers": ("include layers", layers),
     "cpp": ("C++ tests and example", cpp),
     "symbols": ("symbols, kernel budget", kernel_objects),
+    "kernels": ("GPU kernels, compiled", device_kernels),
     "consumer": ("consumer project", consumer),
     "python": ("Python tests", python),
     "asan": ("C++ tests, asan + ubsan", sanitizers),
@@ -177,6 +194,7 @@ def main() -> int:
     print(f"\n{'part':<26}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}")
     for title, totals, seconds in rows:
         print(f"{title:<26}{totals.passed:>8}{totals.failed:>8}{totals.skipped:>9}{seconds:>9.0f}")
+    print(gpu_verdict())
     passed, failed, skipped = (
         sum(getattr(totals, field) for _, totals, _ in rows) for field in ("passed", "failed", "skipped")
     )

@@ -153,6 +153,7 @@ def nsa_metrics(
     models = {"dense": (trained["dense"][0], dense), "nsa": (trained["nsa"][0], kind)}
     metrics = {
         "sizes": dataclasses.asdict(kind.sizes),
+        "parameters": trained["nsa"][0].num_parameters(),
         "computed": native.computed_share(selection, kind.sizes),
         "gates": selection.gates,
         "plan": {

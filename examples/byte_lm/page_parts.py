@@ -20,6 +20,7 @@ table { border-collapse: collapse; margin: .9em 0; font-size: .92em; width: 100%
 th, td { padding: .34em .6em; text-align: right; border-bottom: 1px solid #e5e5e5; vertical-align: top; }
 th { font-weight: 600; color: #555; border-bottom: 2px solid #bbb; }
 td.text, th.text { text-align: left; } td.text:first-child { white-space: nowrap; }
+td.text { overflow-wrap: anywhere; }
 tr.marked td { background: #eef5fb; }
 .ok { color: #11633a; font-weight: 700; white-space: nowrap; } .bad { color: #b01010; font-weight: 700; }
 .none { color: #7a6a30; font-weight: 700; white-space: nowrap; }

@@ -291,7 +291,8 @@ def nsa_section(metrics: dict, pictures: dict[str, str]) -> list[str]:
         f"{sizes['compress_block']} bytes, one per {sizes['compress_stride']}; over the {sizes['top_k']} blocks "
         f"of {sizes['block_size']} bytes in which those score best, the first {sizes['init_blocks']} and the last "
         f"{sizes['local_blocks']} always among them; and over the last {sizes['window_left'] + 1} bytes. It "
-        "starts from dense's weights; how to compress and how far to open each gate it learns besides. "
+        "starts from dense's weights; how to compress and how far to open each gate it learns besides, in "
+        f"{nsa['parameters'] - metrics['model']['parameters']:,} further parameters. "
         f"It ends at {losses['nsa']:.4f} nats per byte, dense at {losses['dense']:.4f} "
         f"({relative(losses['nsa'], losses['dense'])})."
     )

@@ -88,10 +88,14 @@ struct TensorView {
   }
 };
 
-/// Scratch memory owned by the caller, aligned to 64 bytes, on the device of the inputs.
+/// Scratch memory owned by the caller, aligned to 64 bytes, on the device of the inputs. Instead of the memory, a
+/// function that returns some: called at most once, with the bytes that the call needs, when data is null and they
+/// are not 0. Saves a workspace_size(), which checks all arguments once more. It may throw.
 struct Workspace {
   void* data = nullptr;
   std::size_t bytes = 0;
+  void* (*allocate)(void* owner, std::size_t bytes) = nullptr;
+  void* owner = nullptr;
 };
 
 }  // namespace fsa

@@ -32,8 +32,8 @@ class GateTest {
 
     for (int32 row = work.m_begin + lane_id(); row < min_of(work.m_begin + kRowsPerWarpgroup, work.seqlen_q);
          row += kWarpThreads) {
-      const float alpha = load_scalar(params.alpha, work.q_map_batch,
-                                      static_cast<int64>(work.q_begin) + row, work.head);
+      const float alpha =
+          load_scalar(params.alpha, work.q_map_batch, static_cast<int64>(work.q_begin) + row, work.head);
       alpha_.include({alpha, alpha});
     }
     alpha_.reduce_warp();

@@ -22,8 +22,7 @@ struct Extremes {
   FSA_DEVICE void reduce_warp() {
 #pragma unroll
     for (int32 distance = kWarpThreads / 2; distance > 0; distance /= 2)
-      include(
-          {__shfl_xor_sync(0xffffffffu, low, distance), __shfl_xor_sync(0xffffffffu, high, distance)});
+      include({__shfl_xor_sync(0xffffffffu, low, distance), __shfl_xor_sync(0xffffffffu, high, distance)});
   }
 };
 

@@ -33,20 +33,17 @@ struct BandMask {
     const int32 first_key = key_begin + fragment_column(lane_id(), 0);
     // Keys behind the sequence's end lie behind the diagonal of every row in use.
 #pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {  // one after the other: registers are few
-      const int32 near_distance = row + 8 * slot + work.offset() - first_key;
-      const int32 far_distance = near_distance - bands.far_begin;
-      const int32 sink = min_of(bands.sink - first_key, near_distance + 1);
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+      const int32 diagonal = row + 8 * slot + work.offset() - first_key;
+      const int32 near_begin = keys_before(diagonal - bands.near + 1), end = keys_before(diagonal + 1);
+      const int32 far_begin = keys_before(diagonal - bands.far_end + 1);
+      const int32 far_end = keys_before(diagonal - bands.far_begin + 1);
+      const int32 sink = keys_before(min_of(bands.sink - first_key, diagonal + 1));
 #pragma unroll
-      for (int32 i = 0; i < kCount; ++i) {
-        if (fragment_slot(i) != slot) continue;
-        const int32 column = fragment_column(0, i);
-        const bool seen = static_cast<uint32>(near_distance - column) < static_cast<uint32>(bands.near) ||
-                          static_cast<uint32>(far_distance - column) <
-                              static_cast<uint32>(bands.far_end - bands.far_begin) ||
-                          column < sink;
-        rS[i] = seen ? rS[i] : -kInfinity;
-      }
+      for (int32 word = 0; word < kKeyWords<kCount>; ++word)
+        hide_unseen(rS, slot, word,
+                    key_bits(near_begin, end, word) | key_bits(far_begin, far_end, word) |
+                        low_bits(sink - 32 * word));
     }
   }
 };

@@ -25,11 +25,10 @@ struct BitmapTiles {
     FSA_DEVICE Walk(const ForwardParams& params, const WorkTile& work) : work_(work) {
 #pragma unroll
       for (int32 w = 0; w < kRowTiles; ++w)
-        row_tile_[w] =
-            work.m_begin + w * kRowsPerWarpgroup < work.seqlen_q
-                ? tile_bits(params.gate_bits, params.cu_seqlens_q != nullptr, work,
-                            work.m_begin + w * kRowsPerWarpgroup)
-                : nullptr;
+        row_tile_[w] = work.m_begin + w * kRowsPerWarpgroup < work.seqlen_q
+                           ? tile_bits(params.gate_bits, params.cu_seqlens_q != nullptr, work,
+                                       work.m_begin + w * kRowsPerWarpgroup)
+                           : nullptr;
     }
 
     FSA_DEVICE bool next(TileInfo& info) {

@@ -56,9 +56,12 @@ struct ListMask {
         const int64 line = static_cast<int64>(info.block) * b.block_rows + (row + 8 * slot) % b.block_rows;
         seen[slot][word] = b.bits[line * (b.block_keys / 32) + info.block_key / 32 + word] >> thread_column;
       }
-    hide_unseen(rS, [&](int32 slot, int32 column) {
-      return column < end && (seen[slot][column / 32] >> column % 32 & 1) != 0;
-    });
+#pragma unroll
+    for (int32 i = 0; i < kCount; ++i) {
+      const int32 column = fragment_column(0, i);
+      const bool visible = column < end && (seen[fragment_slot(i)][column / 32] >> column % 32 & 1) != 0;
+      rS[i] = visible ? rS[i] : -kInfinity;
+    }
   }
 };
 

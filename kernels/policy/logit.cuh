@@ -89,9 +89,9 @@ struct PairGate {
       : scale_out(scale_in) {
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot)
-      alpha[slot] = row + 8 * slot < work.seqlen_q
-                        ? load_scalar(params.alpha, work.q_map_batch, work.q_begin + row + 8 * slot, work.head)
-                        : 0.0f;
+      alpha[slot] = row + 8 * slot < work.seqlen_q ? load_scalar(params.alpha, work.q_map_batch,
+                                                                 work.q_begin + row + 8 * slot, work.head)
+                                                   : 0.0f;
   }
 
   // log sigmoid x = min(x, 0) - log(1 + e^-|x|)

@@ -12,13 +12,39 @@ struct KeyRange {  // [begin, end)
   int32 end;
 };
 
-// Hides the keys of the thread's fragment that `seen(slot, column)` does not show; columns count from the
-// thread's first key.
-template <int32 kCount, class Seen>
-FSA_DEVICE void hide_unseen(float (&rS)[kCount], Seen seen) {
+// Of the thread's keys of one row, taken in order: how many lie before `limit` (counted from its first key).
+// They come in pairs, eight keys apart.
+FSA_DEVICE int32 keys_before(int32 limit) {
+  const int32 keys = max_of(limit, 0);
+  return keys / 8 * 2 + min_of(keys % 8, 2);
+}
+
+// The lowest `count` bits.
+FSA_DEVICE uint32 low_bits(int32 count) {
+  uint32 bits;  // shifts by 32 and more give 0
+  asm("shl.b32 %0, %1, %2;" : "=r"(bits) : "r"(0xffffffffu), "r"(max_of(count, 0)));
+  return ~bits;
+}
+
+// Bits [begin, end) of word `word`.
+FSA_DEVICE uint32 key_bits(int32 begin, int32 end, int32 word) {
+  return low_bits(end - 32 * word) & ~low_bits(begin - 32 * word);
+}
+
+template <int32 kCount>
+inline constexpr int32 kKeyWords = (kCount / 2 + 31) / 32;  // of each of a thread's rows
+
+// Hides the keys of one row and word whose bit is 0. Bits move to predicates eight at a time, where comparing
+// positions costs one or two instructions a key.
+template <int32 kCount>
+FSA_DEVICE void hide_unseen(float (&rS)[kCount], int32 slot, int32 word, uint32 seen) {
 #pragma unroll
-  for (int32 i = 0; i < kCount; ++i)
-    rS[i] = seen(fragment_slot(i), fragment_column(0, i)) ? rS[i] : -kInfinity;
+  for (int32 bit = 0; bit < 32; ++bit) {
+    const int32 key = 32 * word + bit;
+    if (key >= kCount / 2) continue;
+    const int32 i = key / 2 * 4 + 2 * slot + key % 2;
+    rS[i] = (seen >> bit & 1) != 0 ? rS[i] : -kInfinity;
+  }
 }
 
 // kLeft, kRight: the window is limited on that side (causal: on the right, by zero).
@@ -37,16 +63,15 @@ struct WindowMask {
   FSA_DEVICE static void apply(const ForwardParams& params, const WorkTile& work, const TileInfo&,
                                float (&rS)[kCount], int32 row, int32 key_begin) {
     const int32 first_key = key_begin + fragment_column(lane_id(), 0);
-    KeyRange range[kRowsPerThread];
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
-      range[slot] = visible(params, work, row + 8 * slot);
-      range[slot].begin -= first_key;
-      range[slot].end -= first_key;
+      const KeyRange range = visible(params, work, row + 8 * slot);
+      const int32 end = keys_before(range.end - first_key);
+      const int32 begin = kLeft ? keys_before(range.begin - first_key) : 0;
+#pragma unroll
+      for (int32 word = 0; word < kKeyWords<kCount>; ++word)
+        hide_unseen(rS, slot, word, kLeft ? key_bits(begin, end, word) : low_bits(end - 32 * word));
     }
-    hide_unseen(rS, [&](int32 slot, int32 column) {
-      return column < range[slot].end && (!kLeft || column >= range[slot].begin);
-    });
   }
 };
 

@@ -108,7 +108,8 @@ struct StoreOutput {
                             static_cast<int64>(row) * params.out_stride_row + head * params.out_stride_head;
         for (int32 unit = lane_id(); unit < units; unit += kWarpThreads)
           *reinterpret_cast<uint4*>(out + unit * 8) = make_uint4(0, 0, 0, 0);
-        if (lane_id() == 0 && params.lse != nullptr) params.lse[head * params.lse_stride_head + row] = -kInfinity;
+        if (lane_id() == 0 && params.lse != nullptr)
+          params.lse[head * params.lse_stride_head + row] = -kInfinity;
       }
   }
 

@@ -6,9 +6,9 @@
 //   sweep          every tile counts: S(j + 1) and P V(j) in flight together, softmax(j + 1) under P V(j)
 //   sweep_shared   tiles of a list, or voted on, with V loaded for all: as sweep, but a tile that this
 //                  warpgroup does not want ends the pipeline, and its V is passed over
-//   sweep_private  tiles voted on, with V fetched on demand; two modes. While tiles are skipped, S of the
-//                  next tile is in flight under the vote, in a second buffer. While they are kept, P V needs
-//                  those registers: S(j + 1) and P V(j) are issued together, the vote on j + 1 under P V(j).
+//   sweep_private  tiles voted on, with V fetched on demand. A loop while tiles are skipped: S, row maxima,
+//                  vote. Another while they are kept: S(j + 1) and P V(j) in flight together, the vote on
+//                  j + 1 and its softmax under P V(j)
 //
 // ptxas serialises every multiply of a kernel where a multiply is issued in one arm of a branch with another
 // in flight (C7511, C7520). So arms are whole steps, and loops begin with nothing or just one P V in flight.
@@ -35,9 +35,9 @@ struct Consumer {
 
   const ForwardParams& params;
   ForwardStorage<Types>& storage;
-  const int32 index;      // which consumer
-  const int32 row;        // first of the thread's rows in the work tile
-  uint32 query_address;   // of the warpgroup's rows
+  const int32 index;     // which consumer
+  const int32 row;       // first of the thread's rows in the work tile
+  uint32 query_address;  // of the warpgroup's rows
 
   Ring<kWorkSlots> slot;
   Ring<Types::kQueryStages> query;
@@ -153,8 +153,7 @@ struct Consumer {
 
   FSA_DEVICE void pack_probabilities(const Scores& r) {
 #pragma unroll
-    for (int32 i = 0; i < Types::kBlockN / 4; ++i)
-      rP[i] = ptx::pack<Types::kElement>(r[2 * i], r[2 * i + 1]);
+    for (int32 i = 0; i < Types::kBlockN / 4; ++i) rP[i] = ptx::pack<Types::kElement>(r[2 * i], r[2 * i + 1]);
   }
 
   // Keys beyond the used length have p = 0, but 0 * NaN is NaN: their values must not be what memory holds.
@@ -384,6 +383,27 @@ struct Consumer {
       Skip::record(params, work, work.m_begin + index * kRowsPerWarpgroup, tile);
   }
 
+  enum class Skipped { until_kept, other_mask, all };
+
+  // A loop for masked tiles and one for the others: the vote's latency is that of its instructions.
+  template <bool kMasked>
+  FSA_DEVICE Skipped skip_run(const WorkTile& work, const LogitChain& logit, const Skip& skip, Walk& walk,
+                              TileInfo& tile, TileInfo& ahead, bool& more, bool& last,
+                              OnlineSoftmax::RowPair& top) {
+    do {
+      if constexpr (kMasked) mask(work, tile, rS);
+      if (vote(logit, skip, rS, top)) return Skipped::until_kept;
+      if (!more) return Skipped::all;
+      tile = ahead;
+      const int32 stage = start_scores(rS);
+      more = next_early(walk, last, ahead);
+      ptx::wgmma_wait<0>();
+      take_scores(logit, rS, tile.tile, stage);
+      more = next_late(walk, last, ahead, more);
+    } while (tile.masked() == kMasked);
+    return Skipped::other_mask;
+  }
+
   FSA_DEVICE void sweep_private(const WorkTile& work, const LogitChain& logit) {
     Skip skip(params, work, work.m_begin + row);
     Walk walk(params, work);
@@ -400,17 +420,12 @@ struct Consumer {
     OnlineSoftmax::RowPair top;
     for (;;) {
       // Skipping. S of `tile` is in rS, nothing in flight.
-      for (;;) {
-        if (tile.masked()) mask(work, tile, rS);
-        if (vote(logit, skip, rS, top)) break;
-        if (!more) return;
-        tile = ahead;
-        stage = start_scores(rS);
-        more = next_early(walk, last, ahead);
-        ptx::wgmma_wait<0>();
-        take_scores(logit, rS, tile.tile, stage);
-        more = next_late(walk, last, ahead, more);
-      }
+      Skipped end;
+      do {
+        end = tile.masked() ? skip_run<true>(work, logit, skip, walk, tile, ahead, more, last, top)
+                            : skip_run<false>(work, logit, skip, walk, tile, ahead, more, last, top);
+      } while (end == Skipped::other_mask);
+      if (end == Skipped::all) return;
       keep(work, logit, tile, rS, top);
 
       // Keeping. P of `tile` is in rP, nothing in flight.

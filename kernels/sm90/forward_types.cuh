@@ -60,6 +60,8 @@ struct ForwardTypes {
                 "V of a kept tile loads beside P V of the one before");
   static_assert(!Skip::kVotes || kBlockN == skip_tile_keys(kHeadDim), "one vote decides one skip tile");
   static_assert(!Skip::kVotes || Tiles::kInOrder, "votes are taken from right to left");
+  static_assert(!(kKeyScalars && Skip::kVotes && kNumConsumers == 3),
+                "160 registers do not hold the pair gate beside a vote: use block_m 128");
   static_assert((kTile.key_scalars != 0) == kKeyScalars, "the pair gate needs delta beside K");
   static_assert(kBlockN <= 256, "a TMA box has at most 256 rows");
   static_assert(KeyTile::kBytes % kSharedAlignment == 0 && ValueTile::kBytes % kSharedAlignment == 0,

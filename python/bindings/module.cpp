@@ -92,7 +92,7 @@ void bind_forward(nb::module_& m) {
         args.skip_map = skip_map;
         args.workspace = workspace_from(workspace);
         if (workspace.present()) return without_gil([&] { forward(args); });
-        const Scratch scratch("workspace", inputs.query_object, inputs.query.device, workspace_size(args));
+        Scratch scratch("workspace", inputs.query_object, inputs.query.device);
         args.workspace = scratch.workspace();
         without_gil([&] { forward(args); });
       },

@@ -108,7 +108,7 @@ TensorView view_of(const char* name, const DLTensor& tensor) {
 // question costs more than the rest of the tensor, so written ones are not asked: the Python layer does that.
 bool has_pending_negation(PyObject* object) {
   static PyObject* const name = PyUnicode_InternFromString("is_neg");
-  PyObject* result = PyObject_CallMethodObjArgs(object, name, nullptr);
+  PyObject* result = PyObject_VectorcallMethod(name, &object, 1, nullptr);
   PyErr_Clear();  // not a torch tensor
   Py_XDECREF(result);
   return result == Py_True;
@@ -156,31 +156,40 @@ TensorView read_tensor(const char* name, PyObject* object, Access access, nb::ob
   return view_of(name, tensor);
 }
 
-Scratch::Scratch(const char* name, PyObject* like, Device device, std::size_t bytes) {
-  if (bytes == 0) return;
-  const DLPackExchangeAPI* api = exchange_api(Py_TYPE(like));
-  if (api == nullptr) refuse(name, "missing, and " + type_name(like) + " has no allocator to take it from");
+Scratch::Scratch(const char* name, PyObject* like, Device device)
+    : name_(name), api_(exchange_api(Py_TYPE(like))), device_(device) {
+  if (api_ == nullptr) type_ = type_name(like);
+}
+
+Workspace Scratch::workspace() {
+  return {
+      .allocate = [](void* self, std::size_t bytes) { return static_cast<Scratch*>(self)->allocate(bytes); },
+      .owner = this};
+}
+
+void* Scratch::allocate(std::size_t bytes) {
+  if (api_ == nullptr) refuse(name_, "missing, and " + type_ + " has no allocator to take it from");
   std::int64_t size = static_cast<std::int64_t>(bytes);
   DLTensor prototype = {};
   prototype.ndim = 1;
   prototype.shape = &size;
   prototype.dtype = {kDLUInt, 8, 1};
-  prototype.device = {device.kind == DeviceKind::cuda ? kDLCUDA : kDLCPU, device.index};
+  prototype.device = {device_.kind == DeviceKind::cuda ? kDLCUDA : kDLCPU, device_.index};
   std::string problem;
-  DLManagedTensorVersioned* owner = nullptr;
-  const int failed = api->managed_tensor_allocator(
-      &prototype, &owner, &problem,
+  DLManagedTensorVersioned* memory = nullptr;
+  const int failed = static_cast<const DLPackExchangeAPI*>(api_)->managed_tensor_allocator(
+      &prototype, &memory, &problem,
       [](void* into, const char*, const char* message) { *static_cast<std::string*>(into) = message; });
-  if (failed != 0 || owner == nullptr)
-    throw Error(ErrorCode::device, std::string(name) + ": no memory for " + std::to_string(bytes) +
+  if (failed != 0 || memory == nullptr)
+    throw Error(ErrorCode::device, std::string(name_) + ": no memory for " + std::to_string(bytes) +
                                        " bytes: " + problem.substr(0, problem.find('\n')));
-  owner_ = owner;
-  workspace_ = {static_cast<char*>(owner->dl_tensor.data) + owner->dl_tensor.byte_offset, bytes};
+  memory_ = memory;
+  return static_cast<char*>(memory->dl_tensor.data) + memory->dl_tensor.byte_offset;
 }
 
 Scratch::~Scratch() {
-  auto* owner = static_cast<DLManagedTensorVersioned*>(owner_);
-  if (owner != nullptr && owner->deleter != nullptr) owner->deleter(owner);
+  auto* memory = static_cast<DLManagedTensorVersioned*>(memory_);
+  if (memory != nullptr && memory->deleter != nullptr) memory->deleter(memory);
 }
 
 void* current_stream(const char* name, PyObject* object, Device device) {

@@ -4,6 +4,8 @@
 
 #include <nanobind/nanobind.h>
 
+#include <string>
+
 #include "fsa/tensor.h"
 
 namespace fsa::python {
@@ -17,20 +19,25 @@ enum class Access { read, write };
 TensorView read_tensor(const char* name, PyObject* object, Access access, nanobind::object& owner);
 
 // Memory for one call, from the allocator of a tensor's framework: stream-ordered on the GPU, and without the
-// cost of a Python object. `like` is not asked when nothing is wanted. Throws Error when its type has no allocator
-// or the allocator has no memory.
+// cost of a Python object. The allocator is asked when the call turns out to need something, then without the GIL.
+// Throws Error with `name` when the tensor's type has no allocator or the allocator has no memory.
 class Scratch {
  public:
-  Scratch(const char* name, PyObject* like, Device device, std::size_t bytes);
+  Scratch(const char* name, PyObject* like, Device device);
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  Workspace workspace() const { return workspace_; }
+  Workspace workspace();
 
  private:
-  void* owner_ = nullptr;  // DLManagedTensorVersioned
-  Workspace workspace_;
+  void* allocate(std::size_t bytes);
+
+  const char* name_;
+  std::string type_;  // filled in where there is no allocator
+  const void* api_;   // DLPackExchangeAPI
+  Device device_;
+  void* memory_ = nullptr;  // DLManagedTensorVersioned
 };
 
 // The stream on which the tensor's framework is working on that device; null on the CPU. Throws Error with `name`

@@ -116,6 +116,16 @@ def _require_tensors(inputs: Inputs) -> None:
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
 
 
+def distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The tensors with views in place of repetitions: dynamo refuses a Function that gets a tensor twice, as
+    self-attention's cu_seqlens are."""
+    result: list[Tensor | None] = []
+    for tensor in tensors:
+        repeated = tensor is not None and any(tensor is other for other in result)
+        result.append(tensor.view_as(tensor) if repeated else tensor)
+    return tuple(result)
+
+
 def _records_gradient(inputs: Inputs) -> bool:
     if forward_ad._current_level >= 0:
         return True  # autograd then says that there is no forward mode
@@ -184,7 +194,10 @@ def attend(
         options = ops.with_known_map_shape(inputs, options)
     if records_gradient:
         _refuse_buffers(out=out, lse=lse)
-        result, result_lse, skip_map = _Attention.apply(options, keep_map, *inputs[:_NUM_INPUTS])
+        tensors = inputs[:_NUM_INPUTS]
+        if torch.compiler.is_dynamo_compiling():
+            tensors = distinct(tensors)
+        result, result_lse, skip_map = _Attention.apply(options, keep_map, *tensors)
     else:
         result, result_lse, skip_map = ops.forward(inputs, options, keep_map)
     if want_map and not plain:

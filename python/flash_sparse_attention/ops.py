@@ -104,7 +104,7 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
 
 def _empty_out(query: Tensor, value: Tensor) -> Tensor:
     """[..., head_dim_v]; empty_like takes half the time of empty."""
-    if query.shape[-1] == value.shape[-1]:
+    if query.size(-1) == value.size(-1):
         return torch.empty_like(query, memory_format=torch.contiguous_format)
     return empty(query, (*query.shape[:-1], value.shape[-1]))
 

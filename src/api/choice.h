@@ -15,6 +15,18 @@ namespace fsa {
 std::string describe(const Problem& problem);
 std::string describe(const NsaProblem& problem);
 
+// Why a backend other than the chosen one was passed over. A forced instruction set that is missing stops a call that
+// would use it; here it is one more reason.
+template <class AnyProblem>
+std::string reason_against(const Backend& backend, const AnyProblem& problem) {
+  try {
+    const std::string reason = backend.reject(problem);
+    return reason.empty() ? "could compute this, but another backend was asked for" : reason;
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
 // The backends in their order, up to and beyond the chosen one.
 template <class AnyProblem>
 std::vector<BackendChoice> explain_choice(const AnyProblem& problem, const Backend& chosen) {
@@ -22,10 +34,7 @@ std::vector<BackendChoice> explain_choice(const AnyProblem& problem, const Backe
   bool behind = false;
   for (const Backend* backend : registry()) {
     BackendChoice choice{std::string(backend->name()), backend == &chosen, ""};
-    if (!choice.chosen && !behind) {
-      choice.reason = backend->reject(problem);
-      if (choice.reason.empty()) choice.reason = "could compute this, but another backend was asked for";
-    }
+    if (!choice.chosen && !behind) choice.reason = reason_against(*backend, problem);
     behind = behind || choice.chosen;
     choices.push_back(choice);
   }
@@ -38,8 +47,7 @@ void log_choice(const AnyProblem& problem, const Backend& chosen) {
   std::string line = text_of(describe(problem), " -> ", chosen.name(), ", ", chosen.kernel(problem));
   for (const Backend* backend : registry()) {
     if (backend == &chosen) break;
-    const std::string reason = backend->reject(problem);
-    line += text_of("; ", backend->name(), ": ", reason.empty() ? "another backend was asked for" : reason);
+    line += text_of("; ", backend->name(), ": ", reason_against(*backend, problem));
   }
   write_log(line);
 }
@@ -49,6 +57,8 @@ template <class AnyCall>
 void run_call(AnyCall& call, const std::string& wanted_backend, Workspace workspace, void* stream) {
   const Backend& backend = choose_backend(call.problem, wanted_backend);
   const std::size_t needed = backend.workspace_bytes(call.problem);
+  if (workspace.data == nullptr && workspace.allocate != nullptr && needed > 0)
+    workspace = {.data = workspace.allocate(workspace.owner, needed), .bytes = needed};
   check_workspace(workspace, needed);
   check_no_overlap(call.inputs, call.outputs, workspace, needed);
   if (logs_dispatch()) log_choice(call.problem, backend);

@@ -7,6 +7,7 @@
 // | FSA_LOG         | dispatch                       | each call prints the backend it took, and why, on stderr |
 // | FSA_NUM_THREADS | 1 ... 1024                     | threads of CPU calls; default: processors of the process |
 // | FSA_CPU_TARGET  | a name of an instruction set   | forces it on the CPU backend; an error where it is missing |
+// | FSA_NSA_ALGORITHM | auto, kv_outer, query_outer, off | Python: of selected attention where a call says auto   |
 //
 // For CUDA:
 //
@@ -16,7 +17,8 @@
 // | FSA_JIT         | on, off                        | off: a kernel that is neither in a pack nor in the cache  |
 // |                 |                                | is an error, not a compilation                           |
 // | FSA_KERNEL_PATH | folders, separated by ':'      | packs of compiled kernels, asked before the cache         |
-// | FSA_CACHE_DIR   | a folder                       | of kernels compiled here; default: in ~/.cache            |
+// | FSA_CACHE_DIR   | a folder                       | of kernels compiled here, and of the profile of selected  |
+// |                 |                                | attention (Python); default: in ~/.cache                 |
 #pragma once
 
 #include <string_view>

@@ -219,7 +219,9 @@ void expect_accepted(const BadInput<Args>& bad, const Args& given) {
       if (trial.args.workspace.data == nullptr)
         trial.args.workspace = trial.workspace(workspace_size(trial.args));
     call(trial.args);
-    if constexpr (requires { supports(trial.args); }) EXPECT_TRUE(supports(trial.args).ok) << bad.name;
+    if constexpr (requires { supports(trial.args); }) {
+      EXPECT_TRUE(supports(trial.args).ok) << bad.name;
+    }
   } catch (const Error& error) {
     ADD_FAILURE() << bad.name << ": the valid twin was refused: " << error.what();
   }

@@ -474,46 +474,77 @@ struct Combination {
   }
 };
 
-// Score of a block as the NSA paper writes it (equation 9), in float64: the probabilities of the windows
-// j a - (c - 1) + m + r over m < a = B / s and r < c = l / s. For blocks 0 ... own.
-inline std::vector<double> paper_scores(const Selection& s, std::int64_t b, std::int64_t kv_head,
-                                        std::int64_t row) {
-  const NsaSetup& p = s.setup;
-  const std::int64_t group = p.num_heads / p.num_kv_heads;
-  const std::int64_t token = row + p.tokens(b) - p.rows(b);
-  const double scale = p.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim)));
-  std::vector<double> windows(static_cast<std::size_t>(p.windows(b)));
-  for (std::int64_t i = 0; i < p.windows(b) && token >= i * p.compress_stride + p.compress_block - 1; ++i)
-    for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-      double product = 0;
+// Scores of blocks as the NSA paper writes them (equation 9), in float64: the sum of the probabilities of the windows
+// j a - (c - 1) + m + r over m < a = B / s and r < c = l / s. Of one sequence and key head.
+class PaperScores {
+ public:
+  PaperScores(const Selection& s, std::int64_t b, std::int64_t kv_head)
+      : setup_(s.setup), group_(setup_.num_heads / setup_.num_kv_heads), windows_(setup_.windows(b)) {
+    const NsaSetup& p = setup_;
+    offset_ = p.tokens(b) - p.rows(b);
+    const std::int64_t batch = p.packed() ? 0 : b, q_begin = p.packed() ? p.cu_seqlens[b] : 0;
+    const std::int64_t k_begin = p.packed() ? p.cu_seqlens_compressed()[b] : 0;
+    // Index of an element as [batch, rows, heads, dim], which packed tensors are with one batch entry.
+    const auto load = [&](const Buffer& tensor, std::int64_t extent, std::int64_t heads, std::int64_t row,
+                          std::int64_t head) {
+      std::vector<double> values;
       for (std::int64_t d = 0; d < p.head_dim; ++d)
-        product += p.packed() ? s.query.at(p.cu_seqlens[b] + row, head, d) *
-                                    s.key.at(p.cu_seqlens_compressed()[b] + i, kv_head, d)
-                              : s.query.at(b, row, head, d) * s.key.at(b, i, kv_head, d);
-      const double lse = p.packed() ? s.lse.at(head, p.cu_seqlens[b] + row) : s.lse.at(b, head, row);
-      windows[static_cast<std::size_t>(i)] += std::exp(scale * product - lse);
-    }
-  const std::int64_t a = p.block_size / p.compress_stride, c = p.compress_block / p.compress_stride;
-  std::vector<double> scores(static_cast<std::size_t>(token / p.block_size + 1));
-  for (std::size_t j = 0; j < scores.size(); ++j)
-    for (std::int64_t m = 0; m < a; ++m)
-      for (std::int64_t r = 0; r < c; ++r) {
-        const std::int64_t i = static_cast<std::int64_t>(j) * a - (c - 1) + m + r;
-        if (i >= 0 && i < p.windows(b)) scores[j] += windows[static_cast<std::size_t>(i)];
+        values.push_back(tensor.get(((batch * extent + row) * heads + head) * p.head_dim + d));
+      return values;
+    };
+    for (std::int64_t i = 0; i < windows_; ++i)
+      keys_.push_back(load(s.key, p.window_room(), p.num_kv_heads, k_begin + i, kv_head));
+    for (std::int64_t row = 0; row < p.rows(b); ++row)
+      for (std::int64_t head = kv_head * group_; head < (kv_head + 1) * group_; ++head) {
+        queries_.push_back(load(s.query, p.seqlen, p.num_heads, q_begin + row, head));
+        lses_.push_back(p.packed() ? s.lse.at(head, q_begin + row) : s.lse.at(b, head, row));
       }
-  return scores;
-}
+  }
 
-// Every row holds a best choice by paper_scores: ascending, exactly min(top_k, own + 1) blocks, then -1; forced
+  // Of the blocks 0 ... own of a row.
+  std::vector<double> of_row(std::int64_t row) const {
+    const NsaSetup& p = setup_;
+    const std::int64_t token = row + offset_;
+    const double scale = p.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim)));
+    std::vector<double> probabilities(keys_.size());
+    for (std::int64_t i = 0; i < windows_ && token >= i * p.compress_stride + p.compress_block - 1; ++i)
+      for (std::int64_t head = row * group_; head < (row + 1) * group_; ++head) {
+        const std::vector<double>& query = queries_[static_cast<std::size_t>(head)];
+        const std::vector<double>& key = keys_[static_cast<std::size_t>(i)];
+        double product = 0;
+        for (std::size_t d = 0; d < query.size(); ++d) product += query[d] * key[d];
+        probabilities[static_cast<std::size_t>(i)] +=
+            std::exp(scale * product - lses_[static_cast<std::size_t>(head)]);
+      }
+    const std::int64_t a = p.block_size / p.compress_stride, c = p.compress_block / p.compress_stride;
+    std::vector<double> scores(static_cast<std::size_t>(token / p.block_size + 1));
+    for (std::size_t j = 0; j < scores.size(); ++j)
+      for (std::int64_t m = 0; m < a; ++m)
+        for (std::int64_t r = 0; r < c; ++r) {
+          const std::int64_t i = static_cast<std::int64_t>(j) * a - (c - 1) + m + r;
+          if (i >= 0 && i < windows_) scores[j] += probabilities[static_cast<std::size_t>(i)];
+        }
+    return scores;
+  }
+
+ private:
+  const NsaSetup& setup_;
+  std::int64_t group_, windows_, offset_ = 0;
+  std::vector<std::vector<double>> keys_, queries_;  // queries: rows, then heads of the group
+  std::vector<double> lses_;
+};
+
+// Every row holds a best choice by PaperScores: ascending, exactly min(top_k, own + 1) blocks, then -1; forced
 // blocks first; no block that was left out beats one that was taken by more than `slack`, relative.
 inline void expect_best_blocks(const Selection& s, double slack) {
   const NsaSetup& p = s.setup;
   for (std::int64_t b = 0; b < p.sequences(); ++b)
-    for (std::int64_t kv_head = 0; kv_head < p.num_kv_heads; ++kv_head)
+    for (std::int64_t kv_head = 0; kv_head < p.num_kv_heads; ++kv_head) {
+      const PaperScores paper(s, b, kv_head);
       for (std::int64_t row = 0; row < p.rows(b); ++row) {
         SCOPED_TRACE(testing::Message()
                      << "seed " << p.seed << " sequence " << b << " key head " << kv_head << " row " << row);
-        const std::vector<double> scores = paper_scores(s, b, kv_head, row);
+        const std::vector<double> scores = paper.of_row(row);
         const auto own = static_cast<std::int64_t>(scores.size()) - 1;
         const std::int64_t count = std::min(p.top_k, own + 1);
         std::vector<bool> taken(scores.size());
@@ -543,6 +574,7 @@ inline void expect_best_blocks(const Selection& s, double slack) {
         }
         ASSERT_GE(worst_taken, best_left * (1 - slack));
       }
+    }
 }
 
 // False when the backend has no native sparse attention (yet): then there is nothing to test.

@@ -184,15 +184,17 @@ def graph_replays_with_new_data() -> None:
 
 @test
 def first_use_in_a_capture_is_refused() -> None:
-    query, key, value = qkv(1, 64, 64, 2, 2, 96)
-    slopes = torch.ones(2, device="cuda")
+    query, key, value = qkv(1, 64, 64, 2, 2, 192, torch.float16)
+    ones = torch.ones(2, device="cuda")
 
     def capture() -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            fsa.attention(query, key, value, alibi_slopes=slopes, window_size=(9, 9))
+            fsa.attention(query, key, value, alibi_slopes=ones, sink=ones, softcap=9.0, window_size=(9, 9))
 
-    assert_raises(RuntimeError, "fsa-kernels prefill forward_sm90_bf16_d96_window_alibi", capture)
+    assert_raises(
+        RuntimeError, "fsa-kernels prefill forward_sm90_fp16_d192_window_softcap_alibi_sink", capture
+    )
     torch.cuda.synchronize()
 
 

@@ -112,7 +112,7 @@ def prefill(tool: Path, chosen: list[Named]) -> str:
          str(os.cpu_count())], capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode != 0:
-        return f"prefill failed: {done.stderr[-4000:]}"
+        raise SystemExit(f"a kernel does not compile:\n{done.stderr[-6000:]}")
     return done.stdout.splitlines()[-1]
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """report.json: what the GPU tests saw, and for which sources. Without torch, so that `make test` can read it.
 
-Usage: report.py    says whether the report speaks of the sources as they are
+Usage: report.py   says whether the report speaks of the sources as they are
 """
 
 from __future__ import annotations

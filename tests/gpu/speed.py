@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -41,8 +42,10 @@ def host_times() -> dict[str, float]:
     query = torch.randn(1, 64, 2, 64, device="cuda").bfloat16()
     out = torch.empty_like(query)
     transposed = query.transpose(1, 2)
+    for _ in range(20_000):  # the processor's clock rises, the interpreter specialises
+        fsa.attention(query, query, query)
     with torch.no_grad():
-        times = {
+        return {
             "attention": _best_us(lambda: fsa.attention(query, query, query)),
             "attention, causal, lse": _best_us(
                 lambda: fsa.attention(query, query, query, causal=True, return_lse=True)
@@ -54,9 +57,6 @@ def host_times() -> dict[str, float]:
                 lambda: scaled_dot_product_attention(transposed, transposed, transposed)
             ),
         }
-    for name, us in times.items():
-        print(f"host {name}: {us} us", flush=True)
-    return times
 
 
 def interleaved_ms(functions: list[Callable[[], Any]]) -> list[float]:
@@ -104,3 +104,7 @@ def table() -> list[dict[str, Any]]:
         rows.append(row)
         print(" ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(host_times()))

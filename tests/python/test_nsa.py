@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions of native sparse attention against the oracle, and properties that hold whatever the oracle says."""
+"""The functions of native sparse attention against the oracle, and properties that hold whatever the oracle
+says."""
 
 from __future__ import annotations
 
@@ -109,7 +110,7 @@ def shapes(*some: str):
     return pytest.mark.parametrize("shape", [SHAPES[n] for n in some or SHAPES], ids=list(some or SHAPES))
 
 
-# ---- compression --------------------------------------------------------------------------------------------
+# ---- compression -------------------------------------------------------------------------------------------
 
 
 def compress_tensors(shape: Shape, kind: str, pe: bool, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -179,7 +180,7 @@ def test_order_inside_a_window_of_kind_mean_does_not_matter():
     assert a.shape == (2, 4, 3, 8) and not torch.equal(x, permuted)
 
 
-# ---- the compressed branch and the selection ----------------------------------------------------------------
+# ---- the compressed branch and the selection ---------------------------------------------------------------
 
 
 def compressed_tensors(shape: Shape, dtype: torch.dtype, scale: float = 1.0) -> dict[str, Tensor]:
@@ -192,7 +193,7 @@ def compressed_tensors(shape: Shape, dtype: torch.dtype, scale: float = 1.0) -> 
     }
 
 
-def compressed_parts(shape: Shape, t: dict[str, Tensor], order: oracle.Order = oracle.in_order):
+def compressed_parts(shape: Shape, t: dict[str, Tensor], order: oracle.Order = oracle.IN_ORDER):
     """out, lse and probabilities of every sequence."""
     for q, k, v in zip(
         oracle.split(t["query"], shape.split),
@@ -275,7 +276,7 @@ def test_lowest_block_wins_among_equals():
     assert blocks[0, 0, 0].tolist() == [0, -1, -1, -1, -1]
 
 
-# ---- the selected branch ------------------------------------------------------------------------------------
+# ---- the selected branch -----------------------------------------------------------------------------------
 
 
 def selected_tensors(shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -450,7 +451,7 @@ def test_large_logits():
             oracle.assert_within_twice(function, tensors, None, ours, dtype)
 
 
-# ---- combination --------------------------------------------------------------------------------------------
+# ---- combination -------------------------------------------------------------------------------------------
 
 
 @dtypes()
@@ -488,7 +489,7 @@ def test_combine_with_float32_gates():
     torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-# ---- the whole ----------------------------------------------------------------------------------------------
+# ---- the whole ---------------------------------------------------------------------------------------------
 
 
 def whole_tensors(shape: Shape, dtype: torch.dtype, per_head: bool, own_sliding: bool) -> dict[str, Tensor]:

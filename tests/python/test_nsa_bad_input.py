@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrong arguments of the functions of native sparse attention: one per line, each beside a valid twin. The error has the
-documented type, names the argument and (where there is one) its value."""
+"""Wrong arguments of the functions of native sparse attention: one per line, each beside a valid twin. The
+error has the documented type, names the argument and (where there is one) its value."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def blocks(*shape: int, fill: int = 0) -> torch.Tensor:
     return torch.full(shape, fill, dtype=torch.int32)
 
 
-# ---- valid calls: 2 sequences of 40 and 30 tokens, l 8, s 4 (9 and 6 windows), B 16 -------------------------------
+# ---- valid calls: 2 sequences of 40 and 30 tokens, l 8, s 4 (9 and 6 windows), B 16 ------------------------
 
 
 def compress() -> dict[str, Any]:
@@ -120,7 +120,8 @@ FUNCTIONS = {
 
 @dataclasses.dataclass
 class Bad:
-    """`wrong` makes a call fail with `error`, whose message holds every one of `words`; `right` is its valid twin."""
+    """`wrong` makes a call fail with `error`, whose message holds every one of `words`; `right` is its valid
+    twin."""
 
     base: Callable[[], dict[str, Any]]
     wrong: dict[str, Any]

@@ -55,7 +55,7 @@ def cumulative(*lengths: int) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-# ---- the layer ----------------------------------------------------------------------------------------------
+# ---- the layer ---------------------------------------------------------------------------------------------
 
 
 def test_parameters_are_those_of_fsa():
@@ -91,9 +91,7 @@ def test_layer_is_its_formula(gate_mode: str, compress_kind: str, rope: Any):
     x = hidden(2, 75)
     out, blocks = layer(x, return_selected_blocks=True)
     state = layer.state_dict()
-    q, k, v = (
-        (x @ state[f"proj_{n}.weight"].T).view(75, -1, 8) for n in ("q", "k", "v")
-    )
+    q, k, v = ((x @ state[f"proj_{n}.weight"].T).view(75, -1, 8) for n in ("q", "k", "v"))
     parts = [
         oracle.compress(t, compress_kind, state.get(f"compress_{n}"), pe, 8, 4)
         for t, n, pe in ((k, "key", state["intra_block_pe"]), (v, "value", None))
@@ -112,7 +110,7 @@ def test_layer_is_its_formula(gate_mode: str, compress_kind: str, rope: Any):
     if gate_mode == "per_head":
         gates = torch.stack([gates[:, [3 * h, 3 * h + 1, 3 * h + 2]] for h in range(4)], 1)
     expected = oracle.combine(compressed, selected, sliding, gates).flatten(1) @ state["proj_o.weight"].T
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)  # tables of float32
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=5e-6)  # 6e-8 of float32 tables, times logits
 
 
 def test_packed_batched_and_single_agree():
@@ -155,7 +153,7 @@ def test_autocast():
     assert layer.compress_key.grad.dtype == torch.float32
 
 
-# ---- rotation -----------------------------------------------------------------------------------------------
+# ---- rotation ----------------------------------------------------------------------------------------------
 
 
 def test_rope():
@@ -170,7 +168,9 @@ def test_rope():
     leaf = x.float().clone().requires_grad_()
     grad = torch.randn(20, 3, 10, generator=torch.Generator().manual_seed(12))
     (back,) = torch.autograd.grad(nsa.apply_rope(leaf, positions, config, bound=58), leaf, grad)
-    torch.testing.assert_close(back, oracle.rope(grad, (-positions).tolist(), config.frequencies()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        back, oracle.rope(grad, (-positions).tolist(), config.frequencies()), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_rope_frequencies():
@@ -191,19 +191,19 @@ def test_rope_far_away():
     """Angles are exact at positions where float32 steps are radians long."""
     config = nsa.RopeConfig(2, 10.0)
     for position in (1, 1_000_001):
-        turned = nsa.apply_rope(torch.tensor([[[1.0, 0.0]]]), torch.tensor([position]), config, bound=position + 1)
+        turned = nsa.apply_rope(
+            torch.tensor([[[1.0, 0.0]]]), torch.tensor([position]), config, bound=position + 1
+        )
         expected = torch.tensor([math.cos(position), math.sin(position)])
         torch.testing.assert_close(turned[0, 0], expected, rtol=0, atol=1e-6)
 
 
-# ---- decoding -----------------------------------------------------------------------------------------------
+# ---- decoding ----------------------------------------------------------------------------------------------
 
 
 def projections(layer: nsa.NativeSparseAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     state = layer.state_dict()
-    q, k, v = (
-        (x @ state[f"proj_{n}.weight"].T).unflatten(-1, (-1, layer.head_dim)) for n in ("q", "k", "v")
-    )
+    q, k, v = ((x @ state[f"proj_{n}.weight"].T).unflatten(-1, (-1, layer.head_dim)) for n in ("q", "k", "v"))
     return q, k, v, layer.gate(x)
 
 
@@ -226,7 +226,9 @@ def decode_blocks(layer: nsa.NativeSparseAttention, x: Tensor, cache: nsa.NSACac
     return blocks
 
 
-def selection_of_prefill(layer: nsa.NativeSparseAttention, x: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+def selection_of_prefill(
+    layer: nsa.NativeSparseAttention, x: Tensor, blocks: Tensor
+) -> tuple[Tensor, Tensor]:
     """The oracle's scores for one sequence, and the layer's blocks."""
     q, k, _, _ = projections(layer, x)
     compressed = oracle.compress(k, "linear", layer.compress_key, layer.intra_block_pe, 8, 4)
@@ -298,7 +300,10 @@ def test_batched_prefill_and_reset():
     cache = layer.new_cache(3, 41)
     for _ in range(2):
         layer(x[:, :30], cache=cache)
-        outs = [layer.step(x[:, 30:37], cache), *(layer.step(x[:, i], cache).unsqueeze(1) for i in range(37, 41))]
+        outs = [
+            layer.step(x[:, 30:37], cache),
+            *(layer.step(x[:, i], cache).unsqueeze(1) for i in range(37, 41)),
+        ]
         torch.testing.assert_close(torch.cat(outs, 1), layer(x)[:, 30:], rtol=1e-5, atol=1e-5)
         cache.reset()
     assert cache.seqlens.tolist() == [0, 0, 0]
@@ -316,7 +321,7 @@ def test_step_has_no_gradient():
     assert not layer.step(hidden(36, 2, dtype=torch.float32), layer.new_cache(2, 4)).requires_grad
 
 
-# ---- it learns what a window cannot -------------------------------------------------------------------------
+# ---- it learns what a window cannot ------------------------------------------------------------------------
 
 
 class Windowed(nn.Module):
@@ -346,17 +351,22 @@ class Model(nn.Module):
         x = self.embedding(tokens)
         for norm, layer in zip(self.norms, self.layers, strict=False):
             x = x + layer(norm(x))
-        return self.head(self.norms[2](x[:, -1]))
+        return self.head(self.norms[2](x[:, -QUESTIONS:]))
+
+
+QUESTIONS = 16
 
 
 def needles(generator: torch.Generator, batch: int, tokens: int = 96) -> tuple[Tensor, Tensor]:
-    """Noise 0 to 7, one needle 8 + answer out of reach of the windows, and a question at the end."""
+    """Noise 0 to 7, somewhere the needle 8 + answer four times, and questions at the end. Two layers of
+    windows reach 14 tokens back; the needle ends 18 before the first question, or earlier."""
     text = torch.randint(8, (batch, tokens), generator=generator)
     answer = torch.randint(8, (batch,), generator=generator)
-    place = torch.randint(tokens - 24, (batch,), generator=generator)
-    text[torch.arange(batch), place] = 8 + answer
-    text[:, -1] = 16
-    return text, answer
+    place = torch.randint(tokens - QUESTIONS - 20, (batch,), generator=generator)
+    for i in range(4):
+        text[torch.arange(batch), place + i] = 8 + answer
+    text[:, -QUESTIONS:] = 16
+    return text, answer[:, None].expand(-1, QUESTIONS)
 
 
 def accuracy_after_training(windowed: bool, steps: int) -> float:
@@ -366,17 +376,17 @@ def accuracy_after_training(windowed: bool, steps: int) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     for _ in range(steps):
-        text, answer = needles(generator, 24)
-        loss = nn.functional.cross_entropy(model(text), answer)
+        text, answer = needles(generator, 16)
+        loss = nn.functional.cross_entropy(model(text).flatten(0, 1), answer.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        text, answer = needles(torch.Generator().manual_seed(43), 200)
+        text, answer = needles(torch.Generator().manual_seed(43), 100)
         return float((model(text).argmax(-1) == answer).float().mean())
 
 
 def test_retrieves_a_needle():
-    assert accuracy_after_training(windowed=False, steps=120) > 0.9
-    assert accuracy_after_training(windowed=True, steps=60) < 0.3  # one in eight by chance
+    assert accuracy_after_training(windowed=False, steps=80) > 0.9
+    assert accuracy_after_training(windowed=True, steps=40) < 0.3  # one in eight by chance

@@ -151,6 +151,13 @@ def test_unknown_instruction_set_fails_loudly():
         assert "FSA_CPU_TARGET" in done.stderr and target in done.stderr, done.stderr
 
 
+def test_a_missing_instruction_set_does_not_disturb_the_reference():
+    code = KERNEL.replace("f.explain(x, x, x)", "f.explain(x, x, x, backend='reference')")
+    done = run_python(code.replace("['kernel']", ""), FSA_CPU_TARGET="avx1024")
+    assert done.returncode == 0, done.stderr
+    assert "avx1024" in done.stdout, "the reason against the cpu backend is missing"
+
+
 @pytest.mark.skipif("FSA_BACKEND" in os.environ, reason="one backend was asked for")
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_instruction_set_of_the_machine(target, capsys):

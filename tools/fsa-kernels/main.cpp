@@ -108,21 +108,21 @@ bool print_row(const Kernel& kernel, const jit::CubinFile& file) {
   return wrong.empty();
 }
 
-// Runs `work` on each kernel by several threads; true when all returned true. The first exception is thrown.
+// Runs `work` on each kernel by several threads; true when all returned true. A kernel that fails does not keep the
+// others from being compiled: its error is printed.
 template <class Work>
 bool for_each_kernel(const std::vector<Kernel>& kernels, unsigned jobs, Work work) {
   std::atomic<std::size_t> next = 0;
   std::atomic<bool> good = true;
-  std::exception_ptr first;
   std::mutex mutex;
   const auto take = [&] {
     for (std::size_t i; (i = next++) < kernels.size();) {
       try {
         if (!work(kernels[i], mutex)) good = false;
-      } catch (...) {
+      } catch (const std::exception& error) {
         const std::lock_guard lock(mutex);
-        if (first == nullptr) first = std::current_exception();
-        next = kernels.size();
+        std::fprintf(stderr, "fsa-kernels: %s\n", error.what());
+        good = false;
       }
     }
   };
@@ -130,7 +130,6 @@ bool for_each_kernel(const std::vector<Kernel>& kernels, unsigned jobs, Work wor
   for (unsigned i = 1; i < jobs; ++i) threads.emplace_back(take);
   take();
   for (std::thread& thread : threads) thread.join();
-  if (first != nullptr) std::rethrow_exception(first);
   return good;
 }
 

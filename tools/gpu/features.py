@@ -3,6 +3,7 @@
 
 python3 tools/gpu/features.py compile         # no GPU
 python3 tools/gpu/features.py check [name ..]  # against float64
+python3 tools/gpu/features.py check-large     # beyond 2^31 elements
 python3 tools/gpu/features.py bench
 """
 
@@ -24,6 +25,7 @@ from forward import (
     judge,
     judge_threshold,
     new_skip_map,
+    reference,
     topics,
 )  # fmt: skip
 from nvrtc import ForwardConfig, GateConfig, with_checks
@@ -183,7 +185,9 @@ def cases() -> dict[str, tuple[ForwardConfig, list]]:
 
         return torch.tensor(values, dtype=torch.int32, device="cuda")
 
-    def batched(batch: int, rows: int, keys: int, heads: int, kv_heads: int, d: int, dv: int, **options: object):
+    def batched(
+        batch: int, rows: int, keys: int, heads: int, kv_heads: int, d: int, dv: int, **options: object
+    ):
         return Problem(
             tensor(batch, rows, heads, d), tensor(batch, keys, kv_heads, d), tensor(batch, keys, kv_heads, dv),
             **options,
@@ -342,6 +346,35 @@ def check(args: argparse.Namespace) -> bool:
     return good
 
 
+def check_large(args: argparse.Namespace) -> bool:
+    """Query and output of more than 2^31 elements, rows at stride; the last rows of the last head."""
+    import torch
+
+    rows, heads, d, window = 140_000, 128, 128, 300
+    config = config_of((d, d), left=True, right=True)
+    cubins = compile_all([config], args.jobs)
+    driver = Driver()
+    torch.manual_seed(0)
+    q = torch.randn(1, rows, heads, d, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, rows, 1, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out, lse = Kernel(driver, config, cubins[config]).run(
+        Problem(q, k, v, window_left=window, window_right=0)
+    )
+    last = window + 500  # rows that see nothing before this part
+    part = Problem(q[:, -last:, -1:], k[:, -last:], v[:, -last:], window_left=window, window_right=0)
+    exact, exact_lse = reference(part, 0, 0, 0, last, last, torch.float64)
+    naive, _ = reference(part, 0, 0, 0, last, last, torch.bfloat16)
+    rows_seen = slice(window, None)
+    error = (out[0, -last:, -1:].double() - exact)[rows_seen].abs().max().item()
+    allowed = 2 * (naive.double() - exact)[rows_seen].abs().max().item()
+    lse_error = (lse[0, -1:, -last:].double() - exact_lse)[:, rows_seen].abs().max().item()
+    written = not (out.isnan().any() or lse.isnan().any())
+    print(
+        f"{out.numel()} elements: error {error:.1e}, allowed {allowed:.1e}, lse {lse_error:.1e}, {written=}"
+    )
+    return error <= allowed and lse_error <= 1e-4 and written
+
+
 def bench(args: argparse.Namespace) -> bool:
     """What each feature costs against the dense kernel of the same run: bf16, head_dim 128, 16k."""
     import torch
@@ -365,7 +398,9 @@ def bench(args: argparse.Namespace) -> bool:
     gate = Gate(driver, gate_config, cubins[gate_config])
 
     def tensors(heads: int, kv_heads: int):
-        return [torch.randn(1, n, h, d, device="cuda", dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads)]
+        return [
+            torch.randn(1, n, h, d, device="cuda", dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads)
+        ]
 
     def launch(name: str, p: Problem):
         out = torch.empty_like(p.q)
@@ -376,7 +411,9 @@ def bench(args: argparse.Namespace) -> bool:
     gqa, same = Problem(*tensors(32, 8), window_right=0), Problem(*tensors(32, 32), window_right=0)
     slopes = torch.rand(16, device="cuda")
     sizes = [[0, 0, 0, 1024], [64, 0, 0, 1024], [64, 1024, 2048, 512]]
-    bands = [replace(mha, window_sizes=torch.tensor([s] * 16, dtype=torch.int32, device="cuda")) for s in sizes]
+    bands = [
+        replace(mha, window_sizes=torch.tensor([s] * 16, dtype=torch.int32, device="cuda")) for s in sizes
+    ]
     densities = (0.5, 0.25, 0.1, 0.05)
     masks = []
     for density in densities:
@@ -423,7 +460,9 @@ def bench(args: argparse.Namespace) -> bool:
         note = f"{times['causal'] / ms:.3f} of causal's speed"
         if name.startswith("window"):
             w = int(name.split()[1])
-            note = f"{4 * 16 * (n * (w + 1) - w * (w + 1) / 2) * d / ms / rate['causal']:.3f} of causal's rate"
+            note = (
+                f"{4 * 16 * (n * (w + 1) - w * (w + 1) / 2) * d / ms / rate['causal']:.3f} of causal's rate"
+            )
         elif name.startswith("blocks"):
             m = masks[densities.index(float(name.split()[1]))]
             share = m.lists[2].sum().item() / (n // 128) ** 2
@@ -449,14 +488,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=["compile", "check", "bench"])
+    parser.add_argument("action", choices=["compile", "check", "check-large", "bench"])
     parser.add_argument("name", nargs="*", help="parts of case names")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--seqlen", type=int, default=16384)
     parser.add_argument("--watchdog", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
-    return 0 if {"compile": compile_only, "check": check, "bench": bench}[args.action](args) else 1
+    actions = {"compile": compile_only, "check": check, "check-large": check_large, "bench": bench}
+    return 0 if actions[args.action](args) else 1
 
 
 if __name__ == "__main__":

@@ -292,7 +292,9 @@ def hidden_keys(p: Problem, used_q: int, used_k: int):
     if p.window_sizes is not None:
         sink, left, right, near = (p.window_sizes.long()[:, c, None, None] for c in range(4))
         distance = i - j
-        seen = (distance < near) | ((distance >= near + right) & (distance < near + right + left)) | (j < sink)
+        seen = (
+            (distance < near) | ((distance >= near + right) & (distance < near + right + left)) | (j < sink)
+        )
         return ~((distance >= 0) & seen)
     hidden = torch.zeros(1, used_q, used_k, dtype=torch.bool, device="cuda")
     if p.window_left >= 0:
@@ -777,7 +779,9 @@ def main() -> int:
     parser.add_argument(
         "--watchdog", action="store_true", help="checks: trap instead of hanging; slower code"
     )
-    parser.add_argument("--define", nargs="*", default=[], help="bench-threshold: variants to compare, as MACRO,field=value")
+    parser.add_argument(
+        "--define", nargs="*", default=[], help="bench-threshold: variants to compare, as MACRO,field=value"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     actions = {

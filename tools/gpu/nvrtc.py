@@ -141,7 +141,9 @@ class GateConfig:
         return f"gate_{self.mask}_{self.left:d}{self.right:d}_{self.block_n}"
 
     def source(self) -> str:
-        tiles = replace(ForwardConfig(), block_n=self.block_n, left=self.left, right=self.right, mask=self.mask)
+        tiles = replace(
+            ForwardConfig(), block_n=self.block_n, left=self.left, right=self.right, mask=self.mask
+        )
         return f"""#include "common/gate_bitmap.cuh"
 #include "policy/band_mask.cuh"
 #include "policy/range_tiles.cuh"

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions of ``fla.ops.nsa`` (fla-org/flash-linear-attention, fla-org/native-sparse-attention), by their names and
-argument orders.
+"""The functions of ``fla.ops.nsa`` (fla-org/flash-linear-attention, fla-org/native-sparse-attention), by
+their names and argument orders.
 
-Semantics that are kept: ``[B, T, heads, dim]``, with cu_seqlens B = 1; compression is the mean of every block, so window,
-stride and selection block are one size, and token t sees ``(t + 1) // block_size`` compressed blocks; the first block
-and the last two up to a token's own are always selected; gates per query head, given by the caller, None for a branch that
-is off (a selected branch without gate is added as it is); ``window_size`` is the number of keys of the sliding branch, the
-token's own among them, and 0 turns it off; lse is a natural logarithm ``[B, T, heads]``.
+Semantics that are kept: ``[B, T, heads, dim]``, with cu_seqlens B = 1; compression is the mean of every
+block, so window, stride and selection block are one size, and token t sees ``(t + 1) // block_size``
+compressed blocks; the first block and the last two up to a token's own are always selected; gates per query
+head, given by the caller, None for a branch that is off (a selected branch without gate is added as it is);
+``window_size`` is the number of keys of the sliding branch, the token's own among them, and 0 turns it off;
+lse is a natural logarithm ``[B, T, heads]``.
 
 What differs:
 
 * Any group; the original needs a power of two from 16 on.
-* block_indices that are computed here are in ascending order, the original's in the order of their scores; both are sets
-  to the attention. Of equal scores the lowest block wins.
+* block_indices that are computed here are in ascending order, the original's in the order of their scores;
+  both are sets to the attention. Of equal scores the lowest block wins.
 * Rows of the compressed branch that see no block have lse -inf; kernels of the original store 0.
-* block_counts as a tensor is taken with given block_indices, whose first so many entries count. Computed ones have no order
+* block_counts as a tensor is taken with given block_indices, whose first so many entries count. Computed ones
+  have no order
   of scores to count in: NotImplementedError.
-* A pair of cu_seqlens (cached inference) is a NotImplementedError; :func:`flash_sparse_attention.nsa.decode` decodes.
+* A pair of cu_seqlens (cached inference) is a NotImplementedError; :func:`flash_sparse_attention.nsa.decode`
+  decodes.
 """
 
 from __future__ import annotations
@@ -66,7 +69,8 @@ def mean_pooling(x: Tensor, chunk_size: int, cu_seqlens: Tensor | None = None) -
 def _complete(
     x: Tensor, tokens: int, cu_seqlens: Tensor | None, cu_complete: Tensor | None, block_size: int
 ) -> Tensor:
-    """Compressed tokens without the rows of incomplete chunks, which the original's have and ours have not."""
+    """Compressed tokens without the rows of incomplete chunks, which the original's have and ours have
+    not."""
     if cu_seqlens is None:
         return x[:, : tokens // block_size]
     if x.shape[1] == int(cu_complete[-1]):
@@ -118,8 +122,8 @@ def parallel_nsa_compression(
     scale: float | None = None,
     cu_seqlens: CuSeqlens = None,
 ) -> tuple[Tensor, Tensor]:
-    """The compressed branch: q ``[B, T, HQ, K]`` over pooled k ``[B, TC, H, K]`` and v ``[B, TC, H, V]`` of TK tokens.
-    Returns out ``[B, T, HQ, V]`` and lse ``[B, T, HQ]``, which is not differentiable."""
+    """The compressed branch: q ``[B, T, HQ, K]`` over pooled k ``[B, TC, H, K]`` and v ``[B, TC, H, V]`` of
+    TK tokens. Returns out ``[B, T, HQ, V]`` and lse ``[B, T, HQ]``, which is not differentiable."""
     out, lse, _ = _attend(q, k, v, TK, block_size, scale, 3, cu_seqlens)
     return out, lse
 
@@ -134,7 +138,8 @@ def parallel_nsa_topk(
     scale: float | None = None,
     cu_seqlens: CuSeqlens = None,
 ) -> Tensor:
-    """block_indices int64 ``[B, T, H, block_counts]`` from pooled keys k ``[B, TC, H, K]``; -1 where there are fewer.
+    """block_indices int64 ``[B, T, H, block_counts]`` from pooled keys k ``[B, TC, H, K]``; -1 where there
+    are fewer.
     lse has no effect: it is computed here."""
     with torch.no_grad():
         _, _, blocks = _attend(q, k, k, TK, block_size, scale, _count(block_counts), cu_seqlens)
@@ -177,9 +182,10 @@ def parallel_nsa(
     Args:
         q: ``[B, T, HQ, K]``; k ``[B, T, H, K]``; v ``[B, T, H, V]``.
         g_cmp, g_slc, g_swa: gates ``[B, T, HQ]`` of the compressed, selected and sliding branch.
-        block_indices: ``[B, T, H, S]``; needed without g_cmp, and taken in place of the computed ones with it.
-        block_counts: of the selection; with given block_indices, how many of a row count: all of them where it is an
-            int, as in the original, or the first so many, int ``[B, T, H]``.
+        block_indices: ``[B, T, H, S]``; needed without g_cmp, and taken in place of the computed ones with
+            it.
+        block_counts: of the selection; with given block_indices, how many of a row count: all of them where
+            it is an int, as in the original, or the first so many, int ``[B, T, H]``.
         window_size: keys of the sliding branch; 0: off.
 
     Returns:

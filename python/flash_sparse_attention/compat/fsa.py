@@ -2,15 +2,16 @@
 """The functions and the module of Relaxed-System-Lab/Flash-Sparse-Attention (``fsa.module.fsa``, ``fsa.ops``,
 ``nsa_ref.ops``), by their names and argument orders.
 
-Semantics that are kept: packed sequences; gates per token, shared by the heads; the window of the sliding branch is
-``window_size + 1`` keys; state dicts load.
+Semantics that are kept: packed sequences; gates per token, shared by the heads; the window of the sliding
+branch is ``window_size + 1`` keys; state dicts load.
 
 What differs:
 
-* Blocks are scored by all query heads of a group (arXiv 2502.11089, equation 10). The original scores them by the first
+* Blocks are scored by all query heads of a group (arXiv 2502.11089, equation 10). The original scores them by
+  the first
   head of each group alone: ``compressed_attention(..., score_heads="first")`` does the same.
-* The softmax of the selected branch has a maximum of its own per token and block; the original's reference is one
-  constant for all tokens, which overflows for large logits.
+* The softmax of the selected branch has a maximum of its own per token and block; the original's reference is
+  one constant for all tokens, which overflows for large logits.
 * lse has base 2 where it is asked for with ``return_lse``, as in the original's kernels.
 * Everything that the docstring of ``compat.xunhao`` says: the original is a fork of that package.
 """
@@ -60,8 +61,8 @@ def FSA_topk_sparse_attention(  # noqa: N802
 
 
 class FlashSparseAttention(nsa.NativeSparseAttention):
-    """The original's module over :class:`nsa.NativeSparseAttention`: ``forward(x, cu_seqlens)`` with packed x ``[total,
-    hidden_size]``."""
+    """The original's module over :class:`nsa.NativeSparseAttention`: ``forward(x, cu_seqlens)`` with packed x
+    ``[total, hidden_size]``."""
 
     def __init__(
         self,

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions and modules of XunhaoLai/native-sparse-attention-triton (``native_sparse_attention.ops``, ``.module``,
-``.infer``), by their names and argument orders.
+"""The functions and modules of XunhaoLai/native-sparse-attention-triton (``native_sparse_attention.ops``,
+``.module``, ``.infer``), by their names and argument orders.
 
-Semantics that are kept: packed sequences only; compressed sequences returned with their cu_seqlens; the width of
-``topk_idx`` is ``min(topk, ceil(max_seqlen_q / block_size))``; the window of the sliding branch is ``window_size + 1``
-keys; gates per query head, row ``3 * head + branch``.
+Semantics that are kept: packed sequences only; compressed sequences returned with their cu_seqlens; the width
+of ``topk_idx`` is ``min(topk, ceil(max_seqlen_q / block_size))``; the window of the sliding branch is
+``window_size + 1`` keys; gates per query head, row ``3 * head + branch``.
 
 What differs:
 
-* Any float dtype, head_dim up to 256, any kernel_size that kernel_stride divides, any group; sequences shorter than
-  the kernel, and empty ones; nothing needs a GPU.
-* ``topk_idx``: candidates are the blocks up to the token's own, so a row holds exactly ``min(topk, own block + 1)``;
-  the original can lose one to a future block when scores underflow. Scores are compared in float32, the lowest block
-  wins ties; the original compares bfloat16 scores and breaks ties as ``torch.topk`` does. Partial last blocks compete by
-  their scores.
+* Any float dtype, head_dim up to 256, any kernel_size that kernel_stride divides, any group; sequences
+  shorter than the kernel, and empty ones; nothing needs a GPU.
+* ``topk_idx``: candidates are the blocks up to the token's own, so a row holds exactly ``min(topk, own block
+  + 1)``; the original can lose one to a future block when scores underflow. Scores are compared in float32,
+  the lowest block wins ties; the original compares bfloat16 scores and breaks ties as ``torch.topk`` does.
+  Partial last blocks compete by their scores.
 * ``topk_sparse_attention`` takes rows in any order with -1 anywhere, and leaves ``topk_idx`` as it is.
-* lse, where it is asked for with ``return_lse``, has base 2, as in the original's kernels: the other functions of this
-  library return natural logarithms.
+* lse, where it is asked for with ``return_lse``, has base 2, as in the original's kernels: the other
+  functions of this library return natural logarithms.
 * Decoding sees ``window_size + 1`` keys as the prefill does; the original's sees one key less.
 * ``parallel_topk_compute`` and ``rope_device`` are accepted and have no effect.
 """
@@ -58,8 +58,9 @@ def linear_compress(
     kernel_stride: int,
     pe: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`nsa.compress` of kind linear: w ``[num_heads, kernel_size * head_dim, head_dim]``, x ``[total, num_heads,
-    head_dim]``, pe ``[num_heads, kernel_size, head_dim]``. Returns the compressed tokens and their cu_seqlens."""
+    """:func:`nsa.compress` of kind linear: w ``[num_heads, kernel_size * head_dim, head_dim]``, x ``[total,
+    num_heads, head_dim]``, pe ``[num_heads, kernel_size, head_dim]``. Returns the compressed tokens and their
+    cu_seqlens."""
     return _compress("linear", x, w, cu_seqlens, kernel_size, kernel_stride, pe)
 
 
@@ -150,11 +151,12 @@ def compressed_attention(
 ) -> tuple[Tensor, ...]:
     """out ``[total, num_heads, head_dim]`` and topk_idx int32 ``[num_kv_heads, total, min(topk, blocks)]``.
 
-    With ``topk <= 0``, as in the original, topk_idx is None, and there is a warning. max_seqlen_k has no effect.
+    With ``topk <= 0``, as in the original, topk_idx is None, and there is a warning. max_seqlen_k has no
+    effect.
 
     Args:
-        score_heads: which query heads of a group score the blocks: "sum", all of them; "first", the first one alone,
-            as the fork inside Flash-Sparse-Attention does by default.
+        score_heads: which query heads of a group score the blocks: "sum", all of them; "first", the first one
+            alone, as the fork inside Flash-Sparse-Attention does by default.
         return_lse: also return lse, base 2, float32 ``[num_heads, total]``.
     """
     if score_heads not in ("sum", "first"):
@@ -201,7 +203,8 @@ def topk_sparse_attention(
     *,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`nsa.selected_attention`: topk_idx int32 ``[num_kv_heads, total, topk]``, -1 where there is no block.
+    """:func:`nsa.selected_attention`: topk_idx int32 ``[num_kv_heads, total, topk]``, -1 where there is no
+    block.
 
     return_lse: also return lse, base 2, float32 ``[num_heads, total]``.
     """
@@ -245,7 +248,8 @@ class RopeConfig:
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """Rotation of packed heads ``[total, heads, head_dim]``: row i of a sequence at position ``start + i * stride``.
+    """Rotation of packed heads ``[total, heads, head_dim]``: row i of a sequence at position ``start + i *
+    stride``.
 
     Cosines and sines are float32; the original rounds them to the dtype of x.
     """
@@ -260,8 +264,9 @@ class RotaryEmbedding(torch.nn.Module):
 
 
 class NativeSparseAttention(nsa.NativeSparseAttention):
-    """The original's module: gates per query head, and compress_type first. ``forward(x, cu_seqlens)`` with packed x
-    ``[total, hidden_size]``; decoding is :meth:`inference`, or ``new_cache`` and ``step`` of the base class."""
+    """The original's module: gates per query head, and compress_type first. ``forward(x, cu_seqlens)`` with
+    packed x ``[total, hidden_size]``; decoding is :meth:`inference`, or ``new_cache`` and ``step`` of the
+    base class."""
 
     def __init__(
         self,
@@ -305,16 +310,16 @@ class NativeSparseAttention(nsa.NativeSparseAttention):
 
     @torch.no_grad()
     def inference(self, x: Tensor, cu_seqlens: Tensor, step: int, cache: NSACache) -> Tensor:
-        """Step 0: packed sequences x ``[total, hidden_size]``, which the cache takes; later steps: one token of each
-        sequence, x ``[batch, hidden_size]``."""
+        """Step 0: packed sequences x ``[total, hidden_size]``, which the cache takes; later steps: one token
+        of each sequence, x ``[batch, hidden_size]``."""
         if step == 0:
             return self.forward(x, cu_seqlens, cache=cache)
         return self.step(x, cache)
 
 
 class NSACache(nsa.NSACache):
-    """:class:`nsa.NSACache` by the original's arguments; every sequence slot is in use. window_size has no effect: the
-    sliding branch reads the whole keys, of which there is one copy."""
+    """:class:`nsa.NSACache` by the original's arguments; every sequence slot is in use. window_size has no
+    effect: the sliding branch reads the whole keys, of which there is one copy."""
 
     def __init__(
         self,
@@ -368,10 +373,12 @@ def nsa_infer(
     local_blocks: int,
     window_size: int,
 ) -> Tensor:
-    """Attention of a prefill (step 0: packed sequences, which the cache takes) or of one token of each sequence.
+    """Attention of a prefill (step 0: packed sequences, which the cache takes) or of one token of each
+    sequence.
 
     Args:
-        query, key, value: ``[total, heads, head_dim]``, at later steps ``[batch, heads, head_dim]``; not rotated.
+        query, key, value: ``[total, heads, head_dim]``, at later steps ``[batch, heads, head_dim]``; not
+            rotated.
         gate_value: after the sigmoid, ``[total, num_heads, 3]``.
         compress_weight, compress_func: for keys and for values, one function for both: linear_compress,
             avgpool_compress or weightedpool_compress of this module.

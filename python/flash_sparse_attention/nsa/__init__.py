@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Native sparse attention (NSA, arXiv 2502.11089): compressed, selected and sliding attention, gated together."""
+"""Native sparse attention (NSA, arXiv 2502.11089): compressed, selected and sliding attention, gated
+together."""
 
 from .cache import NSACache, decode
 from .functional import (

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
+from ..autograd import distinct
 from . import ops, profiler
 
 
-def _records_gradient(*tensors: Tensor | None) -> bool:
+def records_gradient(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return True  # autograd then says that there is no forward mode
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -34,7 +35,8 @@ class _Gradient(torch.autograd.Function):
         )
 
 
-def _gradient(function: Callable, *args: Any) -> tuple[Tensor, ...]:
+def as_step(function: Callable, *args: Any) -> tuple[Tensor, ...]:
+    """A gradient's computation, guarded against being differentiated once more."""
     if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():  # create_graph=True
         return _Gradient.apply(function, *args)
     return function(*args)
@@ -55,16 +57,18 @@ class _Compress(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         kind, block, stride, _, backend = ctx.options
         tensors = ctx.saved_tensors
-        grads = _gradient(_compress_gradient, *tensors, kind, block, stride, backend, grad_out)
+        grads = as_step(_compress_gradient, *tensors, kind, block, stride, backend, grad_out)
         _, *needed = ctx.needs_input_grad
         wanted = (g if needs else None for g, needs in zip(grads, needed[:3], strict=True))
         return None, *wanted, None, None
 
 
 def compress(options: tuple, *tensors: Tensor | None) -> Tensor:
-    """Compressed tokens. tensors: x, weight, intra_block_pe, cu_seqlens, cu_seqlens_compressed; options: kind,
-    compress_block, compress_stride, total_compressed, backend."""
-    if _records_gradient(*tensors):
+    """Compressed tokens. tensors: x, weight, intra_block_pe, cu_seqlens, cu_seqlens_compressed; options:
+    kind, compress_block, compress_stride, total_compressed, backend."""
+    if records_gradient(*tensors):
+        if torch.compiler.is_dynamo_compiling():
+            tensors = distinct(tensors)
         return _Compress.apply(options, *tensors)
     return ops.dispatch("nsa_compress", ops.run_compress, *tensors, *options)
 
@@ -91,7 +95,7 @@ class _Compressed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
-        grads = _gradient(_compressed_gradient, *tensors, *ctx.options, out, lse, grad_out)
+        grads = as_step(_compressed_gradient, *tensors, *ctx.options, out, lse, grad_out)
         return None, *grads, None, None
 
 
@@ -99,12 +103,14 @@ def compressed(options: tuple, seqused_k: Tensor | None, *tensors: Tensor | None
     """out and lse of the compressed branch. tensors: query, compressed_key, compressed_value, cu_seqlens,
     cu_seqlens_compressed; options: compress_block, compress_stride, softmax_scale, max_seqlen, backend.
     With seqused_k there is no gradient."""
-    if seqused_k is None and _records_gradient(*tensors[:3]):
+    if seqused_k is None and records_gradient(*tensors[:3]):
+        if torch.compiler.is_dynamo_compiling():
+            tensors = distinct(tensors)
         return _Compressed.apply(options, *tensors)
     return _compressed_forward(options, seqused_k, *tensors)
 
 
-def _selected_gradient(
+def selected_gradient(
     tensors: tuple, options: tuple, algorithm: str, max_seqlen: int | None, *rest: Tensor
 ) -> tuple[Tensor, ...]:
     choice = profiler.choose("backward", tensors, (*tensors, *options), rest, algorithm, max_seqlen)
@@ -142,9 +148,9 @@ class _Selected(torch.autograd.Function):
 
         # Tensors go in singly: autograd of the gradient itself looks for them among the arguments.
         def gradient(*args: Tensor | None) -> tuple[Tensor, ...]:
-            return _selected_gradient(args[:5], *ctx.rest, *args[5:])
+            return selected_gradient(args[:5], *ctx.rest, *args[5:])
 
-        grads = _gradient(gradient, *tensors, out, lse, grad_out)
+        grads = as_step(gradient, *tensors, out, lse, grad_out)
         return None, None, None, *grads, None, None
 
 
@@ -157,7 +163,9 @@ def selected(
 ) -> tuple[Tensor, Tensor]:
     """out and lse of the selected branch. tensors: query, key, value, selected_blocks, cu_seqlens; options:
     block_size, softmax_scale, backend. With seqused_k there is no gradient."""
-    if seqused_k is None and _records_gradient(*tensors[:3]):
+    if seqused_k is None and records_gradient(*tensors[:3]):
+        if torch.compiler.is_dynamo_compiling():
+            tensors = distinct(tensors)
         return _Selected.apply(options, algorithm, max_seqlen, *tensors)
     return _selected_forward(tensors, seqused_k, options, algorithm, max_seqlen)
 
@@ -175,11 +183,13 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_gradient(_combine_gradient, *ctx.saved_tensors, ctx.backend, grad_out)
+        return None, *as_step(_combine_gradient, *ctx.saved_tensors, ctx.backend, grad_out)
 
 
 def combine(backend: str, *tensors: Tensor) -> Tensor:
     """The gated sum. tensors: compressed, selected, sliding, gates."""
-    if _records_gradient(*tensors):
+    if records_gradient(*tensors):
+        if torch.compiler.is_dynamo_compiling():
+            tensors = distinct(tensors)
         return _Combine.apply(backend, *tensors)
     return ops.dispatch("nsa_combine", ops.run_combine, *tensors, backend)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding: a cache of keys and values, and attention of new tokens over it.
 
-A step computes what the same token gets in a whole sequence: the same windows are compressed at the moment their last
-token arrives, the same blocks are selected, the same keys are seen.
+A step computes what the same token gets in a whole sequence: the same windows are compressed at the moment
+their last token arrives, the same blocks are selected, the same keys are seen.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class NSACache:
 
     Attributes:
         key, value: ``[batch, max_seqlen, num_kv_heads, head_dim]``, keys rotated.
-        compressed_key, compressed_value: ``[batch, windows + 1, num_kv_heads, head_dim]``, keys rotated; the last row
-            is a spare.
-        raw_key, raw_value: ``[batch, compress_block, num_kv_heads, head_dim]``, the newest tokens before rotation;
-            token t at ``t % compress_block``.
+        compressed_key, compressed_value: ``[batch, windows + 1, num_kv_heads, head_dim]``, keys rotated; the
+            last row is a spare.
+        raw_key, raw_value: ``[batch, compress_block, num_kv_heads, head_dim]``, the newest tokens before
+            rotation; token t at ``t % compress_block``.
         seqlens: int32 ``[batch]``, tokens so far.
     """
 
@@ -156,8 +156,8 @@ class NSACache:
         """Takes whole sequences, in place of what was there: what a forward over them computed.
 
         Args:
-            key: rotated, ``[batch, seqlen, num_kv_heads, head_dim]`` or packed with cu_seqlens; value and raw_key (key
-                before its rotation) alike.
+            key: rotated, ``[batch, seqlen, num_kv_heads, head_dim]`` or packed with cu_seqlens; value and
+                raw_key (key before its rotation) alike.
             compressed_key, compressed_value: of :func:`compress`, the key rotated.
             max_seqlen: of the packed sequences; default their sum on a GPU, where the lengths are not read.
         """
@@ -248,7 +248,8 @@ class NSACache:
         before: Tensor,
         windows: int,
     ) -> None:
-        """Windows that the new tokens complete, `windows` of each sequence; those not complete go to the spare row."""
+        """Windows that the new tokens complete, `windows` of each sequence; those not complete go to the
+        spare row."""
         block, stride = self.compress_block, self.compress_stride
         batch, new = key.shape[:2]
         device = key.device
@@ -320,13 +321,15 @@ def decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new tokens over the cache, to which they are added first; no gradient.
 
-    Results are those of :func:`native_sparse_attention` for the same tokens of the whole sequence, to rounding; so are
-    the selected blocks, but for scores that differ by rounding alone.
+    Results are those of :func:`native_sparse_attention` for the same tokens of the whole sequence, to
+    rounding; so are the selected blocks, but for scores that differ by rounding alone.
 
     Args:
-        query: ``[batch, new, num_heads, head_dim]``, or ``[batch, num_heads, head_dim]`` for one token; not rotated.
+        query: ``[batch, new, num_heads, head_dim]``, or ``[batch, num_heads, head_dim]`` for one token; not
+            rotated.
         key, value: as query with num_kv_heads heads; the key not rotated.
-        gates: after the sigmoid, ``[batch, new, 3]`` or ``[batch, new, num_heads, 3]``; without `new` as query.
+        gates: after the sigmoid, ``[batch, new, 3]`` or ``[batch, new, num_heads, 3]``; without `new` as
+            query.
         cache: holds the tokens before; changed in place.
         compress_key, compress_value, intra_block_pe, kind: weight of keys, weight of values, pe of keys, as
             :func:`compress` takes them.

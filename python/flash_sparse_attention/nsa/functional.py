@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions of native sparse attention (NSA, arXiv 2502.11089). docs/native_sparse.md has every rule.
 
-Sequences are packed (``[total, heads, dim]`` with ``cu_seqlens``) or batched (``[batch, seqlen, heads, dim]``).
-Names: l = compress_block, s = compress_stride, B = block_size.
+Sequences are packed (``[total, heads, dim]`` with ``cu_seqlens``) or batched (``[batch, seqlen, heads,
+dim]``). Names: l = compress_block, s = compress_stride, B = block_size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _C
 from ..functional import attention, length
 from ..ops import is_plain
-from . import autograd, ops, profiler
+from . import autograd, layer, ops, profiler
 
 
 def compress(
@@ -33,34 +33,34 @@ def compress(
 ) -> tuple[Tensor, Tensor | None]:
     """One token for every window of l tokens, windows s apart; differentiable.
 
-    With windows i of tokens ``[i s, i s + l)`` and ``z = x + intra_block_pe`` inside a window (arXiv 2502.11089,
-    equation 7)::
+    With windows i of tokens ``[i s, i s + l)`` and ``z = x + intra_block_pe`` inside a window (arXiv
+    2502.11089, equation 7)::
 
         linear    y_i = sum_k z[i s + k] W[k]      a GEMM with the windows as overlapping rows
         weighted  y_i = sum_k z[i s + k] w[k]
         mean      y_i = sum_k z[i s + k] / l
 
-    A sequence of n tokens has ``floor((n - l) / s) + 1`` windows, none where n < l; tokens behind the last window
-    take no part. Sums are in float32 (float64 for float64).
+    A sequence of n tokens has ``floor((n - l) / s) + 1`` windows, none where n < l; tokens behind the last
+    window take no part. Sums are in float32 (float64 for float64).
 
     Args:
-        x: ``[batch, seqlen, num_kv_heads, head_dim]`` or packed ``[total, num_kv_heads, head_dim]``, keys before
-            their rotation, or values.
-        weight: of kind linear ``[num_kv_heads, l * head_dim, head_dim]``, row ``k * head_dim + d_in``; of kind
-            weighted ``[num_kv_heads, l]``; of kind mean None. dtype of x.
+        x: ``[batch, seqlen, num_kv_heads, head_dim]`` or packed ``[total, num_kv_heads, head_dim]``, keys
+            before their rotation, or values.
+        weight: of kind linear ``[num_kv_heads, l * head_dim, head_dim]``, row ``k * head_dim + d_in``; of
+            kind weighted ``[num_kv_heads, l]``; of kind mean None. dtype of x.
         kind: "linear", "weighted" or "mean".
         intra_block_pe: ``[num_kv_heads, l, head_dim]``, dtype of x.
         compress_block, compress_stride: l and s; s divides l.
         cu_seqlens: int32 ``[batch + 1]``, with packed x.
         max_seqlen: a bound of the lengths; an error when below the actual maximum.
         total_compressed: rows of the packed result, where they are known: without it they are read from
-            cu_seqlens, which waits for a GPU, and is an error under torch.compile and graph capture. Rows beyond
-            the actual number are 0.
+            cu_seqlens, which waits for a GPU, and is an error under torch.compile and graph capture. Rows
+            beyond the actual number are 0.
         backend: None chooses; else a name of :func:`flash_sparse_attention.backends`.
 
     Returns:
-        y ``[batch, windows, num_kv_heads, head_dim]`` or packed ``[total_compressed, num_kv_heads, head_dim]``,
-        and its cu_seqlens, int32 ``[batch + 1]``; None when batched.
+        y ``[batch, windows, num_kv_heads, head_dim]`` or packed ``[total_compressed, num_kv_heads,
+        head_dim]``, and its cu_seqlens, int32 ``[batch + 1]``; None when batched.
 
     Raises:
         ValueError, TypeError, NotImplementedError: with the argument, its value and the limit.
@@ -129,16 +129,17 @@ def compressed_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over compressed tokens, and the blocks of tokens that it finds important.
 
-    Token t sees the windows that end at it or before: entry i when ``t >= i s + l - 1``; where there is none, out
-    is 0 and lse -inf. The score of block j of B tokens is the probability of each entry, summed over the query
-    heads of a key head, times the number of its s-token strides inside the block (equations 8 to 10). Of the blocks up
-    to the token's own, ``min(top_k, own block + 1)`` are selected: the first init_blocks, the last local_blocks,
-    and the best of the others; of equal scores the lowest block. No gradient flows through the selection, and no
-    matrix of scores is held.
+    Token t sees the windows that end at it or before: entry i when ``t >= i s + l - 1``; where there is none,
+    out is 0 and lse -inf. The score of block j of B tokens is the probability of each entry, summed over the
+    query heads of a key head, times the number of its s-token strides inside the block (equations 8 to 10).
+    Of the blocks up to the token's own, ``min(top_k, own block + 1)`` are selected: the first init_blocks,
+    the last local_blocks, and the best of the others; of equal scores the lowest block. No gradient flows
+    through the selection, and no matrix of scores is held.
 
     Args:
         query: ``[batch, seqlen, num_heads, head_dim]`` or packed ``[total, num_heads, head_dim]``.
-        compressed_key, compressed_value: as :func:`compress` returns them; the value may have another head_dim.
+        compressed_key, compressed_value: as :func:`compress` returns them; the value may have another
+            head_dim.
         compress_block, compress_stride: l and s of that call.
         block_size: B, 16 to 256, a multiple of s.
         top_k: blocks per token and key head, at least init_blocks + local_blocks.
@@ -149,9 +150,9 @@ def compressed_attention(
 
     Returns:
         out as query with the value's head_dim, differentiable; lse, float32 (float64 for float64) ``[batch,
-        num_heads, seqlen]``, packed ``[num_heads, total]``, natural logarithm, not differentiable; selected_blocks,
-        int32 ``[batch, num_kv_heads, seqlen, top_k]``, packed ``[num_kv_heads, total, top_k]``: numbers inside the
-        sequence, ascending, then -1.
+        num_heads, seqlen]``, packed ``[num_heads, total]``, natural logarithm, not differentiable;
+        selected_blocks, int32 ``[batch, num_kv_heads, seqlen, top_k]``, packed ``[num_kv_heads, total,
+        top_k]``: numbers inside the sequence, ascending, then -1.
 
     Raises:
         ValueError, TypeError, NotImplementedError: with the argument, its value and the limit.
@@ -183,8 +184,8 @@ def attend_compressed(
     max_seqlen: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """compressed_attention with checked scalars. seqused_k: int32 ``[batch]``, the tokens of each sequence, of which
-    the rows of query are the last."""
+    """compressed_attention with checked scalars. seqused_k: int32 ``[batch]``, the tokens of each sequence,
+    of which the rows of query are the last."""
     query, key, value, cu_seqlens, cu_seqlens_compressed = tensors
     lengths = (cu_seqlens, cu_seqlens_compressed, seqused_k)
     scalars = (*windows, *selection, softmax_scale, backend)
@@ -228,14 +229,17 @@ def selected_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the tokens of selected blocks: one softmax over all of them; differentiable.
 
-    Key u is visible to token t of the same sequence when block ``u // B`` is in the token's row of selected_blocks
-    and ``u <= t``. A row is a set: -1 anywhere is no block, a repeated block counts once, a block after the token's
-    own contributes nothing. A row without a key has out 0, lse -inf, and zero gradients.
+    Key u is visible to token t of the same sequence when block ``u // B`` is in the token's row of
+    selected_blocks and ``u <= t``. A row is a set: -1 anywhere is no block, a repeated block counts once, a
+    block after the token's own contributes nothing. A row without a key has out 0, lse -inf, and zero
+    gradients.
 
     Args:
-        query: ``[batch, seqlen, num_heads, head_dim]`` or packed ``[total, num_heads, head_dim]``; head_dim <= 256.
+        query: ``[batch, seqlen, num_heads, head_dim]`` or packed ``[total, num_heads, head_dim]``; head_dim
+            <= 256.
         key, value: of the same sequences, ``num_kv_heads`` heads; the value may have another head_dim.
-        selected_blocks: int32 ``[batch, num_kv_heads, seqlen, top_k]``, packed ``[num_kv_heads, total, top_k]``.
+        selected_blocks: int32 ``[batch, num_kv_heads, seqlen, top_k]``, packed ``[num_kv_heads, total,
+            top_k]``.
         block_size: B, 16 to 256.
         softmax_scale: default ``1 / sqrt(head_dim)``.
         cu_seqlens: int32 ``[batch + 1]`` when packed.
@@ -298,19 +302,19 @@ def profile(
 ) -> dict[str, dict[str, Any]]:
     """Times the algorithms of :func:`selected_attention` for these shapes now, and keeps the fastest.
 
-    The first call of a shape class with the algorithm "auto" does the same by itself; this function does it at a time
-    of the caller's choosing, again where the class is known, and for small work too. A class is: device, dtype, head
-    dimensions, heads, block_size, top_k, and rows and lengths up to the next power of two. Choices are kept in
-    memory and in a JSON file in ``FSA_CACHE_DIR`` (default ``~/.cache/flash_sparse_attention``), one per machine
-    and version.
+    The first call of a shape class with the algorithm "auto" does the same by itself; this function does it
+    at a time of the caller's choosing, again where the class is known, and for small work too. A class is:
+    device, dtype, head dimensions, heads, block_size, top_k, and rows and lengths up to the next power of
+    two. Choices are kept in memory and in a JSON file in ``FSA_CACHE_DIR`` (default
+    ``~/.cache/flash_sparse_attention``), one per machine and version.
 
     Args:
         backward: time the backward too.
         The others as in :func:`selected_attention`.
 
     Returns:
-        ``forward`` and, with backward, ``backward``: ``algorithm``, ``chunk_tokens``, ``source``, and ``times_ms`` by
-        candidate, as in :func:`explain`.
+        ``forward`` and, with backward, ``backward``: ``algorithm``, ``chunk_tokens``, ``source``, and
+        ``times_ms`` by candidate, as in :func:`explain`.
     """
     tensors, options = _selected_arguments(
         query, key, value, selected_blocks, block_size, softmax_scale, cu_seqlens, max_seqlen, backend
@@ -358,11 +362,11 @@ def explain(
     """What :func:`selected_attention` would run for these arguments, without running or timing it.
 
     Returns:
-        ``forward`` and ``backward``, each with ``backend`` and ``kernel``: what computes it; ``reasons``: ``(name,
-        chosen, reason)`` of every backend in the order of asking; ``workspace``: bytes; ``algorithm`` ("off": the
-        library's rule) and ``chunk_tokens`` (0: the library's); ``source`` of that choice: argument, environment, rule,
-        profile (timed in this process) or file (in an earlier one); ``times_ms``: the medians by candidate. Of a class
-        that has not been timed the source is rule.
+        ``forward`` and ``backward``, each with ``backend`` and ``kernel``: what computes it; ``reasons``:
+        ``(name, chosen, reason)`` of every backend in the order of asking; ``workspace``: bytes;
+        ``algorithm`` ("off": the library's rule) and ``chunk_tokens`` (0: the library's); ``source`` of that
+        choice: argument, environment, rule, profile (timed in this process) or file (in an earlier one);
+        ``times_ms``: the medians by candidate. Of a class that has not been timed the source is rule.
     """
     tensors, options = _selected_arguments(
         query, key, value, selected_blocks, block_size, softmax_scale, cu_seqlens, max_seqlen, backend
@@ -385,10 +389,10 @@ def combine(
     """``gates[..., 0] * compressed + gates[..., 1] * selected + gates[..., 2] * sliding``; differentiable.
 
     Args:
-        compressed, selected, sliding: ``[batch, seqlen, num_heads, head_dim_v]`` or packed ``[total, num_heads,
-            head_dim_v]``, all alike.
-        gates: after the sigmoid, per token ``[batch, seqlen, 3]`` or per head ``[batch, seqlen, num_heads, 3]``; packed
-            ``[total, 3]`` or ``[total, num_heads, 3]``. dtype of the branches or float32.
+        compressed, selected, sliding: ``[batch, seqlen, num_heads, head_dim_v]`` or packed ``[total,
+            num_heads, head_dim_v]``, all alike.
+        gates: after the sigmoid, per token ``[batch, seqlen, 3]`` or per head ``[batch, seqlen, num_heads,
+            3]``; packed ``[total, 3]`` or ``[total, num_heads, 3]``. dtype of the branches or float32.
         backend: None chooses; else a name of :func:`flash_sparse_attention.backends`.
 
     Returns:
@@ -425,15 +429,17 @@ def native_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The three branches and their gated sum (equation 5); differentiable.
 
-    :func:`compressed_attention` selects blocks, :func:`selected_attention` attends to them, the sliding branch is
-    :func:`flash_sparse_attention.attention` over the last ``window_left + 1`` tokens, and :func:`combine` adds them.
+    :func:`compressed_attention` selects blocks, :func:`selected_attention` attends to them, the sliding
+    branch is :func:`flash_sparse_attention.attention` over the last ``window_left + 1`` tokens, and
+    :func:`combine` adds them.
 
     Args:
         query: ``[batch, seqlen, num_heads, head_dim]`` or packed ``[total, num_heads, head_dim]``, rotated.
         key, value: ``num_kv_heads`` heads, the key rotated, as :func:`selected_attention` takes them.
         gates: as :func:`combine` takes them; branch order compressed, selected, sliding.
         compressed_key, compressed_value: of :func:`compress`, the key rotated at position ``i * s``.
-        window_left: keys before the token's own that the sliding branch sees: ``window_left + 1`` keys with its own.
+        window_left: keys before the token's own that the sliding branch sees: ``window_left + 1`` keys with
+            its own.
         sliding_key, sliding_value: other keys and values for the sliding branch; default key and value.
         max_seqlen: a bound of the lengths, which saves a GPU from waiting.
         algorithm: of the selected branch.
@@ -443,51 +449,86 @@ def native_sparse_attention(
     Returns:
         out, as query with the value's head_dim; with return_selected_blocks, out and selected_blocks.
     """
-    require(gates=gates, key=key, value=value)
+    require(query=query, key=key, value=value, gates=gates)
     require_or_none(sliding_key=sliding_key, sliding_value=sliding_value)
     _check_window(window_left)
-    out_compressed, _, blocks = compressed_attention(
-        query,
-        compressed_key,
-        compressed_value,
-        compress_block=compress_block,
-        compress_stride=compress_stride,
-        block_size=block_size,
-        top_k=top_k,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        softmax_scale=softmax_scale,
-        cu_seqlens=cu_seqlens,
-        cu_seqlens_compressed=cu_seqlens_compressed,
-        max_seqlen=max_seqlen,
-        backend=backend,
-    )
-    out_selected = selected_attention(
+    inputs = layer.Inputs(
         query,
         key,
         value,
-        blocks,
-        block_size=block_size,
-        softmax_scale=softmax_scale,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen,
-        algorithm=algorithm,
-        backend=backend,
+        gates,
+        compressed_key,
+        compressed_value,
+        sliding_key,
+        sliding_value,
+        cu_seqlens,
+        cu_seqlens_compressed,
     )
-    out_sliding = attention(
-        query,
-        key if sliding_key is None else sliding_key,
-        value if sliding_value is None else sliding_value,
-        causal=True,
-        window_size=(window_left, 0),
-        softmax_scale=softmax_scale,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        backend=backend,
-    )
-    out = combine(out_compressed, out_selected, out_sliding, gates, backend=backend)
+
+    def attend() -> layer.Branches:
+        out_compressed, compressed_lse, blocks = compressed_attention(
+            query,
+            compressed_key,
+            compressed_value,
+            compress_block=compress_block,
+            compress_stride=compress_stride,
+            block_size=block_size,
+            top_k=top_k,
+            init_blocks=init_blocks,
+            local_blocks=local_blocks,
+            softmax_scale=softmax_scale,
+            cu_seqlens=cu_seqlens,
+            cu_seqlens_compressed=cu_seqlens_compressed,
+            max_seqlen=max_seqlen,
+            backend=backend,
+        )
+        out_selected, selected_lse = selected_attention(
+            query,
+            key,
+            value,
+            blocks,
+            block_size=block_size,
+            softmax_scale=softmax_scale,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            algorithm=algorithm,
+            return_lse=True,
+            backend=backend,
+        )
+        out_sliding, sliding_lse = attention(
+            query,
+            key if sliding_key is None else sliding_key,
+            value if sliding_value is None else sliding_value,
+            causal=True,
+            window_size=(window_left, 0),
+            softmax_scale=softmax_scale,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
+            return_lse=True,
+            backend=backend,
+        )
+        return layer.Branches(
+            blocks, out_compressed, compressed_lse, out_selected, selected_lse, out_sliding, sliding_lse
+        )
+
+    name = _backend(backend)
+    if autograd.records_gradient(*inputs[:8]) and not torch.compiler.is_dynamo_compiling():
+        settings = layer.Settings(
+            compress_block,
+            compress_stride,
+            block_size,
+            window_left,
+            _scale(softmax_scale),
+            max_seqlen,
+            algorithm,
+            name,
+        )
+        out, blocks = layer.attend_with_gradient(settings, attend, inputs)
+    else:  # the compiler sees the single steps
+        branches = attend()
+        out, blocks = autograd.combine(name, *branches[1::2], gates), branches.selected_blocks
     return (out, blocks) if return_selected_blocks else out
 
 

@@ -21,7 +21,8 @@ class NativeSparseAttention(nn.Module):
     Constructor parameters, parameter names and shapes, and initialisation are those of FSA
     (Relaxed-System-Lab/Flash-Sparse-Attention), so its state dicts load. In order: projections without bias;
     compression of keys and values *before* rotation; rotation of queries and keys at their position and of
-    compressed key i at position ``i * kernel_stride``; the branches; gates ``sigmoid(x W^T)``; the output projection.
+    compressed key i at position ``i * kernel_stride``; the branches; gates ``sigmoid(x W^T)``; the output
+    projection.
 
     Args:
         hidden_size: of x.
@@ -29,20 +30,22 @@ class NativeSparseAttention(nn.Module):
         head_dim: of queries, keys and values, up to 256; even, where there is a rotation.
         kernel_size, kernel_stride: l and s of the compression.
         block_size, topk, init_blocks, local_blocks: of the selection.
-        window_size: keys before a token's own that the sliding branch sees: window_size + 1 keys with its own.
+        window_size: keys before a token's own that the sliding branch sees: window_size + 1 keys with its
+            own.
         rope_config: None: ``RopeConfig(head_dim)``, no scaling.
-        gate_mode: "per_token": a gate per token and branch, ``gate.0.weight [3, hidden_size]``; "per_head": per
-            query head too, ``[3 * num_q_heads, hidden_size]``, row ``3 * head + branch``.
+        gate_mode: "per_token": a gate per token and branch, ``gate.0.weight [3, hidden_size]``; "per_head":
+            per query head too, ``[3 * num_q_heads, hidden_size]``, row ``3 * head + branch``.
         compress_kind: "linear", "weighted" or "mean", as :func:`compress`; of kind mean compress_key and
             compress_value are None.
         use_rope: False: no rotation at all.
         algorithm: of the selected branch, see :func:`selected_attention`.
         device, dtype: of the parameters.
 
-    Parameters: ``proj_q.weight [num_q_heads * head_dim, hidden_size]``; ``proj_k.weight`` and ``proj_v.weight``
-    ``[num_kv_heads * head_dim, hidden_size]``, shared by the branches; ``proj_o.weight``; ``compress_key`` and
-    ``compress_value [num_kv_heads, kernel_size * head_dim, head_dim]`` (kind weighted: ``[num_kv_heads,
-    kernel_size]``); ``intra_block_pe [num_kv_heads, kernel_size, head_dim]``; ``gate.0.weight``.
+    Parameters: ``proj_q.weight [num_q_heads * head_dim, hidden_size]``; ``proj_k.weight`` and
+    ``proj_v.weight`` ``[num_kv_heads * head_dim, hidden_size]``, shared by the branches; ``proj_o.weight``;
+    ``compress_key`` and ``compress_value [num_kv_heads, kernel_size * head_dim, head_dim]`` (kind weighted:
+    ``[num_kv_heads, kernel_size]``); ``intra_block_pe [num_kv_heads, kernel_size, head_dim]``;
+    ``gate.0.weight``.
     """
 
     def __init__(
@@ -151,7 +154,8 @@ class NativeSparseAttention(nn.Module):
         )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """query, key, value ``[..., heads, head_dim]``, not rotated, and gates ``[..., 3]`` or ``[..., heads, 3]``."""
+        """query, key, value ``[..., heads, head_dim]``, not rotated, and gates ``[..., 3]`` or ``[..., heads,
+        3]``."""
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x: hidden size {x.shape[-1]}, but the layer has {self.hidden_size}")
         query, key, value = (
@@ -186,11 +190,12 @@ class NativeSparseAttention(nn.Module):
         """Attention of whole sequences.
 
         Args:
-            x: ``[batch, seqlen, hidden_size]``, packed ``[total, hidden_size]`` with cu_seqlens, or one sequence
-                ``[seqlen, hidden_size]``.
+            x: ``[batch, seqlen, hidden_size]``, packed ``[total, hidden_size]`` with cu_seqlens, or one
+                sequence ``[seqlen, hidden_size]``.
             cu_seqlens: integers ``[batch + 1]``.
-            max_seqlen, total_compressed: sizes of packed sequences, where they are known: without total_compressed a
-                GPU is waited for, and torch.compile and graph capture need it. See :func:`compress`.
+            max_seqlen, total_compressed: sizes of packed sequences, where they are known: without
+                total_compressed a GPU is waited for, and torch.compile and graph capture need it. See
+                :func:`compress`.
             cache: takes the sequences in place of what it held, for :meth:`step` to go on with.
             return_selected_blocks: also return them, int32 ``[batch, num_kv_heads, seqlen, topk]``, packed
                 ``[num_kv_heads, total, topk]``.
@@ -250,7 +255,8 @@ class NativeSparseAttention(nn.Module):
                 for t, cu in ((key, cu_seqlens), (compressed_key, cu_compressed))
             )
             query, key = (self._rotate(t, positions, bound) for t in (query, key))
-            # Rows beyond the last window, which total_compressed allows, count on from it: any table row will do.
+            # Rows beyond the last window, which total_compressed allows, count on from it: any table row will
+            # do.
             compressed_positions = (compressed_positions * self.kernel_stride).clamp(max=max(bound - 1, 0))
             compressed_key = self._rotate(compressed_key, compressed_positions, bound)
         result = native_sparse_attention(

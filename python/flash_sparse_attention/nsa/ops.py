@@ -36,7 +36,7 @@ def lse_shape(query: Tensor, packed: bool) -> tuple[int, ...]:
     return (shape[1], shape[0]) if packed else (shape[0], shape[2], shape[1])
 
 
-# ---- compression --------------------------------------------------------------------------------------------
+# ---- compression -------------------------------------------------------------------------------------------
 
 
 def compressed_rows(tokens: int, compress_block: int, compress_stride: int) -> int:
@@ -133,7 +133,7 @@ define(
 )
 
 
-# ---- the compressed branch ----------------------------------------------------------------------------------
+# ---- the compressed branch ---------------------------------------------------------------------------------
 
 
 def run_compressed_forward(
@@ -215,7 +215,7 @@ define(
 )
 
 
-# ---- selection ----------------------------------------------------------------------------------------------
+# ---- selection ---------------------------------------------------------------------------------------------
 
 
 def run_select_blocks(
@@ -234,7 +234,8 @@ def run_select_blocks(
     softmax_scale: Scale,
     backend: str,
 ) -> Tensor:
-    """selected_blocks, int32 [batch, num_kv_heads, seqlen_q, top_k], packed [num_kv_heads, total_q, top_k]."""
+    """selected_blocks, int32 [batch, num_kv_heads, seqlen_q, top_k], packed [num_kv_heads, total_q,
+    top_k]."""
     args = (query, compressed_key, lse, cu_seqlens, cu_seqlens_compressed, seqused_k, compress_block)
     args += (compress_stride, block_size, top_k, init_blocks, local_blocks, softmax_scale, backend)
     size = _C.nsa_workspace_size_select_blocks(*args)
@@ -261,7 +262,7 @@ define(
 )
 
 
-# ---- the selected branch ------------------------------------------------------------------------------------
+# ---- the selected branch -----------------------------------------------------------------------------------
 
 
 def run_selected_forward(
@@ -338,7 +339,7 @@ define(
 )
 
 
-# ---- combination --------------------------------------------------------------------------------------------
+# ---- combination -------------------------------------------------------------------------------------------
 
 
 def run_combine(compressed: Tensor, selected: Tensor, sliding: Tensor, gates: Tensor, backend: str) -> Tensor:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The online profiler of the selected branch: which algorithm and chunk size is fastest here.
 
-The selected branch has two algorithms whose results agree to rounding: ``kv_outer`` goes over blocks of keys and
-``query_outer`` over tokens. Which one wins depends on the group size, the lengths and the machine. So the first
-call of a new *shape class* times the candidates (:data:`CANDIDATES`) on its own tensors, warm-up first, and takes
-the fastest median; later calls of the class, in this process and through a file in later ones, take the same.
+The selected branch has two algorithms whose results agree to rounding: ``kv_outer`` goes over blocks of keys
+and ``query_outer`` over tokens. Which one wins depends on the group size, the lengths and the machine. So the
+first call of a new *shape class* times the candidates (:data:`CANDIDATES`) on its own tensors, warm-up first,
+and takes the fastest median, or the library's own choice where nothing is 5 % faster; later calls of the
+class, in this process and through a file in later ones, take the same.
 
-Nothing is timed under ``torch.compile`` or while a CUDA graph is captured, nor where the work is too small for
-the choice to matter or the backend has only one way; there the library's own rule decides, as it does with the
-algorithm "off". A choice lasts for the process, so results are bitwise repeatable within it; between processes
-they are where the algorithm is not "auto", or where the file holds the class.
+Nothing is timed under ``torch.compile`` or while a CUDA graph is captured, nor where the work is too small
+for the choice to matter or the backend has only one way; there the library's own rule decides, as it does
+with the algorithm "off". A choice lasts for the process, so results are bitwise repeatable within it; between
+processes they are where the algorithm is not "auto", or where the file holds the class.
 
 Environment: ``FSA_NSA_ALGORITHM`` is the algorithm where a call says "auto" (read at import);
 ``FSA_CACHE_DIR`` is the folder of the file, as of compiled kernels.
@@ -39,9 +40,15 @@ from ..ops import is_plain
 from . import ops
 
 ALGORITHMS = ("auto", "kv_outer", "query_outer", "off")
-# (algorithm, tokens per chunk); 0 is the library's own chunk.
-CANDIDATES = (("query_outer", 0), ("kv_outer", 0), ("kv_outer", 64), ("kv_outer", 256))
-WARM_UP, REPEATS = 2, 5
+# (algorithm, tokens per chunk); 0 is the library's own chunk. The first is what the library's rule takes.
+CANDIDATES = (("kv_outer", 0), ("kv_outer", 512), ("kv_outer", 4096), ("query_outer", 0))
+# One token brings as many rows as its group has heads, so with fewer query_outer cannot win and is not timed.
+QUERY_OUTER_GROUP = 8
+REPEATS = 5
+# A candidate whose first run takes this many times the best median is not run again.
+HOPELESS = 1.5
+# Another candidate than the first must be this much faster; less is noise.
+MARGIN = 0.95
 # Seconds after which a candidate is not repeated once more.
 BUDGET = 0.5
 # Multiplications and additions of the scores below which any algorithm takes milliseconds.
@@ -120,8 +127,8 @@ def choose(
 ) -> Choice:
     """What a call of the selected branch is to run.
 
-    tensors: query, key, value, selected_blocks, cu_seqlens. args, rest: what the ``run_selected_*`` function of
-    the direction takes before and after algorithm and chunk_tokens.
+    tensors: query, key, value, selected_blocks, cu_seqlens. args, rest: what the ``run_selected_*`` function
+    of the direction takes before and after algorithm and chunk_tokens.
     """
     algorithm, source = _requested(algorithm)
     if algorithm != "auto":
@@ -163,13 +170,20 @@ def _measure(name: str, direction: str, args: tuple, rest: tuple) -> Choice:
     *asked, backend = args
     if explain(*asked, "off", 0, backend)["backend"] == "reference":
         return _memory.keep(name, _RULE, to_file=False)
-    times = {}
+    group = args[0].shape[-2] // args[1].shape[-2]
+    times: dict[tuple[str, int], float] = {}
     for candidate in CANDIDATES:
+        if candidate[0] == "query_outer" and group < QUERY_OUTER_GROUP:
+            continue
+        limit = HOPELESS * min(times.values(), default=math.inf)
         with contextlib.suppress(NotImplementedError):  # a candidate that this backend does not have
-            times[candidate] = _median_ms(lambda c=candidate: run(*args, *c, *rest), args[0].device)
+            times[candidate] = _median_ms(lambda c=candidate: run(*args, *c, *rest), args[0].device, limit)
     if not times:
         return _memory.keep(name, _RULE, to_file=False)
     best = min(times, key=times.__getitem__)
+    first = next(iter(times))
+    if times[best] > MARGIN * times[first]:
+        best = first
     named = {_candidate_name(*c): round(ms, 4) for c, ms in times.items()}
     return _memory.keep(name, Choice(*best, "profile", named), to_file=True)
 
@@ -178,7 +192,9 @@ def _candidate_name(algorithm: str, chunk_tokens: int) -> str:
     return f"{algorithm}:{chunk_tokens}" if chunk_tokens else algorithm
 
 
-def _median_ms(run: Callable[[], Any], device: torch.device) -> float:
+def _median_ms(run: Callable[[], Any], device: torch.device, limit: float) -> float:
+    """Of up to REPEATS runs after one for warm-up; of the warm-up where that is beyond the limit."""
+
     def timed() -> float:
         begin = time.perf_counter()
         run()
@@ -186,11 +202,9 @@ def _median_ms(run: Callable[[], Any], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter() - begin
 
-    spent = 0.0
-    for _ in range(WARM_UP):
-        spent += timed()
-        if spent > BUDGET:
-            break
+    spent = timed()
+    if 1e3 * spent > limit:
+        return 1e3 * spent
     durations: list[float] = []
     while len(durations) < REPEATS and (not durations or spent < BUDGET):
         durations.append(timed())

@@ -2,8 +2,8 @@
 """Rotary position embedding: halves of the head rotated against each other ("half-split", as in GPT-NeoX).
 
 Element i of the first half and i of the second are one pair, turned by ``position * frequency_i`` with
-``frequency_i = rope_theta^(-2 i / head_dim)``. Angles are computed in float64, their cosines and sines kept in
-float32, and the rotation done in float32 (float64 for float64 tensors).
+``frequency_i = rope_theta^(-2 i / head_dim)``. Angles are computed in float64, their cosines and sines kept
+in float32, and the rotation done in float32 (float64 for float64 tensors).
 """
 
 from __future__ import annotations

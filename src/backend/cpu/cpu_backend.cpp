@@ -364,6 +364,7 @@ class CpuBackend final : public Backend {
   std::string reject(const Problem& p) const override {
     if (p.device.kind != DeviceKind::cpu) return "the tensors are not in CPU memory";
     if (p.dtype == DType::float64) return "float64 is computed by the reference";
+    if (choice().kernels == nullptr && env::cpu_target().empty()) return choice().reason;
     kernels();  // a forced instruction set that is missing is an error, not a reason to try the next backend
     return {};
   }
@@ -401,6 +402,7 @@ class CpuBackend final : public Backend {
   std::string reject(const NsaProblem& p) const override {
     if (p.device.kind != DeviceKind::cpu) return "the tensors are not in CPU memory";
     if (p.dtype == DType::float64) return "float64 is computed by the reference";
+    if (choice().kernels == nullptr && env::cpu_target().empty()) return choice().reason;
     kernels();
     return {};
   }

@@ -139,11 +139,14 @@ std::int64_t chunk_tokens(const NsaProblem& p) {
   return std::clamp<std::int64_t>(rows / p.group_size, 1, std::max<std::int64_t>(1, p.max_seqlen_q));
 }
 
-// Copies of dK and dV, so that 8 threads have work when there are fewer key heads; fixed by the shape alone.
+// Copies of dK and dV, so that 8 threads have work when there are fewer key heads, within 64 MB; fixed by the shape.
 std::int64_t backward_segments(const NsaProblem& p) {
   const std::int64_t heads = std::max<std::int64_t>(1, p.batch * p.num_kv_heads);
   const std::int64_t chunks = ceil_div(std::max<std::int64_t>(1, p.max_seqlen_q), chunk_tokens(p));
-  return std::clamp<std::int64_t>(ceil_div(8, heads), 1, std::min<std::int64_t>(8, chunks));
+  const std::int64_t copy_bytes =
+      4 * p.num_kv_heads * p.total_k * (round_up(p.head_dim, 16) + round_up(p.head_dim_v, 16));
+  const std::int64_t fit = (std::int64_t{1} << 26) / std::max<std::int64_t>(1, copy_bytes);
+  return std::max<std::int64_t>(1, std::min({ceil_div(8, heads), chunks, fit}));
 }
 
 SelectedBuffers selected_buffers(const NsaProblem& p, Carver& memory) {

@@ -64,6 +64,10 @@ ForwardTile tile_of(const KernelConfig& config, int row) {
   tile.value_stages = r.value_stages;
   tile.private_values = r.private_values;
   tile.key_scalars = tiled;
+  if (config.threshold && tiled && r.block_m == 192) {  // three warpgroups have too few registers for both
+    tile.block_m = 128;
+    tile.value_stages = 4;
+  }
   return tile;
 }
 
@@ -266,8 +270,10 @@ std::vector<KernelConfig> shipped_kernels() {
   for (const KernelConfig& c : reachable_kernels()) {
     const int features = (c.softcap != SoftcapKind::none) + (c.gate != GateKind::none) + c.alibi + c.sink +
                          (c.mask == MaskKind::bands);
-    // Each feature once: on the commonest head_dim, causal unless it is a mask.
-    const bool sample = c.element == ElementType::bf16 && c.tile.head_dim == 128 &&
+    // Each feature once: on the commonest head_dim, causal unless it is a mask; and the gate beside a vote, which
+    // has a tile of its own, on the smallest.
+    const bool gate_and_vote = c.threshold && c.gate_bits && c.tile.head_dim == 64;
+    const bool sample = c.element == ElementType::bf16 && (c.tile.head_dim == 128 || gate_and_vote) &&
                         (c.mask == MaskKind::bands || (c.window_right && !c.window_left));
     const bool plain = features == 0 &&
                        (c.element == ElementType::bf16 || c.tile.head_dim == c.tile.head_dim_v) &&

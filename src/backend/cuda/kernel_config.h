@@ -54,7 +54,16 @@ unsigned shared_bytes_of(const KernelConfig& config);  // dynamic
 
 template <>
 struct std::hash<fsa::cuda::KernelConfig> {
+  // By words: it is on the way of every call.
   std::size_t operator()(const fsa::cuda::KernelConfig& config) const noexcept {
-    return fsa::jit::hash({reinterpret_cast<const char*>(&config), sizeof(config)});
+    std::uint64_t words[sizeof(config) / 8];
+    static_assert(sizeof(words) == sizeof(config));
+    std::memcpy(words, &config, sizeof(config));
+    std::uint64_t value = fsa::jit::kHashStart;
+    for (const std::uint64_t word : words) {
+      value = (value ^ word) * 0x9e3779b97f4a7c15u;
+      value ^= value >> 32;
+    }
+    return value;
   }
 };

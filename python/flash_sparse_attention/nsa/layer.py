@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three branches and their gated sum as one step of autograd.
+
+Composed of the steps of autograd.py, the backward would hold the gradients of all three branches and two sets of
+gradients of query, key and value at once. Heads are independent, so this step walks the key heads: only one head's
+share of those exists at a time (32k tokens of 4 heads of 64, float32: 530 MB beyond the results become 280 MB).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .. import functional as dense
+from .. import ops as dense_ops
+from . import autograd, ops
+
+# Below this many bytes of one branch's gradient the heads are taken together: less to launch.
+WHOLE_BELOW = 16 << 20
+
+
+class Settings(NamedTuple):
+    compress_block: int
+    compress_stride: int
+    block_size: int
+    window_left: int
+    softmax_scale: float | None
+    max_seqlen: int | None
+    algorithm: str
+    backend: str
+
+
+class Inputs(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gates: Tensor
+    compressed_key: Tensor
+    compressed_value: Tensor
+    sliding_key: Tensor | None
+    sliding_value: Tensor | None
+    cu_seqlens: Tensor | None
+    cu_seqlens_compressed: Tensor | None
+
+
+class Branches(NamedTuple):
+    selected_blocks: Tensor
+    compressed: Tensor
+    compressed_lse: Tensor
+    selected: Tensor
+    selected_lse: Tensor
+    sliding: Tensor
+    sliding_lse: Tensor
+
+    def combine(self, gates: Tensor, backend: str) -> Tensor:
+        args = (self.compressed, self.selected, self.sliding, gates, backend)
+        return ops.dispatch("nsa_combine", ops.run_combine, *args)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, settings: Settings, attend: Callable[[], Branches], *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        branches = attend()
+        ctx.settings = settings
+        ctx.save_for_backward(*tensors, *branches)
+        ctx.mark_non_differentiable(branches.selected_blocks)
+        return branches.combine(Inputs(*tensors).gates, settings.backend), branches.selected_blocks
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        def gradient(*args: Tensor | None) -> tuple[Tensor | None, ...]:
+            count = len(Inputs._fields)
+            return _gradients(ctx.settings, Inputs(*args[:count]), Branches(*args[count:-1]), args[-1])
+
+        grads = autograd.as_step(gradient, *ctx.saved_tensors, grad_out)
+        needs = ctx.needs_input_grad[2 : 2 + len(grads)]
+        wanted = (g if needed else None for g, needed in zip(grads, needs, strict=True))
+        return None, None, *wanted, None, None
+
+
+def attend_with_gradient(
+    settings: Settings, attend: Callable[[], Branches], inputs: Inputs
+) -> tuple[Tensor, Tensor]:
+    """out and selected_blocks. ``attend`` computes the branches and records no gradient."""
+    return _Layer.apply(settings, attend, *inputs)
+
+
+def _heads(tensor: Tensor, first: int, last: int) -> Tensor:
+    return tensor[..., first:last, :]
+
+
+def _gradients(
+    settings: Settings, inputs: Inputs, branches: Branches, grad_out: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the first eight inputs."""
+    query, key, gates = inputs.query, inputs.key, inputs.gates
+    kv_heads = key.shape[-2]
+    group = query.shape[-2] // kv_heads
+    per_head = gates.dim() == query.dim()
+
+    def share(gates: Tensor, first: int, count: int) -> tuple[Tensor | None, ...]:
+        return _slice_gradients(settings, inputs, branches, gates, per_head, grad_out, first, count, group)
+
+    if kv_heads == 1 or query.numel() * query.element_size() < WHOLE_BELOW:
+        return share(gates, 0, kv_heads)
+    results = [None if t is None else ops.empty(t, t.shape) for t in inputs[:8]]
+    token_gates: Tensor | float = 0.0
+    # A gate per token gets a share from every head: those are not rounded to 16 bits before they are added.
+    wide_gates = gates if gates.dtype == torch.float64 else gates.float()
+    for head in range(kv_heads):
+        for name, result, grad in zip(Inputs._fields, results, share(wide_gates, head, 1), strict=False):
+            if name == "gates" and not per_head:
+                token_gates = token_gates + grad
+            elif result is not None:
+                heads = group if name in ("query", "gates") else 1
+                _heads(result, head * heads, (head + 1) * heads).copy_(grad)
+    if not per_head:
+        results[Inputs._fields.index("gates")].copy_(token_gates)
+    return tuple(results)
+
+
+def _slice_gradients(
+    settings: Settings,
+    inputs: Inputs,
+    branches: Branches,
+    gates: Tensor,
+    per_head: bool,
+    grad_out: Tensor,
+    first: int,
+    count: int,
+    group: int,
+) -> tuple[Tensor | None, ...]:
+    """The same for key heads [first, first + count) and their query heads."""
+    block, stride, block_size, window_left, scale, max_seqlen, algorithm, backend = settings
+
+    def of_queries(tensor: Tensor) -> Tensor:
+        return _heads(tensor, first * group, (first + count) * group)
+
+    def of_keys(tensor: Tensor) -> Tensor:
+        return _heads(tensor, first, first + count)
+
+    query, key, value = of_queries(inputs.query), of_keys(inputs.key), of_keys(inputs.value)
+    grad_compressed, grad_selected, grad_sliding, grad_gates = ops.dispatch(
+        "nsa_combine_backward",
+        ops.run_combine_backward,
+        *(of_queries(t) for t in (branches.compressed, branches.selected, branches.sliding)),
+        of_queries(gates) if per_head else gates,
+        backend,
+        of_queries(grad_out),
+    )
+    grad_query, grad_key, grad_value = autograd.selected_gradient(
+        (query, key, value, branches.selected_blocks[..., first : first + count, :, :], inputs.cu_seqlens),
+        (block_size, scale, backend),
+        algorithm,
+        max_seqlen,
+        of_queries(branches.selected),
+        of_queries(branches.selected_lse),
+        grad_selected,
+    )
+    del grad_selected
+    more_query, grad_compressed_key, grad_compressed_value = ops.dispatch(
+        "nsa_compressed_backward",
+        ops.run_compressed_backward,
+        query,
+        of_keys(inputs.compressed_key),
+        of_keys(inputs.compressed_value),
+        inputs.cu_seqlens,
+        inputs.cu_seqlens_compressed,
+        block,
+        stride,
+        scale,
+        max_seqlen,
+        backend,
+        of_queries(branches.compressed),
+        of_queries(branches.compressed_lse),
+        grad_compressed,
+    )
+    grad_query += more_query
+    del grad_compressed, more_query
+    own = inputs.sliding_key is not None, inputs.sliding_value is not None
+    arguments, options = dense.collect(
+        query,
+        of_keys(inputs.sliding_key) if own[0] else key,
+        of_keys(inputs.sliding_value) if own[1] else value,
+        causal=True,
+        window_size=(window_left, 0),
+        softmax_scale=scale,
+        cu_seqlens_q=inputs.cu_seqlens,
+        cu_seqlens_k=inputs.cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        backend=backend or None,
+    )
+    more_query, sliding_key, sliding_value, *_ = dense_ops.backward(
+        arguments,
+        options,
+        of_queries(branches.sliding),
+        of_queries(branches.sliding_lse),
+        None,
+        grad_sliding,
+        None,
+        False,
+        False,
+    )
+    grad_query += more_query
+    if not own[0]:
+        grad_key += sliding_key
+    if not own[1]:
+        grad_value += sliding_value
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        grad_gates,
+        grad_compressed_key,
+        grad_compressed_value,
+        sliding_key if own[0] else None,
+        sliding_value if own[1] else None,
+    )
