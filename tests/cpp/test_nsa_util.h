@@ -577,19 +577,6 @@ inline void expect_best_blocks(const Selection& s, double slack) {
     }
 }
 
-// False when the backend has no native sparse attention (yet): then there is nothing to test.
-template <class Part>
-bool runs_forward(Part& part) {
-  try {
-    part.forward();
-    return true;
-  } catch (const Error& error) {
-    if (std::string(error.what()).find("native sparse attention is not implemented") == std::string::npos)
-      throw;
-    return false;
-  }
-}
-
 template <class Part>
 Part with_backend(Part part, const char* backend) {
   part.setup.backend = backend;

@@ -111,10 +111,18 @@ def compressed(options: tuple, seqused_k: Tensor | None, *tensors: Tensor | None
 
 
 def selected_gradient(
-    tensors: tuple, options: tuple, algorithm: str, max_seqlen: int | None, *rest: Tensor
+    tensors: tuple,
+    options: tuple,
+    algorithm: str,
+    max_seqlen: int | None,
+    *rest: Tensor,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value. ``into``: tensors to write, where all are plain ones."""
     choice = profiler.choose("backward", tensors, (*tensors, *options), rest, algorithm, max_seqlen)
     args = (*tensors, *options, choice.algorithm, choice.chunk_tokens, *rest)
+    if into is not None:
+        return ops.run_selected_backward(*args, into)
     return ops.dispatch("nsa_selected_backward", ops.run_selected_backward, *args)
 
 

@@ -17,7 +17,10 @@ from torch.autograd.function import FunctionCtx
 
 from .. import functional as dense
 from .. import ops as dense_ops
+from ..ops import is_plain
 from . import autograd, ops
+
+Three = tuple[Tensor, Tensor, Tensor]
 
 # Below this many bytes of one branch's gradient the heads are taken together: less to launch.
 WHOLE_BELOW = 16 << 20
@@ -104,22 +107,31 @@ def _gradients(
     group = query.shape[-2] // kv_heads
     per_head = gates.dim() == query.dim()
 
-    def share(gates: Tensor, first: int, count: int) -> tuple[Tensor | None, ...]:
-        return _slice_gradients(settings, inputs, branches, gates, per_head, grad_out, first, count, group)
+    def share(gates: Tensor, first: int, count: int, into: Three | None) -> tuple[Tensor | None, ...]:
+        return _slice_gradients(
+            settings, inputs, branches, gates, per_head, grad_out, first, count, group, into
+        )
 
     if kv_heads == 1 or query.numel() * query.element_size() < WHOLE_BELOW:
-        return share(gates, 0, kv_heads)
+        return share(gates, 0, kv_heads, None)
     results = [None if t is None else ops.empty(t, t.shape) for t in inputs[:8]]
+    plain = is_plain([t for t in (*inputs, *branches, grad_out) if t is not None])
     token_gates: Tensor | float = 0.0
     # A gate per token gets a share from every head: those are not rounded to 16 bits before they are added.
     wide_gates = gates if gates.dtype == torch.float64 else gates.float()
     for head in range(kv_heads):
-        for name, result, grad in zip(Inputs._fields, results, share(wide_gates, head, 1), strict=False):
+        parts = {
+            name: _heads(result, head * heads, (head + 1) * heads)
+            for name, result in zip(Inputs._fields, results, strict=False)
+            if result is not None and (name != "gates" or per_head)
+            for heads in (group if name in ("query", "gates") else 1,)
+        }
+        into = (parts["query"], parts["key"], parts["value"]) if plain else None
+        for name, grad in zip(Inputs._fields, share(wide_gates, head, 1, into), strict=False):
             if name == "gates" and not per_head:
                 token_gates = token_gates + grad
-            elif result is not None:
-                heads = group if name in ("query", "gates") else 1
-                _heads(result, head * heads, (head + 1) * heads).copy_(grad)
+            elif name in parts and (into is None or name not in ("query", "key", "value")):
+                parts[name].copy_(grad)
     if not per_head:
         results[Inputs._fields.index("gates")].copy_(token_gates)
     return tuple(results)
@@ -135,8 +147,10 @@ def _slice_gradients(
     first: int,
     count: int,
     group: int,
+    into: Three | None,
 ) -> tuple[Tensor | None, ...]:
-    """The same for key heads [first, first + count) and their query heads."""
+    """The same for key heads [first, first + count) and their query heads. ``into``: where those of query, key
+    and value are to be."""
     block, stride, block_size, window_left, scale, max_seqlen, algorithm, backend = settings
 
     def of_queries(tensor: Tensor) -> Tensor:
@@ -162,6 +176,7 @@ def _slice_gradients(
         of_queries(branches.selected),
         of_queries(branches.selected_lse),
         grad_selected,
+        into=into,
     )
     del grad_selected
     more_query, grad_compressed_key, grad_compressed_value = ops.dispatch(

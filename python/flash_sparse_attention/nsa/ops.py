@@ -321,12 +321,13 @@ def run_selected_backward(
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
+    """Gradients of query, key and value; ``into``: tensors to write."""
     args = (query, key, value, selected_blocks, cu_seqlens, block_size, softmax_scale)
     args += (algorithm, chunk_tokens, backend)
     size = _C.nsa_workspace_size_selected_backward(*args)
-    grads = _three_grads_fake(query, key, value)
+    grads = into or _three_grads_fake(query, key, value)
     _C.nsa_selected_backward(*args, out, lse, grad_out.resolve_neg(), *grads, workspace(query, size))
     return grads
 
