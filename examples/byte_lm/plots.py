@@ -109,9 +109,10 @@ def quality_and_work(rows: list[dict], dense_loss: float, trained: list[dict]) -
     axes.plot(
         kept, losses, "o-", color=COLORS["dense"], markersize=4, label="dense-trained model under thresholds"
     )
-    labelled = float("inf")
-    for index, row in enumerate(rows):
-        if labelled - kept[index] < 6 and index < len(rows) - 1:
+    labelled = -float("inf")
+    for index in reversed(range(len(rows))):
+        row = rows[index]
+        if kept[index] - labelled < 6:
             continue  # labels would overlap
         labelled = kept[index]
         axes.annotate(

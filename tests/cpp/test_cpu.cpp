@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The vector kernels against the reference, on random problems: every dtype, mask, logit policy, skip rule, layout.
 // One seed is one problem; a failure names it: fsa_tests --gtest_filter='Cpu.*' with FSA_TEST_SEED=<seed> runs it alone.
+#include <chrono>
 #include <cstdlib>
+#include <limits>
+#include <thread>
 
 #include "backend/cpu/thread_pool.h"
 #include "core/skip_tile.h"
@@ -228,6 +231,26 @@ TEST(ThreadPool, RunsEveryItemOnceAndNests) {
                                    if (i == 7) throw Error(ErrorCode::internal, "item 7");
                                  }),
                Error);
+  set_num_threads(before);
+}
+
+TEST(ThreadPool, DenormalsAreZeroInItemsAloneAndTheCallersSettingReturns) {
+  volatile float smallest = std::numeric_limits<float>::min();
+  const auto halved = [&] { return smallest * 0.5f; };
+  ASSERT_GT(halved(), 0.0f);
+  const int before = num_threads();
+  for (const int threads : {1, 4}) {
+    set_num_threads(threads);
+    std::vector<float> inside(64, -1.0f);
+    cpu::parallel_for(64, [&](std::int64_t i) {
+      inside[static_cast<std::size_t>(i)] = halved();
+      std::this_thread::sleep_for(std::chrono::microseconds(50));  // so that every thread gets some
+    });
+    EXPECT_EQ(std::count(inside.begin(), inside.end(), 0.0f), 64) << threads << " threads";
+    EXPECT_GT(halved(), 0.0f) << threads << " threads";
+    EXPECT_THROW(cpu::parallel_for(2, [](std::int64_t) { throw Error(ErrorCode::internal, "item"); }), Error);
+    EXPECT_GT(halved(), 0.0f) << "after an exception, " << threads << " threads";
+  }
   set_num_threads(before);
 }
 

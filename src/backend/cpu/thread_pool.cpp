@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "backend/cpu/denormals.h"
 #include "core/env.h"
 #include "fsa/attention.h"
 #include "fsa/error.h"
@@ -125,6 +126,7 @@ class Pool {
   }
 
   void work() {
+    const FlushDenormals flush;
     std::uint64_t seen = 0;
     for (;;) {
       wait_for_change(seen);
@@ -188,6 +190,7 @@ struct Scratch {
 
 void parallel_for(std::int64_t count, ItemFunction body) {
   if (count <= 0) return;
+  const FlushDenormals flush;  // on the caller as on the workers, or results would depend on the thread
   const int workers = static_cast<int>(std::min<std::int64_t>(num_threads(), count)) - 1;
   if (workers > 0 && !inside_item) {
     Job job(body, count, workers);

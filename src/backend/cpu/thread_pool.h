@@ -27,7 +27,8 @@ class ItemFunction {
 
 // Calls body(item) for every item in [0, count), in no particular order, on up to num_threads() threads, the
 // caller among them. Returns when all are done. Runs on the caller alone when the pool is busy with another
-// call or when called from inside an item. The first exception of an item is rethrown here.
+// call or when called from inside an item. The first exception of an item is rethrown here. Items run with
+// denormal numbers as zero; the caller's own setting is back when this returns.
 void parallel_for(std::int64_t count, ItemFunction body);
 
 // Memory of the calling thread, aligned to 64 bytes, kept until the thread ends. Its contents are garbage, and a
