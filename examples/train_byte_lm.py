@@ -46,7 +46,12 @@ DEFAULTS = {
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
-    add("--attention", nargs="+", choices=kinds.NAMES, help="kinds to train, in this order (default: all)")
+    add(
+        "--attention",
+        nargs="+",
+        choices=kinds.NAMES,
+        help="kinds to train, in this order (default: all that the device has)",
+    )
     add("--device", help="cpu (default) or cuda")
     add("--steps", type=int, help=f"steps of each kind (default {DEFAULTS['steps']})")
     add("--context", type=int, help=f"bytes the model sees at once (default {DEFAULTS['context']})")
@@ -92,6 +97,8 @@ def open_run(arguments: argparse.Namespace) -> tuple[Path, dict, dict]:
             raise ValueError(f"--name: {folder} exists; choose another name")
         options = DEFAULTS | given
         check_options(options)
+        if torch.device(options["device"]).type == "cuda" and "attention" not in given:
+            options["attention"] = [name for name in kinds.NAMES if name not in kinds.CPU_ONLY]
         return folder, options, {}
     if arguments.name:
         path = RUNS / arguments.name / CHECKPOINT
@@ -113,13 +120,17 @@ def open_run(arguments: argparse.Namespace) -> tuple[Path, dict, dict]:
 
 
 def make_model(kind: AttentionKind, options: dict) -> ByteLM:
-    config = ModelConfig(gated=kind.gated, nsa=kind.sizes if kind.native_sparse else None)
+    config = dataclasses.replace(
+        ModelConfig.on(torch.device(options["device"])),
+        gated=kind.gated,
+        nsa=kind.sizes if kind.native_sparse else None,
+    )
     return ByteLM(config, options["seed"]).to(options["device"])
 
 
 def explain_kinds(options: dict) -> dict[str, dict]:
     """Backend and kernel of every kind; fails before any work where one cannot be computed."""
-    config = ModelConfig()
+    config = ModelConfig.on(torch.device(options["device"]))
     like = torch.zeros(1, options["context"], 1, config.head_dim, device=options["device"])
     query = like.repeat(1, 1, config.num_heads, 1)
     key = like.repeat(1, 1, config.num_kv_heads, 1)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 import flash_sparse_attention as fsa
@@ -12,6 +13,12 @@ from flash_sparse_attention import nsa
 from torch import Tensor
 
 NAMES = ("torch", "dense", "threshold", "gated", "nsa")
+CPU_ONLY = ("nsa",)
+
+
+def attention_dtype(device: torch.device) -> torch.dtype:
+    """What attention computes in beside a float32 model: GPU kernels take 16-bit elements only."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 @dataclass
@@ -31,12 +38,14 @@ class Projected:
     raw_query: Tensor | None = None
     raw_key: Tensor | None = None
 
-    def leaves(self) -> Projected:
-        """The same values, as tensors that gradients stop at."""
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Projected:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Projected(
-            **{name: None if t is None else t.detach().requires_grad_() for name, t in tensors.items()}
-        )
+        return Projected(**{name: None if t is None else function(t) for name, t in tensors.items()})
+
+    def leaves(self) -> Projected:
+        """The same values as attention takes them, as tensors that gradients stop at."""
+        dtype = attention_dtype(self.query.device)
+        return self.mapped(lambda tensor: tensor.detach().to(dtype).requires_grad_())
 
 
 @dataclass(frozen=True)
@@ -117,10 +126,14 @@ class AttentionKind:
         return f"attention({', '.join(['alpha', 'delta', *options] if self.gated else options)})"
 
     def __call__(self, p: Projected, skip_maps: list[Tensor] | None = None) -> Tensor:
-        """out [batch, seqlen, num_heads, head_dim].
+        """out [batch, seqlen, num_heads, head_dim], of query's dtype.
 
         Appends the call's skip map to `skip_maps` where one is given (not for torch and nsa, which have none).
         """
+        dtype = attention_dtype(p.query.device)
+        return self.attend(p.mapped(lambda tensor: tensor.to(dtype)), skip_maps).to(p.query.dtype)
+
+    def attend(self, p: Projected, skip_maps: list[Tensor] | None) -> Tensor:
         query, key, value = p.query, p.key, p.value
         if self.name == "torch":
             heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
@@ -208,6 +221,7 @@ def explain(kind: AttentionKind, p: Projected) -> dict:
     """Which backend and kernel compute this kind for such tensors; raises what attention would raise."""
     if kind.name == "torch":
         return {"backend": "torch", "kernel": "scaled_dot_product_attention"}
+    p = p.leaves()
     if kind.native_sparse:
         found = explain_selected(kind, p)["forward"]
         return {"backend": str(found["backend"]), "kernel": str(found["kernel"])}
@@ -234,6 +248,7 @@ def kept_tiles(skip_map: Tensor, seqlen: int, head_dim: int) -> Tensor:
 
 def kept_fractions(skip_map: Tensor, seqlen: int, head_dim: int) -> list[float]:
     """Kept / visible tiles of each head of one skip map, causal self-attention over `seqlen` tokens."""
+    skip_map = skip_map.cpu()
     return [
         fsa.kept_fraction(
             skip_map[:, head : head + 1].contiguous(),

@@ -1,26 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What native sparse attention does in a trained model: the blocks that its heads select, the share of pairs
-that it computes, its gates, and the time of a training step beside dense attention."""
+that it computes, and its gates."""
 
 from __future__ import annotations
 
-import copy
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
 from flash_sparse_attention import attention, nsa
 from torch import Tensor
 
-from .data import Corpus, training_batch
-from .evaluate import projections, synchronize
+from .evaluate import projections
 from .kinds import AttentionKind, NsaSizes, explain_selected
 from .model import ByteLM
-from .train import make_optimizer, train_step
-
-STEP_CONTEXTS = (2048, 8192)
-STEP_ROUNDS = 3  # per context and kind, in turns; the first warms up
 
 
 @dataclass
@@ -110,30 +103,6 @@ def all_blocks_against_dense(
         difference = max(difference, (out - dense).abs().max().item())
         largest = max(largest, dense.abs().max().item())
     return difference, largest
-
-
-def step_times(models: dict[str, tuple[ByteLM, AttentionKind]], corpus: Corpus) -> list[dict]:
-    """Median milliseconds of a training step of copies of the models, taking turns, for each context that the
-    text is long enough for: [{"context", "ms": {name: ms}}]."""
-    rows = []
-    for context in STEP_CONTEXTS:
-        if len(corpus.train) <= context:
-            continue
-        copies = {name: (copy.deepcopy(model), kind) for name, (model, kind) in models.items()}
-        optimizers = {name: make_optimizer(model) for name, (model, _) in copies.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in copies}
-        for step in range(STEP_ROUNDS):
-            batch = training_batch(corpus, seed=0, step=step, batch=1, context=context)
-            for name, (model, kind) in copies.items():
-                batch = batch.to(model.embedding.weight.device)
-                synchronize(batch.device)
-                begin = time.perf_counter()
-                train_step(model, kind, optimizers[name], batch)
-                synchronize(batch.device)
-                seconds[name].append(time.perf_counter() - begin)
-        ms = {name: 1e3 * statistics.median(values[1:]) for name, values in seconds.items()}
-        rows.append({"context": context, "ms": ms})
-    return rows
 
 
 def votes_of_last_byte(found: Selection, sizes: NsaSizes) -> list[int]:

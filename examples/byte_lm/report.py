@@ -114,8 +114,9 @@ def training_section(metrics: dict) -> list[str]:
             "A Llama-style transformer over bytes (RMSNorm, rotary positions, SwiGLU, grouped-query "
             f"attention) with {model['parameters']:,} parameters: {config['layers']} layers of width "
             f"{config['dim']}, {config['num_heads']} query heads and {config['num_kv_heads']} key heads of "
-            f"{config['head_dim']}. Most heads start out looking a few bytes back, which spares them the "
-            "search; from there everything is learned."
+            f"{config['head_dim']}. Weights are float32, attention computes in {model['attention_dtype']}. Most "
+            "heads start out looking a few bytes back, which spares them the search; from there everything is "
+            "learned."
         ),
         paragraph(
             f"Text: {escape(text['description'])}: {text['train_bytes'] / 1e6:.1f} MB from "
@@ -240,7 +241,7 @@ def gates_table(metrics: dict) -> str:
     return table(["mean gate", "compressed", "selected", "sliding"], rows)
 
 
-def steps_table(metrics: dict) -> str:
+def nsa_steps_table(metrics: dict) -> str:
     rows = [
         [
             f"{row['context']:,} bytes",
@@ -248,7 +249,7 @@ def steps_table(metrics: dict) -> str:
             f"{row['ms']['nsa']:,.0f}",
             f"{row['ms']['dense'] / row['ms']['nsa']:.2f}×",
         ]
-        for row in metrics["nsa"]["steps"]
+        for row in metrics["steps"]
     ]
     return table(["context", "dense, ms per step", "nsa, ms per step", "dense / nsa"], rows)
 
@@ -297,7 +298,7 @@ def nsa_section(metrics: dict, pictures: dict[str, str]) -> list[str]:
         f"({relative(losses['nsa'], losses['dense'])})."
     )
     parts = ["<h2>Native sparse attention beside dense</h2>", paragraph(words)]
-    if nsa["steps"]:
+    if metrics["steps"]:
         parts += [
             paragraph(
                 "A training step of the whole model with either, forward, backward and update, taking turns. "
@@ -305,7 +306,7 @@ def nsa_section(metrics: dict, pictures: dict[str, str]) -> list[str]:
                 "the sliding branch with the context, those of the compressed branch with its square divided "
                 f"by {sizes['compress_stride']}."
             ),
-            steps_table(metrics),
+            nsa_steps_table(metrics),
             small(plan_words(metrics)),
         ]
     parts += [
@@ -337,7 +338,30 @@ def time_section(metrics: dict, pictures: dict[str, str]) -> list[str]:
         others = {name: kind for name, kind in kinds.items() if name != "torch"}
         ratios = [f"{name} {kind['time_relative_to_torch']:.2f}×" for name, kind in others.items()]
         words += f" Median time of a step against torch's attention (below 1 is faster): {listed(ratios)}."
-    return ["<h2>Time</h2>", paragraph(words), picture(pictures["time"], "times of steps and of attention")]
+    parts = ["<h2>Time</h2>", paragraph(words), picture(pictures["time"], "times of steps and of attention")]
+    if metrics["steps"]:
+        parts += [
+            paragraph("Whole training steps of the same models at longer contexts:"),
+            steps_table(metrics),
+        ]
+    return parts
+
+
+def steps_table(metrics: dict) -> str:
+    """Against the first kind of the table, which is torch where it was trained."""
+    first = next(iter(metrics["steps"][0]["ms"]))
+    rows = [
+        [
+            f"{row['context']:,} bytes",
+            name,
+            f"{ms:,.1f}",
+            f"{row['context'] / ms * 1e3:,.0f}",
+            f"{ms / row['ms'][first]:.2f}×",
+        ]
+        for row in metrics["steps"]
+        for name, ms in row["ms"].items()
+    ]
+    return table(["context", "attention", "ms per step", "tokens/s", f"/ {first}"], rows, text_columns=2)
 
 
 def sample_section(metrics: dict) -> list[str]:
@@ -347,7 +371,7 @@ def sample_section(metrics: dict) -> list[str]:
     words = (
         f"Greedy text of the {shown['trained_with']}-trained model: after the grey end of a held-out "
         f"prompt of {shown['prompt_bytes']} bytes it chose the {shown['tokens']} blue bytes one at a time "
-        f"through <code>{shown['function']}</code> over a cache of keys and values. Greedy text of a small "
+        f"through <code>{shown['function']}</code> over a cache of keys and values, on the CPU. Greedy text of a small "
         "model soon repeats itself; what counts here is that one prefill over the whole text chooses the "
         f"same bytes: {check['equal']} of {check['tokens']} are equal."
     )
@@ -444,10 +468,15 @@ def terminal_table(metrics: dict) -> str:
     ]
     for row in sweep["rows"]:
         lines.append(f"{row['threshold']:>6g}{row['held_out']:>11.4f}{percent(row['kept']):>8}")
-    if metrics["nsa"] is not None:
-        lines += ["", "a training step at other contexts", f"{'bytes':>6}{'dense ms':>11}{'nsa ms':>9}"]
-        for row in metrics["nsa"]["steps"]:
-            lines.append(f"{row['context']:>6}{row['ms']['dense']:>11.0f}{row['ms']['nsa']:>9.0f}")
+    if metrics["steps"]:
+        lines += [
+            "",
+            "a training step at other contexts",
+            f"{'bytes':>6} {'attention':<11}{'ms':>9}{'tokens/s':>12}",
+        ]
+        for row in metrics["steps"]:
+            for name, ms in row["ms"].items():
+                lines.append(f"{row['context']:>6} {name:<11}{ms:>9.1f}{row['context'] / ms * 1e3:>12,.0f}")
     lines.append("")
     lines += [f"{check['status']:<8} {check['name']}: {check['detail']}" for check in metrics["checks"]]
     lines += ["", f"{metrics['seconds']:.0f} s, {metrics['peak_memory_mib']:,.0f} MiB, {metrics['device']}"]

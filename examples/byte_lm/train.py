@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +32,7 @@ WARMUP_STEPS = 60  # short ones make early steps erratic, and rounding differenc
 CURVE_POINTS = 4  # held-out evaluations during training
 CHECKPOINT_SECONDS = 30.0
 CHECKPOINT_FORMAT = 1
+STEP_ROUNDS = 4  # of step_times, per context and kind, in turns; the first warms up
 
 
 @dataclass
@@ -173,3 +176,29 @@ def train(
                 save(state(done))
                 last_save = time.monotonic()
     return history
+
+
+def step_times(
+    models: dict[str, tuple[ByteLM, AttentionKind]], corpus: Corpus, contexts: tuple[int, ...]
+) -> list[dict]:
+    """Median milliseconds of a training step of copies of the models, taking turns, for each context that the
+    text is long enough for: [{"context", "ms": {name: ms}}]."""
+    rows = []
+    for context in contexts:
+        if len(corpus.train) <= context:
+            continue
+        copies = {name: (copy.deepcopy(model), kind) for name, (model, kind) in models.items()}
+        optimizers = {name: make_optimizer(model) for name, (model, _) in copies.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in copies}
+        for step in range(STEP_ROUNDS):
+            batch = training_batch(corpus, seed=0, step=step, batch=1, context=context)
+            for name, (model, kind) in copies.items():
+                batch = batch.to(model.embedding.weight.device)
+                synchronize(batch.device)
+                begin = time.perf_counter()
+                train_step(model, kind, optimizers[name], batch)
+                synchronize(batch.device)
+                seconds[name].append(time.perf_counter() - begin)
+        ms = {name: 1e3 * statistics.median(values[1:]) for name, values in seconds.items()}
+        rows.append({"context": context, "ms": ms})
+    return rows
