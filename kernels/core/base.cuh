@@ -26,6 +26,10 @@ FSA_DEVICE constexpr int32 ceil_div(int32 a, int32 b) { return (a + b - 1) / b; 
 // The same in every lane, in a form that the compiler can keep in uniform registers.
 FSA_DEVICE int32 warp_uniform(int32 value) { return __shfl_sync(0xffffffffu, value, 0); }
 
+#ifdef FSA_EMULATED  // tests/emulator
+FSA_DEVICE int32 thread_id() { return static_cast<int32>(threadIdx.x); }
+FSA_DEVICE uint8* dynamic_shared() { return emulator::shared_memory; }
+#else
 // Read anew each time: what is derived from it then stays local, where the compiler would otherwise compute
 // addresses of the prologue and epilogue ahead of the persistent loop and spill them.
 FSA_DEVICE int32 thread_id() {
@@ -33,6 +37,12 @@ FSA_DEVICE int32 thread_id() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
   return id;
 }
+FSA_DEVICE uint8* dynamic_shared() {
+  extern __shared__ uint8 shared[];
+  return shared;
+}
+#endif
+
 FSA_DEVICE int32 lane_id() { return thread_id() % kWarpThreads; }
 FSA_DEVICE int32 warpgroup_thread() { return thread_id() % kWarpgroupThreads; }
 

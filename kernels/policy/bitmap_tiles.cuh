@@ -16,10 +16,6 @@ struct BitmapTiles {
   static constexpr bool kInOrder = true;
   static constexpr int32 kRowTiles = kBlockM / kRowsPerWarpgroup;
 
-  FSA_DEVICE static void describe(const ForwardParams& params, WorkTile& work) {
-    Visible::describe(params, work);
-  }
-
   class Walk {
    public:
     FSA_DEVICE Walk(const ForwardParams& params, const WorkTile& work) : work_(work) {
@@ -79,6 +75,11 @@ struct BitmapTiles {
     int32 end_ = 0;
     int32 masked_ = 0;
   };
+
+  FSA_DEVICE static void describe(const ForwardParams& params, ListedWorkTile& work) {
+    Visible::describe(params, work);
+    if (work.num_segments > 0) Walk(params, work).next(work.first);
+  }
 };
 
 }  // namespace fsa::kernels

@@ -141,10 +141,8 @@ struct ListTiles {
     bool partial_ = false;
   };
 
-  FSA_DEVICE static void describe(const ForwardParams& params, WorkTile& work) {
-    work.num_segments = 0;
-    TileInfo first;
-    if (work.seqlen_k > 0 && Walk(params, work).next(first)) work.num_segments = 1;
+  FSA_DEVICE static void describe(const ForwardParams& params, ListedWorkTile& work) {
+    work.num_segments = work.seqlen_k > 0 && Walk(params, work).next(work.first) ? 1 : 0;
   }
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "policy/work_tile.cuh"
+#include "ptx/math.cuh"
 #include "tile/fragment.cuh"
 
 namespace fsa::kernels {
@@ -21,9 +22,7 @@ FSA_DEVICE int32 keys_before(int32 limit) {
 
 // The lowest `count` bits.
 FSA_DEVICE uint32 low_bits(int32 count) {
-  uint32 bits;  // shifts by 32 and more give 0
-  asm("shl.b32 %0, %1, %2;" : "=r"(bits) : "r"(0xffffffffu), "r"(max_of(count, 0)));
-  return ~bits;
+  return ~ptx::shift_left(0xffffffffu, static_cast<uint32>(max_of(count, 0)));
 }
 
 // Bits [begin, end) of word `word`.

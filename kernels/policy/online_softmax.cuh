@@ -45,15 +45,22 @@ struct OnlineSoftmax {
 
   template <int32 kCount, class Max>
   FSA_DEVICE static RowPair row_maximum(const float (&rS)[kCount], Max max) {
+    return over_quad(thread_maximum(rS, max), max);
+  }
+
+  // Of the thread's columns only.
+  template <int32 kCount, class Max>
+  FSA_DEVICE static RowPair thread_maximum(const float (&rS)[kCount], Max max) {
     // Two chains a row: one would be bound by latency.
     float chain[4] = {rS[0], rS[1], rS[2], rS[3]};
 #pragma unroll
     for (int32 i = 4; i < kCount; ++i) chain[i % 4] = max(chain[i % 4], rS[i]);
-    RowPair top;
-#pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot)
-      top.of[slot] = reduce_row(max(chain[2 * slot], chain[2 * slot + 1]), max);
-    return top;
+    return {max(chain[0], chain[1]), max(chain[2], chain[3])};
+  }
+
+  template <class Max>
+  FSA_DEVICE static RowPair over_quad(const RowPair& top, Max max) {
+    return {reduce_row(top.of[0], max), reduce_row(top.of[1], max)};
   }
 
   // l of the whole row.
@@ -83,7 +90,8 @@ struct OnlineSoftmax {
 
   // Natural logarithm of the sum of exponentials; -inf for a row without a key.
   FSA_DEVICE float lse(int32 slot, float scale) const {
-    return row_sum[slot] == 0 ? -kInfinity : (row_max[slot] * scale + ptx::log2_approx(row_sum[slot])) * kLn2;
+    const float total = (row_max[slot] * scale + ptx::log2_approx(row_sum[slot])) * kLn2;
+    return row_sum[slot] == 0 ? -kInfinity : total;
   }
 
  private:

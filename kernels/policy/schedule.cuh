@@ -30,18 +30,19 @@ FSA_DEVICE void describe_sequence(const ForwardParams& params, int32 sequence, i
 template <int32 kBlockM>
 class LongestFirst {
  public:
-  FSA_DEVICE explicit LongestFirst(const ForwardParams&) : index_(static_cast<int32>(blockIdx.x)) {}
+  FSA_DEVICE explicit LongestFirst(const ForwardParams&) {}
 
   // False when there is no more; otherwise everything but the segments is filled in.
   FSA_DEVICE bool next(const ForwardParams& params, WorkTile& work) {
-    while (index_ < blocks(params) * heads(params)) {
-      const int32 index = index_;
-      // Needed only at the next call: the latency hides behind this tile.
-      const int32 taken = params.work_counter ? atomicAdd(params.work_counter, 1) : index_;
-      index_ = static_cast<int32>(gridDim.x) + taken;
-      if (describe(params, index, work)) return true;
-    }
-    return false;
+    do {
+      if (index_ < 0)
+        index_ = static_cast<int32>(blockIdx.x);
+      else
+        index_ = static_cast<int32>(gridDim.x) +
+                 (params.work_counter ? atomicAdd(params.work_counter, 1) : index_);
+      if (index_ >= blocks(params) * heads(params)) return false;
+    } while (!describe(params, index_, work));
+    return true;
   }
 
   // The last CTA leaves the counters as it found them: zero.
@@ -74,7 +75,7 @@ class LongestFirst {
     return work.m_begin < work.rows;
   }
 
-  int32 index_;
+  int32 index_ = -1;
 };
 
 }  // namespace fsa::kernels

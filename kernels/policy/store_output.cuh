@@ -27,29 +27,55 @@ struct LearnableSink {
   }
 };
 
+inline constexpr int32 kLineUnits = kLineBytes / kUnitBytes;
+
 template <class Sink>
 struct StoreOutput {
-  // Where a warpgroup stages its rows: `shared` is the first of its rows in a tile of kTileRows rows. It may
-  // be overwritten after wait_staging().
-  template <ElementType kElement, int32 kTileRows, int32 kColumns>
-  FSA_DEVICE static void finish(const ForwardParams& params, const WorkTile& work, int32 row_begin,
-                                uint8* shared, int32 barrier, float (&rO)[kColumns / 2],
-                                OnlineSoftmax& softmax, float scale) {
-    using Tile = SwizzledTile<kTileRows, round_up(kColumns, kChunkColumns)>;
+  // What the thread's two rows of O are multiplied by; negative for a row that is zero whatever O holds.
+  struct Factors {
+    float of[kRowsPerThread];
+  };
+
+  // Writes lse, with which the softmax ends.
+  FSA_DEVICE static Factors close(const ForwardParams& params, const WorkTile& work, int32 row_begin,
+                                  OnlineSoftmax& softmax, float scale) {
     const int32 thread = warpgroup_thread();
     softmax.finish();
     Sink::absorb(params, work, softmax, scale);
     write_lse(params, work, row_begin, thread, softmax, scale);
-    normalise(work, row_begin, thread, rO, softmax);
+    Factors factors;
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+      const bool empty = softmax.row_sum[slot] == 0 || !used(work, row_begin + fragment_row(thread, slot));
+      factors.of[slot] = empty ? -1.0f : softmax.factor[slot] * ptx::reciprocal_approx(softmax.row_sum[slot]);
+    }
+    return factors;
+  }
+
+  // Where a warpgroup stages its rows: `shared` is the first of its rows in a tile of kTileRows rows. It may
+  // be overwritten after wait_staging().
+  template <ElementType kElement, int32 kTileRows, int32 kColumns>
+  FSA_DEVICE static void store(const ForwardParams& params, const WorkTile& work, int32 row_begin,
+                               uint8* shared, int32 barrier, float (&rO)[kColumns / 2],
+                               const Factors& factors) {
+    using Tile = SwizzledTile<kTileRows, round_up(kColumns, kChunkColumns)>;
+    const int32 thread = warpgroup_thread();
+    if (__any_sync(0xffffffffu, factors.of[0] < 0 || factors.of[1] < 0)) {  // unused query rows may hold NaN
+#pragma unroll
+      for (int32 i = 0; i < kColumns / 2; ++i) rO[i] = factors.of[fragment_slot(i)] < 0 ? 0.0f : rO[i];
+    }
+#pragma unroll
+    for (int32 i = 0; i < kColumns / 2; ++i) rO[i] *= factors.of[fragment_slot(i)];
 
     // No thread may overwrite query rows that another warp's multiply still reads.
     ptx::barrier_sync(barrier, kWarpgroupThreads);
     const int32 lane = thread % kWarpThreads;
     const int32 row = thread / kWarpThreads * 16 + lane % 16;
-    const uint32 base = shared_address(shared);
+    // Two units further is a flipped bit of the address, as chunks start at multiples of their lines.
+    const uint32 first = shared_address(shared) + Tile::unit_offset(row, lane / 16);
 #pragma unroll
     for (int32 i = 0; i < kColumns / 2; i += 8)
-      ptx::store_matrices(base + Tile::unit_offset(row, i / 4 + lane / 16),
+      ptx::store_matrices((first ^ i / 4 % kLineUnits * kUnitBytes) + i / 4 / kLineUnits * Tile::kChunkBytes,
                           ptx::pack<kElement>(rO[i], rO[i + 1]), ptx::pack<kElement>(rO[i + 2], rO[i + 3]),
                           ptx::pack<kElement>(rO[i + 4], rO[i + 5]),
                           ptx::pack<kElement>(rO[i + 6], rO[i + 7]));
@@ -119,28 +145,16 @@ struct StoreOutput {
 
   FSA_DEVICE static void write_lse(const ForwardParams& params, const WorkTile& work, int32 row_begin,
                                    int32 thread, const OnlineSoftmax& softmax, float scale) {
+    const int32 first = row_begin + fragment_row(thread, 0);
+    float values[kRowsPerThread];
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot)
+      values[slot] = used(work, first + 8 * slot) ? softmax.lse(slot, scale) : -kInfinity;
     if (thread % 4 != 0 || params.lse == nullptr) return;
+    float* const lse = lse_row(params, work, first);
 #pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
-      const int32 row = row_begin + fragment_row(thread, slot);
-      if (work.m_begin + row < work.rows)
-        *lse_row(params, work, row) = used(work, row) ? softmax.lse(slot, scale) : -kInfinity;
-    }
-  }
-
-  template <int32 kCount>
-  FSA_DEVICE static void normalise(const WorkTile& work, int32 row_begin, int32 thread, float (&rO)[kCount],
-                                   const OnlineSoftmax& softmax) {
-    float inverse[kRowsPerThread];
-    bool empty[kRowsPerThread];
-#pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
-      empty[slot] = softmax.row_sum[slot] == 0 || !used(work, row_begin + fragment_row(thread, slot));
-      inverse[slot] = softmax.factor[slot] / softmax.row_sum[slot];
-    }
-#pragma unroll
-    for (int32 i = 0; i < kCount; ++i)  // a choice, not a product: unused query rows may hold NaN
-      rO[i] = empty[fragment_slot(i)] ? 0.0f : rO[i] * inverse[fragment_slot(i)];
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot)
+      if (work.m_begin + first + 8 * slot < work.rows) lse[8 * slot] = values[slot];
   }
 
   FSA_DEVICE static uint16* out_row(const ForwardParams& params, const WorkTile& work, int32 row) {

@@ -16,6 +16,22 @@ struct Segment {
   int32 masked;  // some element of these tiles is invisible to some row
 };
 
+// One key tile of a list.
+struct TileInfo {
+  int32 tile;  // -1: none, with flags 0
+  int32 flags;
+  int32 block;      // of a block mask's bits, -1: none
+  int32 block_key;  // the tile's first key, from the start of that block
+
+  static constexpr int32 kMasked = 1;    // some element is invisible to some row
+  static constexpr int32 kOwnShift = 8;  // bit 8 + w: warpgroup w visits it
+
+  FSA_DEVICE bool exists() const { return tile >= 0; }
+  FSA_DEVICE bool masked() const { return (flags & kMasked) != 0; }
+  FSA_DEVICE bool belongs_to(int32 warpgroup) const { return (flags >> (kOwnShift + warpgroup) & 1) != 0; }
+};
+static_assert(sizeof(TileInfo) == kTileInfoBytes, "config.h must know the size of a TileInfo");
+
 struct WorkTile {
   int32 sequence;     // -1: no more work
   int32 q_map_batch;  // batch coordinate in the tensor maps: `sequence`, or 0 when packed
@@ -35,22 +51,10 @@ struct WorkTile {
 };
 static_assert(sizeof(WorkTile) == kWorkTileBytes, "config.h must know the size of a WorkTile");
 
-// One key tile of a list. It travels with the stage that holds its keys.
-struct TileInfo {
-  int32 tile;
-  int32 flags;
-  int32 block;      // of a block mask's bits, -1: none
-  int32 block_key;  // the tile's first key, from the start of that block
-
-  static constexpr int32 kMasked = 1;    // some element is invisible to some row
-  static constexpr int32 kLast = 2;      // of the work tile
-  static constexpr int32 kOwnShift = 8;  // bit 8 + w: warpgroup w visits it
-
-  FSA_DEVICE bool masked() const { return (flags & kMasked) != 0; }
-  FSA_DEVICE bool last() const { return (flags & kLast) != 0; }
-  FSA_DEVICE bool belongs_to(int32 warpgroup) const { return (flags >> (kOwnShift + warpgroup) & 1) != 0; }
+// With the first tile of its list; each further one travels with the keys of the one before.
+struct ListedWorkTile : WorkTile {
+  TileInfo first;
 };
-static_assert(sizeof(TileInfo) == kTileInfoBytes, "config.h must know the size of a TileInfo");
 
 // Where the bits of a row tile of 64 rows begin, in a map over skip tiles.
 FSA_DEVICE int32* tile_bits(const TileBits& map, bool packed, const WorkTile& work, int32 row) {

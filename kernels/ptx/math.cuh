@@ -44,6 +44,13 @@ FSA_DEVICE float min_nan(float a, float b) {
   return y;
 }
 
+// 0 for shifts by 32 and more.
+FSA_DEVICE uint32 shift_left(uint32 value, uint32 by) {
+  uint32 y;
+  asm("shl.b32 %0, %1, %2;" : "=r"(y) : "r"(value), "r"(by));
+  return y;
+}
+
 // Two values as one register, the first in the low half.
 template <ElementType kElement>
 FSA_DEVICE uint32 pack(float low, float high) {
@@ -53,6 +60,17 @@ FSA_DEVICE uint32 pack(float low, float high) {
   else
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+template <ElementType kElement>
+FSA_DEVICE float2 unpack(uint32 packed) {
+  if constexpr (kElement == ElementType::bf16)
+    return make_float2(__builtin_bit_cast(float, packed << 16), __builtin_bit_cast(float, packed & 0xffff0000u));
+  float low, high;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n"
+      : "=f"(low), "=f"(high)
+      : "r"(packed));
+  return make_float2(low, high);
 }
 
 // Four 8x8 matrices of 2-byte elements; lane l gives the address of row l % 8 of matrix l / 8.

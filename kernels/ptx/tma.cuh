@@ -45,6 +45,9 @@ FSA_DEVICE void store_box(const TensorMap& map, const BoxOrigin& origin, const v
 
 FSA_DEVICE void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
+// Until this thread's stores are complete.
+FSA_DEVICE void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // Until the copy engine has read the shared memory of this thread's stores.
 FSA_DEVICE void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 

@@ -56,8 +56,10 @@ FSA_DEVICE void settle(uint32 (&registers)[kCount]) {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 
-#define FSA_TEXT_N64 FSA_TEXT_0 ", " FSA_TEXT_1 ", " FSA_TEXT_2 ", " FSA_TEXT_3
-#define FSA_LIST_N64(d) FSA_LIST_8(d, 0), FSA_LIST_8(d, 8), FSA_LIST_8(d, 16), FSA_LIST_8(d, 24)
+#define FSA_TEXT_N32 FSA_TEXT_0 ", " FSA_TEXT_1
+#define FSA_LIST_N32(d) FSA_LIST_8(d, 0), FSA_LIST_8(d, 8)
+#define FSA_TEXT_N64 FSA_TEXT_N32 ", " FSA_TEXT_2 ", " FSA_TEXT_3
+#define FSA_LIST_N64(d) FSA_LIST_N32(d), FSA_LIST_8(d, 16), FSA_LIST_8(d, 24)
 #define FSA_TEXT_N80 FSA_TEXT_N64 ", " FSA_TEXT_4
 #define FSA_LIST_N80(d) FSA_LIST_N64(d), FSA_LIST_8(d, 32)
 #define FSA_TEXT_N96 FSA_TEXT_N80 ", " FSA_TEXT_5
@@ -76,11 +78,14 @@ FSA_DEVICE void settle(uint32 (&registers)[kCount]) {
 #define FSA_LIST_N256(d) \
   FSA_LIST_N192(d), FSA_LIST_8(d, 96), FSA_LIST_8(d, 104), FSA_LIST_8(d, 112), FSA_LIST_8(d, 120)
 
-#define FSA_WGMMA_SHARED(N, TYPE, A, B, P)                                                        \
+#define FSA_WGMMA_SHARED(N, TYPE, A, B, P) FSA_WGMMA_SHARED_AS(N, TYPE, A, B, P, "0, 0")
+
+// ROWS: "a, b", 1 where the operand lies with its inner values on different lines.
+#define FSA_WGMMA_SHARED_AS(N, TYPE, A, B, P, ROWS)                                               \
   asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " P                            \
                ", 0;\n"                                                                           \
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FSA_TEXT_N##N \
-               "}, " A ", " B ", accumulate, 1, 1, 0, 0;\n}\n"                                    \
+               "}, " A ", " B ", accumulate, 1, 1, " ROWS ";\n}\n"                                \
                : FSA_LIST_N##N(d)                                                                 \
                : "l"(a), "l"(b), "r"(accumulate)                                                  \
                : "memory")
@@ -96,7 +101,12 @@ FSA_DEVICE void settle(uint32 (&registers)[kCount]) {
 template <ElementType kElement, int32 kN>
 FSA_DEVICE void multiply_shared(float (&d)[kN / 2], uint64 a, uint64 b, uint32 accumulate) {
   constexpr bool kBf16 = kElement == ElementType::bf16;
-  if constexpr (kN == 64) {
+  if constexpr (kN == 32) {
+    if constexpr (kBf16)
+      FSA_WGMMA_SHARED(32, "bf16", "%16", "%17", "%18");
+    else
+      FSA_WGMMA_SHARED(32, "f16", "%16", "%17", "%18");
+  } else if constexpr (kN == 64) {
     if constexpr (kBf16)
       FSA_WGMMA_SHARED(64, "bf16", "%32", "%33", "%34");
     else
@@ -141,6 +151,31 @@ FSA_DEVICE void multiply_shared(float (&d)[kN / 2], uint64 a, uint64 b, uint32 a
       FSA_WGMMA_SHARED(256, "bf16", "%128", "%129", "%130");
     else
       FSA_WGMMA_SHARED(256, "f16", "%128", "%129", "%130");
+  } else {
+    static_assert(kN == 0, "add this width to ptx/wgmma.cuh");
+  }
+}
+
+#define FSA_WGMMA_SHARED_ROWS(N, A, B, P)            \
+  if constexpr (kBf16 && kRowsOfA)                   \
+    FSA_WGMMA_SHARED_AS(N, "bf16", A, B, P, "1, 1"); \
+  else if constexpr (kBf16)                          \
+    FSA_WGMMA_SHARED_AS(N, "bf16", A, B, P, "0, 1"); \
+  else if constexpr (kRowsOfA)                       \
+    FSA_WGMMA_SHARED_AS(N, "f16", A, B, P, "1, 1");  \
+  else                                               \
+    FSA_WGMMA_SHARED_AS(N, "f16", A, B, P, "0, 1")
+
+// Both operands in shared memory, B with the N values contiguous; A with the 64 values contiguous if kRowsOfA.
+template <ElementType kElement, int32 kN, bool kRowsOfA>
+FSA_DEVICE void multiply_shared_rows(float (&d)[kN / 2], uint64 a, uint64 b, uint32 accumulate) {
+  constexpr bool kBf16 = kElement == ElementType::bf16;
+  if constexpr (kN == 32) {
+    FSA_WGMMA_SHARED_ROWS(32, "%16", "%17", "%18");
+  } else if constexpr (kN == 64) {
+    FSA_WGMMA_SHARED_ROWS(64, "%32", "%33", "%34");
+  } else if constexpr (kN == 128) {
+    FSA_WGMMA_SHARED_ROWS(128, "%64", "%65", "%66");
   } else {
     static_assert(kN == 0, "add this width to ptx/wgmma.cuh");
   }
@@ -196,6 +231,8 @@ FSA_DEVICE void multiply_registers(float (&d)[kN / 2], uint32 a0, uint32 a1, uin
 #undef FSA_TEXT_13
 #undef FSA_TEXT_14
 #undef FSA_TEXT_15
+#undef FSA_TEXT_N32
+#undef FSA_LIST_N32
 #undef FSA_TEXT_N64
 #undef FSA_LIST_N64
 #undef FSA_TEXT_N80
@@ -216,6 +253,8 @@ FSA_DEVICE void multiply_registers(float (&d)[kN / 2], uint32 a0, uint32 a1, uin
 #undef FSA_LIST_N256
 #undef FSA_LIST_8
 #undef FSA_WGMMA_SHARED
+#undef FSA_WGMMA_SHARED_AS
+#undef FSA_WGMMA_SHARED_ROWS
 #undef FSA_WGMMA_REGISTERS
 
 }  // namespace fsa::kernels::ptx

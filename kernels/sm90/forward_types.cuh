@@ -48,8 +48,8 @@ struct ForwardTypes {
 
   // 64 K registers: a launch gives each of the warpgroups the same share, setmaxnreg moves it to the
   // consumers.
-  static constexpr int32 kConsumerRegisters = kNumConsumers == 2 ? 232 : 160;
-  static constexpr int32 kProducerRegisters = kNumConsumers == 2 ? 40 : 32;
+  static constexpr int32 kConsumerRegisters = kNumConsumers == 3 ? 160 : 232;
+  static constexpr int32 kProducerRegisters = kNumConsumers == 3 ? 32 : 40;
 
   static_assert(kNumConsumers == 2 || kNumConsumers == 3,
                 "block_m is 128 or 192: two or three consumer warpgroups");
@@ -83,16 +83,16 @@ struct alignas(kSharedAlignment) ForwardStorage {
   uint8 key[Types::kKeyStages][Types::KeyTile::kBytes];
   uint8 value[Types::kValueStages][Types::ValueTile::kBytes];
   [[no_unique_address]] KeyScalarStages<Types::kKeyStages, Types::kKeyScalarBytes / 4> key_scalars;
-  TileInfo info[Types::kKeyStages];  // of listed tiles
-  WorkTile work[kWorkSlots];
+  TileInfo info[Types::kKeyStages];  // of the listed tile after the one whose keys are there
+  ListedWorkTile work[kForwardWorkSlots];
   ptx::Mbarrier query_full[Types::kQueryStages];
   ptx::Mbarrier query_empty[Types::kQueryStages];
   ptx::Mbarrier key_full[Types::kKeyStages];
   ptx::Mbarrier key_empty[Types::kKeyStages];
   ptx::Mbarrier value_full[Types::kValueStages];
   ptx::Mbarrier value_empty[Types::kValueStages];
-  ptx::Mbarrier work_full[kWorkSlots];
-  ptx::Mbarrier work_empty[kWorkSlots];
+  ptx::Mbarrier work_full[kForwardWorkSlots];
+  ptx::Mbarrier work_empty[kForwardWorkSlots];
 };
 
 }  // namespace fsa::kernels::sm90
