@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the rows of tests/cases.tsv tagged "bench" against torch's attention and the library's own dense one,
-and native sparse attention against the latter.
+native sparse attention against the latter, and on a Hopper GPU its kernels against cuDNN's.
 
     python benchmarks/bench.py                                  every row; about fifteen minutes on two cores
     python benchmarks/bench.py --list                           names only
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import flash_sparse_attention as fsa
+import gpu_rows
 import measure
 import nsa_rows
 import report
@@ -183,10 +184,11 @@ def main() -> int:
     if arguments.list:
         for case, dtype, wanted in (row for group in groups for row in group):
             print("\n".join(f"{case.name}/{dtype}/{direction}" for direction in wanted))
-        print("\n".join(nsa_rows.names(arguments.filter)))
+        print("\n".join([*nsa_rows.names(arguments.filter), *gpu_rows.names(arguments.filter)]))
         return 0
     with_tiny_calls = re.search(arguments.filter, TINY) is not None
-    if not groups and not with_tiny_calls and not nsa_rows.names(arguments.filter):
+    others = [*nsa_rows.names(arguments.filter), *gpu_rows.names(arguments.filter)]
+    if not groups and not with_tiny_calls and not others:
         print(f"--filter: {arguments.filter!r} matches no row; --list shows them", file=sys.stderr)
         return 2
 
@@ -210,6 +212,7 @@ def main() -> int:
         print(flush=True)
     threads = arguments.threads if arguments.memory else None
     layers, selected = nsa_rows.run(arguments.filter, arguments.repeat, threads, failed)
+    on_gpu = gpu_rows.run(arguments.filter)
     after = measure.measured_rates(dtypes)
     rates = {name: [before[name], after[name]] for name in before}
     document = {
@@ -218,6 +221,7 @@ def main() -> int:
         "rows": rows,
         "nsa_layers": layers,
         "nsa_selected": selected,
+        "gpu": on_gpu,
         "calls": run_tiny_calls(arguments.repeat) if with_tiny_calls else [],
         "floors": report.floors(rows, kinds()) + nsa_rows.floors(layers, selected),
         "failed": failed,
@@ -225,6 +229,8 @@ def main() -> int:
     print("\n" + report.LEGEND + "\n")
     if layers or selected:
         print(nsa_rows.LEGEND + "\n")
+    if on_gpu:
+        print(gpu_rows.LEGEND + "\n")
     print("\n".join(report.facts({}, rates)) + "\n")
     if document["calls"]:
         print("\n".join(report.call_lines(document["calls"])) + "\n")
@@ -234,8 +240,8 @@ def main() -> int:
     print(f"\n{arguments.json}")
     if arguments.markdown:
         arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
-        nsa_lines = nsa_rows.markdown(layers, selected)
-        arguments.markdown.write_text(report.markdown(document, nsa_lines))
+        further = nsa_rows.markdown(layers, selected) + gpu_rows.markdown(on_gpu)
+        arguments.markdown.write_text(report.markdown(document, further))
         print(arguments.markdown)
     return 1 if failed else 0
 

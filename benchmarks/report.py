@@ -48,7 +48,7 @@ ms: median of the runs; spread: (slowest - fastest) / median. GFLOP/s: useful wo
 kept tiles, backward 2.5 times forward. of rate: share of torch's matrix product in the same dtype, or of the
 rate of reading memory where that is the limit. torch: scaled_dot_product_attention in the same process, calls
 in turn; for a sparse row torch computes the dense forward. dense: our own attention without the row's
-threshold, gate or window. kept: kept tiles / visible tiles. extra MB: peak beyond inputs and outputs, in a
+threshold, gate, window or block mask. kept: kept tiles / visible tiles. extra MB: peak beyond inputs and outputs, in a
 process of its own. max diff: largest distance of the output from torch's, with a threshold from our own
 dense one."""
 
@@ -147,15 +147,15 @@ def floor_lines(results: list[dict[str, Any]]) -> list[str]:
     return [f"{f['status']:<13}{f['floor']:<44}{f['text']}" for f in results]
 
 
-def markdown(document: dict[str, Any], nsa_lines: list[str]) -> str:
-    """The whole report for a page of documentation; nsa_lines: its part about native sparse attention."""
+def markdown(document: dict[str, Any], further: list[str]) -> str:
+    """The whole report for a page of documentation; further: native sparse attention and the GPU."""
     titles = [title for title, _, _ in COLUMNS]
     lines = ["- " + fact for fact in facts(document["machine"], document["rates"])]
     lines += ["", "| " + " | ".join(titles) + " |"]
     lines += ["|" + "|".join("---" if width < 0 else "---:" for _, width, _ in COLUMNS) + "|"]
     lines += ["| " + " | ".join(cell(row) for _, _, cell in COLUMNS) + " |" for row in document["rows"]]
     lines += ["", LEGEND.replace("\n", " "), ""]
-    lines += nsa_lines
+    lines += further
     if document["calls"]:
         lines += ["| microseconds per call, one row and one key | ours | torch |", "|---|---:|---:|"]
         lines += [f"| {c['call']} | {c['ours_us']:.1f} | {c['torch_us']:.1f} |" for c in document["calls"]]

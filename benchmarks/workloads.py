@@ -19,7 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cases import TILE_ROWS, Case, Problem, build, case_named, tile_keys  # noqa: E402
 
-SPARSITY = ("window_size", "window_sizes", "threshold", "alpha", "delta", "gate_threshold")
+SPARSITY = ("window_size", "window_sizes", "threshold", "alpha", "delta", "gate_threshold", "block_mask")
 SPARSITY += ("adaptive_gate", "log_sigmoid_gate", "gate_layout")
 GATE_STEP = 60.0  # nats from one shut key tile to the next: more than log(1 / gate_threshold) of any row
 
@@ -76,7 +76,8 @@ class Workload:
         self.problem = build(case, dtype)
         if case.gate is not None:
             _set_gates(self.problem)
-        self.sparse = case.skips or case.window_size is not None or case.window_sizes is not None
+        masks = (case.window_size, case.window_sizes, case.block_mask)
+        self.sparse = case.skips or any(mask is not None for mask in masks)
         self.kept: float | None = None
         if case.skips and not case.decode:
             self.kept = self._kept_fraction()
@@ -91,7 +92,7 @@ class Workload:
         arguments = self.problem.arguments()
         _, skip_map = fsa.attention(**arguments, return_skip_map=True)
         masks = ("causal", "window_size", "window_sizes", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_k")
-        masks += ("seqused_q", "seqused_k")
+        masks += ("seqused_q", "seqused_k", "block_mask")
         rows = 0 if "cu_seqlens_q" in arguments else 1
         return fsa.kept_fraction(
             skip_map,
@@ -214,7 +215,9 @@ class Workload:
     def difference(self, direction: str, results: dict[str, Any]) -> float | None:
         """Largest distance of our output from torch's, or for a threshold from our own dense one."""
         ours = results["ours"]
-        if direction == "backward" or self.case.gate is not None or self.case.window_size is not None:
+        case = self.case
+        other_keys = case.gate is not None or case.window_size is not None or case.block_mask is not None
+        if direction == "backward" or other_keys:
             return None
         if self.case.threshold is not None:
             other = results["dense"]

@@ -76,6 +76,7 @@ class Case:
     lengths_k: Lengths | None = None
     page_size: int | None = None
     top_k: int | None = None
+    block_mask: tuple[int, int, str, float | None] | None = None
     segment: int = 256  # keys per topic; not a column
 
     @property
@@ -109,6 +110,11 @@ def _lengths(text: str, packed: bool, maximum: int) -> Lengths:
     if any(len(p) > 1 for p in pairs):
         return Lengths(first, tuple(int(p[-1]) for p in pairs))
     return Lengths(first)
+
+
+def _block_mask(text: str) -> tuple[int, int, str, float | None]:
+    rows, keys, scope, density = (text.split(",") + ["", ""])[:4]
+    return int(rows), int(keys), scope, float(density) if density else None
 
 
 def _parse(row: dict[str, str]) -> Case:
@@ -151,6 +157,7 @@ def _parse(row: dict[str, str]) -> Case:
         lengths_k=given("lengths_k", lambda text: _lengths(text, packed_k, seqlen_k), None),
         page_size=given("page_size", int, None),
         top_k=given("top_k", int, None),
+        block_mask=given("block_mask", _block_mask, None),
     )
 
 
@@ -302,6 +309,36 @@ def _page(
     return pages
 
 
+def draw_block_mask(case: Case, g: torch.Generator) -> Any:
+    """A block mask of hidden, full and partial blocks, a third each; some tiles of partial ones show nothing. The
+    lists are in random order, with nonsense behind their counts. With a density, full blocks alone."""
+    from flash_sparse_attention import BlockMask
+
+    rows, keys, scope, density = case.block_mask
+    batch, heads = case.batch if "b" in scope else 1, case.num_heads if "h" in scope else 1
+    row_blocks, key_blocks = math.ceil(case.seqlen_q / rows), math.ceil(case.seqlen_k / keys)
+    if density is not None:
+        chosen = torch.rand(batch, heads, row_blocks, key_blocks, generator=g) < density
+        return BlockMask.from_dense(chosen, (rows, keys))
+    kind = torch.randint(0, 3, (batch, heads, row_blocks, key_blocks), generator=g)
+    order = torch.rand(kind.shape, generator=g)
+    lists = []
+    for wanted in (1, 2):
+        chosen = kind == wanted
+        first = torch.where(chosen, order, 2.0).argsort(-1).int()
+        counts = chosen.sum(-1, dtype=torch.int32)
+        junk = torch.arange(key_blocks) >= counts[..., None]
+        lists += [counts, torch.where(junk, -(2**31), first)]
+    partial = lists[0].flatten()
+    words = keys // 32
+    bits = torch.randint(-(2**31), 2**31, (int(partial.sum()), rows, words), generator=g).int()
+    tile = min(tile_keys(case.head_dim), keys) // 32
+    empty = torch.rand(bits.shape[0], rows // TILE_ROWS, words // tile, generator=g) < 0.3
+    bits[empty.repeat_interleave(TILE_ROWS, 1).repeat_interleave(tile, 2)] = 0
+    begin = (partial.cumsum(0) - partial).int().view(lists[0].shape)
+    return BlockMask(*lists, begin, bits, (rows, keys))
+
+
 def _int32(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -399,4 +436,6 @@ def build(case: Case, dtype: str | torch.dtype = "float32", seed: int = 0, gate_
         options["gate_layout"] = case.gate_layout
         if case.gate_threshold is not None:
             options["gate_threshold"] = case.gate_threshold
+    if case.block_mask is not None:
+        options["block_mask"] = draw_block_mask(case, g)
     return Problem(case, tensors, options)

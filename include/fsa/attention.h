@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "fsa/block_mask.h"
 #include "fsa/error.h"
 #include "fsa/export.h"
 #include "fsa/tensor.h"
@@ -52,6 +53,7 @@ struct AttentionInputs {
   TensorView delta = {};         ///< key side of the pair gate, one scalar per key and key head.
                                  ///< With paged keys: [num_pages, page_size, num_kv_heads].
   TensorView gather_kv_indices = {};  ///< Decode only. int32 [batch, top_k]: the keys to use, -1 = none.
+  BlockMask block_mask = {};          ///< Batched forward and backward only. Joins the other masks by "and".
 };
 
 struct AttentionOptions {
@@ -157,6 +159,11 @@ struct Status {
 [[nodiscard]] FSA_API Status supports(const BackwardArgs& args);
 [[nodiscard]] FSA_API Status supports(const DecodeArgs& args);
 
+/// Gets the kernels of the call ready without running it, so that the call need not wait for the compiler and
+/// may be the first inside the capture of a CUDA graph. Outputs may be absent; one that will be there should
+/// be, as it may need a kernel of its own. Nothing to do on the CPU.
+FSA_API void prefill(const ForwardArgs& args);
+
 struct BackendChoice {
   std::string name;
   bool chosen = false;
@@ -170,7 +177,8 @@ struct Explanation {
   std::int64_t tile_rows = 0;          ///< The skip tile.
   std::int64_t tile_keys = 0;
   double flops = 0;  ///< Over visible (row, key) pairs, skipping aside: forward 2 (head_dim + head_dim_v)
-                     ///< per pair and query head, backward 2.5 times that.
+                     ///< per pair and query head, backward 2.5 times that. A block mask in device memory is
+                     ///< not read and counts as none.
   double bytes = 0;  ///< Each input read once, each output written once.
   std::size_t workspace_bytes = 0;
   int threads = 1;

@@ -83,15 +83,24 @@ void read_inputs(PyObject* tuple, CallInputs& inputs, InputOwners& owners) {
                                &inputs.sink,         &inputs.alpha,
                                &inputs.delta,        &inputs.gather_kv_indices};
   static_assert(std::size(views) == kInputNames.size());
-  for (std::size_t i = 0; i < std::size(views); ++i) {
+  const auto read = [&](std::size_t i, const char* name, TensorView& view) {
     PyObject* const object = PyTuple_GetItem(tuple, static_cast<Py_ssize_t>(i));
-    if (object != Py_None) *views[i] = read_tensor(kInputNames[i], object, Access::read, owners[i]);
+    if (object != Py_None) view = read_tensor(name, object, Access::read, owners[i]);
+  };
+  for (std::size_t i = 0; i < std::size(views); ++i) read(i, kInputNames[i], *views[i]);
+  if (PyTuple_Size(tuple) > std::ssize(kInputNames)) {
+    BlockMask& mask = inputs.block_mask;
+    TensorView* const blocks[] = {&mask.kv_num_blocks,   &mask.kv_indices,    &mask.full_kv_num_blocks,
+                                  &mask.full_kv_indices, &mask.partial_begin, &mask.partial_bits};
+    static_assert(std::size(blocks) == kBlockInputNames.size());
+    for (std::size_t i = 0; i < std::size(blocks); ++i)
+      read(kInputNames.size() + i, kBlockInputNames[i], *blocks[i]);
   }
   inputs.query_object = PyTuple_GetItem(tuple, 0);
   inputs.stream = current_stream(kInputNames[0], inputs.query_object, inputs.query.device);
 }
 
-void read_options(PyObject* tuple, AttentionOptions& options) {
+void read_options(PyObject* tuple, CallOptions& options) {
   Py_ssize_t next = 0;
   const auto read = [&](auto reader) {
     const Py_ssize_t i = next++;
@@ -111,6 +120,9 @@ void read_options(PyObject* tuple, AttentionOptions& options) {
   options.max_seqlen_k = read(read_optional_int);
   options.deterministic = read(read_bool);
   options.backend = read(read_string);
+  if (PyTuple_Size(tuple) == std::ssize(kOptionNames)) return;
+  options.block_rows = read_int(kBlockOptionNames[0], PyTuple_GetItem(tuple, next));
+  options.block_keys = read_int(kBlockOptionNames[1], PyTuple_GetItem(tuple, next + 1));
 }
 
 }  // namespace fsa::python

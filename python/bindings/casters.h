@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How Python values become arguments of the C++ API: a tuple of tensors, in the order of kInputNames, becomes
-// CallInputs; a tuple of scalars, in the order of kOptionNames, AttentionOptions; any other tensor an
-// In<"name"> or, where it is written, an Out<"name">.
+// How Python values become arguments of the C++ API: a tuple of tensors, in the order of kInputNames and
+// perhaps kBlockInputNames, becomes CallInputs; a tuple of scalars, of kOptionNames likewise, CallOptions; any
+// other tensor an In<"name"> or, where it is written, an Out<"name">.
 //
 // from_python must not throw, so the values are read by the conversion operators, which may.
 #pragma once
@@ -27,6 +27,12 @@ inline constexpr std::array kOptionNames = {
     "causal",       "window_size[0]", "window_size[1]",   "softmax_scale", "softcap",
     "threshold",    "gate_threshold", "log_sigmoid_gate", "adaptive_gate", "gate_layout",
     "max_seqlen_q", "max_seqlen_k",   "deterministic",    "backend"};
+
+// What follows them in a call with a block mask.
+inline constexpr std::array kBlockInputNames = {"block_mask.kv_num_blocks",      "block_mask.kv_indices",
+                                                "block_mask.full_kv_num_blocks", "block_mask.full_kv_indices",
+                                                "block_mask.partial_begin",      "block_mask.partial_bits"};
+inline constexpr std::array kBlockOptionNames = {"block_mask.BLOCK_SIZE[0]", "block_mask.BLOCK_SIZE[1]"};
 
 template <std::size_t size>
 struct Name {
@@ -60,11 +66,17 @@ struct CallInputs : AttentionInputs {
   PyObject* query_object = nullptr;  // borrowed
 };
 
+// The options, and the sizes of the block mask, which the C++ API keeps beside its tensors.
+struct CallOptions : AttentionOptions {
+  std::int64_t block_rows = 128;
+  std::int64_t block_keys = 128;
+};
+
 // Objects that views point into; released after the call.
-using InputOwners = std::array<nanobind::object, kInputNames.size()>;
+using InputOwners = std::array<nanobind::object, kInputNames.size() + kBlockInputNames.size()>;
 
 void read_inputs(PyObject* tuple, CallInputs& inputs, InputOwners& owners);
-void read_options(PyObject* tuple, AttentionOptions& options);
+void read_options(PyObject* tuple, CallOptions& options);
 
 template <typename Tensor>
 struct TensorCaster {
@@ -92,7 +104,7 @@ struct FirstCaster : TensorCaster<Tensor> {
   }
 };
 
-template <typename T, std::size_t size>
+template <typename T, std::size_t size, std::size_t more>
 struct TupleCaster {
   using Value = T;
   static constexpr auto Name = nanobind::detail::const_name("tuple");
@@ -101,7 +113,9 @@ struct TupleCaster {
 
   bool from_python(nanobind::handle source, std::uint32_t, nanobind::detail::cleanup_list*) noexcept {
     source_ = source.ptr();
-    return PyTuple_Check(source_) && PyTuple_Size(source_) == std::ptrdiff_t{size};
+    if (!PyTuple_Check(source_)) return false;
+    const Py_ssize_t length = PyTuple_Size(source_);
+    return length == std::ptrdiff_t{size} || length == std::ptrdiff_t{size + more};
   }
 
  protected:
@@ -124,7 +138,8 @@ struct type_caster<fsa::python::First<name>> : fsa::python::FirstCaster<fsa::pyt
 
 template <>
 struct type_caster<fsa::python::CallInputs>
-    : fsa::python::TupleCaster<fsa::python::CallInputs, fsa::python::kInputNames.size()> {
+    : fsa::python::TupleCaster<fsa::python::CallInputs, fsa::python::kInputNames.size(),
+                               fsa::python::kBlockInputNames.size()> {
   operator Value&() {
     fsa::python::read_inputs(source_, value_, owners_);
     return value_;
@@ -135,8 +150,9 @@ struct type_caster<fsa::python::CallInputs>
 };
 
 template <>
-struct type_caster<fsa::AttentionOptions>
-    : fsa::python::TupleCaster<fsa::AttentionOptions, fsa::python::kOptionNames.size()> {
+struct type_caster<fsa::python::CallOptions>
+    : fsa::python::TupleCaster<fsa::python::CallOptions, fsa::python::kOptionNames.size(),
+                               fsa::python::kBlockOptionNames.size()> {
   operator Value&() {
     fsa::python::read_options(source_, value_);
     return value_;

@@ -18,7 +18,7 @@ namespace fsa::python {
 namespace {
 
 using Inputs = const CallInputs&;
-using Options = const AttentionOptions&;
+using Options = const CallOptions&;
 
 PyObject* python_type(ErrorCode code) {
   switch (code) {
@@ -59,13 +59,21 @@ nb::dict to_dict(const Explanation& explanation) {
   return dict;
 }
 
+// The inputs with the sizes of the block mask.
+AttentionInputs inputs_of(Inputs inputs, Options options) {
+  AttentionInputs result = inputs;
+  result.block_mask.block_rows = options.block_rows;
+  result.block_mask.block_keys = options.block_keys;
+  return result;
+}
+
 ForwardArgs forward_args(Inputs inputs, Options options) {
-  return {.inputs = inputs, .options = options, .stream = inputs.stream};
+  return {.inputs = inputs_of(inputs, options), .options = options, .stream = inputs.stream};
 }
 
 BackwardArgs backward_args(Inputs inputs, Options options, const TensorView& skip_map,
                            const TensorView& grad_lse) {
-  return {.inputs = inputs,
+  return {.inputs = inputs_of(inputs, options),
           .options = options,
           .skip_map = skip_map,
           .grad_lse = grad_lse,
@@ -74,7 +82,7 @@ BackwardArgs backward_args(Inputs inputs, Options options, const TensorView& ski
 
 DecodeArgs decode_args(Inputs inputs, Options options, std::optional<std::int64_t> num_splits,
                        bool batch_invariant) {
-  return {.inputs = inputs,
+  return {.inputs = inputs_of(inputs, options),
           .options = options,
           .num_splits = num_splits,
           .batch_invariant = batch_invariant,
@@ -115,6 +123,16 @@ void bind_forward(nb::module_& m) {
         args.lse = lse;
         args.skip_map = skip_map;
         return to_dict(explain(args));
+      },
+      "inputs"_a, "options"_a, "out"_a.none(), "lse"_a.none(), "skip_map"_a.none());
+  m.def(
+      "prefill_forward",
+      [](Inputs inputs, Options options, Out<"out"> out, Out<"lse"> lse, Out<"skip_map"> skip_map) {
+        ForwardArgs args = forward_args(inputs, options);
+        args.out = out;
+        args.lse = lse;
+        args.skip_map = skip_map;
+        without_gil([&] { prefill(args); });
       },
       "inputs"_a, "options"_a, "out"_a.none(), "lse"_a.none(), "skip_map"_a.none());
   m.def(

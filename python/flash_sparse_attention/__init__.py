@@ -2,6 +2,7 @@
 """Exact, threshold-sparse and gated attention: forward, backward and decode."""
 
 from . import _C, nsa
+from .block_mask import BlockMask
 from .flash_attn import flash_attn_func, flash_attn_varlen_func
 from .functional import (
     attention,
@@ -10,6 +11,7 @@ from .functional import (
     kept_fraction,
     merge_attention_states,
     num_threads,
+    prefill,
     set_num_threads,
     skip_tile,
     window_sizes_heuristic,
@@ -32,6 +34,7 @@ from .variants import (
 __version__: str = _C.version()
 
 __all__ = [
+    "BlockMask",
     "__version__",
     "attention",
     "backends",
@@ -54,6 +57,7 @@ __all__ = [
     "merge_attention_states",
     "nsa",
     "num_threads",
+    "prefill",
     "set_num_threads",
     "skip_tile",
     "window_sizes_heuristic",

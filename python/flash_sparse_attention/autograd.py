@@ -11,22 +11,36 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from . import ops
-from .ops import ALIBI_SLOPES, ALPHA, DELTA, INPUTS, KEY, QUERY, SINK, VALUE, Inputs, Options
+from .ops import (
+    ALIBI_SLOPES,
+    ALPHA,
+    BLOCK_INPUTS,
+    DELTA,
+    INPUTS,
+    KEY,
+    QUERY,
+    SINK,
+    VALUE,
+    Inputs,
+    Options,
+    flat_inputs,
+    inputs_from,
+)
 
-_NUM_INPUTS = len(INPUTS) - 1  # without gather_kv_indices, which only decode takes
+_NUM_TENSORS = len(INPUTS) - 1 + len(BLOCK_INPUTS)  # of flat_inputs
 _DIFFERENTIABLE = (QUERY, KEY, VALUE, ALPHA, DELTA, SINK)
 
 
 class _Attention(torch.autograd.Function):
-    """``apply(options, want_map, *inputs)`` returns out, lse, and the skip map or None."""
+    """``apply(options, want_map, *flat_inputs(inputs))`` returns out, lse, and the skip map or None."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, options: Options, want_map: bool, *inputs: Tensor | None
+        ctx: FunctionCtx, options: Options, want_map: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        out, lse, skip_map = ops.forward((*inputs, None), options, want_map)
+        out, lse, skip_map = ops.forward(inputs_from(tensors), options, want_map)
         ctx.options = options
-        ctx.save_for_backward(*inputs, out, lse, skip_map)
+        ctx.save_for_backward(*tensors, out, lse, skip_map)
         if skip_map is not None:
             ctx.mark_non_differentiable(skip_map)
         if not torch.compiler.is_dynamo_compiling():  # dynamo knows no such method, and fills in zeros
@@ -46,13 +60,13 @@ class _Attention(torch.autograd.Function):
         else:
             grads = _gradient(ctx.options, want_gate, want_sink, *tensors)
         by_input = dict(zip(_DIFFERENTIABLE, grads, strict=True))
-        return None, None, *(by_input.get(i) if needed[i] else None for i in range(_NUM_INPUTS))
+        return None, None, *(by_input.get(i) if needed[i] else None for i in range(_NUM_TENSORS))
 
 
 def _gradient(
     options: Options, want_gate: bool, want_sink: bool, *tensors: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    inputs, rest = (*tensors[:_NUM_INPUTS], None), tensors[_NUM_INPUTS:]
+    inputs, rest = inputs_from(tensors[:_NUM_TENSORS]), tensors[_NUM_TENSORS:]
     return ops.backward(inputs, options, *rest, want_gate, want_sink)
 
 
@@ -111,7 +125,7 @@ class _Merge(torch.autograd.Function):
 
 
 def _require_tensors(inputs: Inputs) -> None:
-    for name, tensor in zip(INPUTS, inputs, strict=True):
+    for name, tensor in zip((*INPUTS, *BLOCK_INPUTS), inputs, strict=False):
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "query"):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
 
@@ -194,7 +208,7 @@ def attend(
         options = ops.with_known_map_shape(inputs, options)
     if records_gradient:
         _refuse_buffers(out=out, lse=lse)
-        tensors = inputs[:_NUM_INPUTS]
+        tensors = flat_inputs(inputs)
         if torch.compiler.is_dynamo_compiling():
             tensors = distinct(tensors)
         result, result_lse, skip_map = _Attention.apply(options, keep_map, *tensors)

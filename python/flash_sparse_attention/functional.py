@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from . import _C, autograd, ops
+from .block_mask import BlockMask, as_block_mask
 
 if TYPE_CHECKING:
     import numpy
+    from torch.nn.attention import flex_attention
 
     Array = Tensor | numpy.ndarray
+    Blocks = BlockMask | flex_attention.BlockMask | Tensor
 
 Window = tuple[int | None, int | None]
 
@@ -51,6 +54,7 @@ def attention(
     deterministic: bool = False,
     backend: str | None = None,
     out: Array | None = None,
+    block_mask: Blocks | None = None,
 ) -> Array | tuple[Array, ...]:
     """Attention, dense or sparse, with gradients.
 
@@ -103,6 +107,10 @@ def attention(
         deterministic: bitwise repeatable gradients; on the CPU they always are.
         backend: None chooses; else a name of :func:`backends`.
         out: written in place and returned; only where no gradient is recorded.
+        block_mask: which blocks of keys each block of rows sees: a :class:`BlockMask`, a
+            ``torch.nn.attention.flex_attention.BlockMask`` (converted once and remembered), or bool
+            ``[batch or 1, num_heads or 1, ceil(seqlen_q / 128), ceil(seqlen_k / 128)]``. Joins the other masks
+            by "and". Batched tensors only.
 
     Returns:
         out, as query with head_dim_v; then lse and the skip map where asked for. NumPy arrays for NumPy
@@ -139,6 +147,7 @@ def attention(
         page_table,
         deterministic,
         backend,
+        block_mask,
     )
     attend = autograd.attend if isinstance(query, Tensor) else _attend_numpy
     result, lse, skip_map = attend(inputs, options, return_lse, return_skip_map, out)
@@ -180,6 +189,7 @@ def kept_fraction(
     max_seqlen_k: int | None = None,
     seqused_q: Array | None = None,
     seqused_k: Array | None = None,
+    block_mask: Blocks | None = None,
 ) -> float:
     """Kept tiles / visible tiles of a skip map that :func:`attention` returned.
 
@@ -189,8 +199,8 @@ def kept_fraction(
             seqlen_k is max_pages * page_size.
         head_dim: of query.
         num_kv_heads: needed with window_sizes of several key heads; default num_heads.
-        causal, window_size, window_sizes, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k: of
-            that call.
+        causal, window_size, window_sizes, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k,
+            block_mask: of that call.
 
     Returns:
         1.0 where no tile is visible.
@@ -210,6 +220,8 @@ def kept_fraction(
         tensor.cpu() if isinstance(tensor, Tensor) else tensor  # counting reads them
         for tensor in (skip_map, window_sizes, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     )
+    if block_mask is not None:
+        block_mask = as_block_mask(block_mask, seqlen_q, seqlen_k).to("cpu")
     element = torch.empty(head_dim)
     inputs, options = collect(  # counting reads the shapes of query and key, not their elements
         element.expand(*outer, seqlen_q, num_heads, head_dim),
@@ -223,6 +235,7 @@ def kept_fraction(
         max_seqlen_k=max_seqlen_k,
         seqused_q=seqused_q,
         seqused_k=seqused_k,
+        block_mask=block_mask,
     )
     kept, visible = _C.count_tiles(inputs, options, skip_map)
     return kept / visible if visible else 1.0
@@ -249,6 +262,39 @@ def explain(
     Raises:
         ValueError, TypeError, NotImplementedError: as attention.
     """
+    return _C.explain_forward(*_question(query, key, value, return_lse, return_skip_map, out, arguments))
+
+
+def prefill(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    return_lse: bool = False,
+    return_skip_map: bool = False,
+    out: Array | None = None,
+    **arguments: Any,
+) -> None:
+    """Gets the GPU kernels of :func:`attention` ready for the same arguments, without running them.
+
+    The call itself then waits for no compiler and may be the first inside the capture of a CUDA graph.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as attention.
+    """
+    _C.prefill_forward(*_question(query, key, value, return_lse, return_skip_map, out, arguments))
+
+
+def _question(
+    query: Array,
+    key: Array,
+    value: Array,
+    return_lse: bool,
+    return_skip_map: bool,
+    out: Array | None,
+    arguments: dict[str, Any],
+) -> tuple[ops.Inputs, ops.Options, Array | None, Tensor | None, Tensor | None]:
+    """What a question about a call of attention needs: inputs, options, and the outputs that are wanted."""
     inputs, options = collect(query, key, value, **arguments)
     lse = skip_map = None
     if return_lse or return_skip_map:
@@ -260,7 +306,7 @@ def explain(
             lse = torch.empty(ops.lse_shape(inputs), dtype=dtype, device=device)
         if return_skip_map:
             skip_map = torch.empty(_C.skip_map_shape(inputs, options), dtype=torch.int32, device=device)
-    return _C.explain_forward(inputs, options, out, lse, skip_map)
+    return inputs, options, out, lse, skip_map
 
 
 def skip_tile(head_dim: int) -> tuple[int, int]:
@@ -380,6 +426,7 @@ def collect(
     page_table: Array | None = None,
     deterministic: bool = False,
     backend: str | None = None,
+    block_mask: Blocks | None = None,
 ) -> tuple[ops.Inputs, ops.Options]:
     """The arguments of attention, whose parameters these are, as the two tuples of ops.py."""
     try:
@@ -422,7 +469,15 @@ def collect(
         deterministic,
         "" if backend is None else backend,
     )
-    return inputs, options
+    if block_mask is None:
+        return inputs, options
+    mask = as_block_mask(block_mask, *_lengths(query, key))
+    return (*inputs, *mask.tensors), (*options, *mask.BLOCK_SIZE)
+
+
+def _lengths(query: Any, key: Any) -> tuple[int, int]:
+    """seqlen_q and seqlen_k of batched tensors; what is wrong with others is said later, with their names."""
+    return tuple(tensor.shape[1] if len(tensor.shape) == 4 else -1 for tensor in (query, key))
 
 
 def _number(name: str, value: Any) -> float:
@@ -454,7 +509,10 @@ def _attend_numpy(
     np = sys.modules.get("numpy")  # whoever passes an array has imported it
     if np is None or not isinstance(inputs[0], np.ndarray):
         raise TypeError(f"query: expected a torch.Tensor or a numpy.ndarray, got {type(inputs[0]).__name__}")
-    for name, array in zip((*ops.INPUTS, "out"), (*inputs, out), strict=True):
+    own = len(ops.INPUTS)
+    blocks = (t.numpy(force=True) if isinstance(t, Tensor) else t for t in inputs[own:])
+    inputs = (*inputs[:own], *blocks)
+    for name, array in (*zip(ops.INPUTS, inputs, strict=False), ("out", out)):
         if array is not None and not isinstance(array, np.ndarray):
             raise TypeError(f"{name}: expected a numpy.ndarray, as query is one, got {type(array).__name__}")
     workspace_size = _C.workspace_size_forward(inputs, options)  # checks the arguments, shapes too

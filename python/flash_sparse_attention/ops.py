@@ -2,10 +2,10 @@
 """The operators ``torch.ops.fsa.*`` and the direct calls of the extension that they stand on.
 
 Everything here takes the arguments of attention as two tuples: ``inputs``, the tensors in the order of
-``INPUTS``, and ``options``, the scalars in the order of ``OPTIONS``. The ``run_*`` functions allocate the
-outputs and call the extension; they need tensors with data. The functions without the prefix go through the
-operators instead where the tensors have none: under ``torch.compile``, in a dispatch mode, or with a
-subclass.
+``INPUTS``, and ``options``, the scalars in the order of ``OPTIONS``; both are longer with a block mask. The
+``run_*`` functions allocate the outputs and call the extension; they need tensors with data. The functions
+without the prefix go through the operators instead where the tensors have none: under ``torch.compile``, in a
+dispatch mode, or with a subclass.
 """
 
 from __future__ import annotations
@@ -35,6 +35,15 @@ INPUTS = (
     "delta",
     "gather_kv_indices",
 )
+# A call with a block mask has these, too, and the last two options; tuples without are what they were.
+BLOCK_INPUTS = (
+    "kv_num_blocks",
+    "kv_indices",
+    "full_kv_num_blocks",
+    "full_kv_indices",
+    "partial_begin",
+    "partial_bits",
+)
 QUERY, KEY, VALUE = 0, 1, 2
 CU_SEQLENS_Q, CU_SEQLENS_K, PAGE_TABLE = 3, 4, 7
 ALIBI_SLOPES, SINK, ALPHA, DELTA = 9, 10, 11, 12
@@ -55,6 +64,7 @@ OPTIONS = (
     ("bool", "deterministic"),
     ("str", "backend"),
 )
+BLOCK_OPTIONS = (("int", "block_rows"), ("int", "block_keys"))
 THRESHOLD, GATE_THRESHOLD, MAX_SEQLEN_K = 5, 6, 11
 
 Inputs = tuple[Tensor | None, ...]
@@ -109,6 +119,20 @@ def _empty_out(query: Tensor, value: Tensor) -> Tensor:
     return empty(query, (*query.shape[:-1], value.shape[-1]))
 
 
+def _empty_lse(inputs: Inputs) -> Tensor:
+    """Of lse_shape; empty_strided takes two thirds of the time of empty."""
+    query = inputs[QUERY]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if inputs[CU_SEQLENS_Q] is not None:
+        rows, heads, _ = query.shape
+        return torch.empty_strided((heads, rows), (max(rows, 1), 1), dtype=dtype, device=query.device)
+    batch, rows, heads, _ = query.shape
+    row = max(rows, 1)
+    return torch.empty_strided(
+        (batch, heads, rows), (max(heads, 1) * row, row, 1), dtype=dtype, device=query.device
+    )
+
+
 def _workspace(like: Tensor, size: int) -> Tensor | None:
     return empty(like, (size,), torch.uint8) if size else None
 
@@ -128,7 +152,7 @@ def run_forward(
         if out is None:
             out = _empty_out(query, inputs[VALUE])
         if lse is None and want_lse:
-            lse = empty(query, lse_shape(inputs), lse_dtype(query.dtype))
+            lse = _empty_lse(inputs)
     except Exception:
         _C.workspace_size_forward(inputs, options)  # checks the arguments: says what is wrong with them
         raise
@@ -195,11 +219,31 @@ def run_merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 # specialise on.
 
 _NUM_INPUTS = len(INPUTS) - 1  # gather_kv_indices is decode's alone
-_NUM_OPTIONS = len(OPTIONS)
+_NUM_TENSORS = _NUM_INPUTS + len(BLOCK_INPUTS)
+_NUM_OPTIONS = len(OPTIONS) + len(BLOCK_OPTIONS)
 _TENSORS = "Tensor query, Tensor key, Tensor value, " + ", ".join(
-    f"Tensor? {n}" for n in INPUTS[3:_NUM_INPUTS]
+    f"Tensor? {n}" for n in (*INPUTS[3:_NUM_INPUTS], *BLOCK_INPUTS)
 )
-_SCALARS = ", ".join(f"{kind} {name}" for kind, name in OPTIONS)
+_SCALARS = ", ".join(f"{kind} {name}" for kind, name in (*OPTIONS, *BLOCK_OPTIONS))
+
+
+def flat_inputs(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """All tensors but gather_kv_indices, those of a block mask None where there is none."""
+    return (*inputs[:_NUM_INPUTS], *(inputs[_NUM_INPUTS + 1 :] or (None,) * len(BLOCK_INPUTS)))
+
+
+def inputs_from(tensors: Sequence[Tensor | None], gather_kv_indices: Tensor | None = None) -> Inputs:
+    """The inputs that flat_inputs came from."""
+    blocks = tuple(tensors[_NUM_INPUTS:])
+    inputs = (*tensors[:_NUM_INPUTS], gather_kv_indices)
+    return inputs if all(tensor is None for tensor in blocks) else (*inputs, *blocks)
+
+
+def operator_arguments(inputs: Inputs, options: Options) -> tuple:
+    """The first arguments of the operators."""
+    sizes = () if len(options) == _NUM_OPTIONS else (0,) * len(BLOCK_OPTIONS)
+    return (*flat_inputs(inputs), *options, *sizes)
+
 
 _library = torch.library.Library("fsa", "DEF")
 
@@ -214,8 +258,9 @@ def define(schema: str, implementation: Any, fake: Any) -> None:
 
 def _split(args: tuple) -> tuple[Inputs, Options, tuple]:
     """inputs, options and what follows them."""
-    end = _NUM_INPUTS + _NUM_OPTIONS
-    return (*args[:_NUM_INPUTS], None), args[_NUM_INPUTS:end], args[end:]
+    inputs, end = inputs_from(args[:_NUM_TENSORS]), _NUM_TENSORS + _NUM_OPTIONS
+    options = args[_NUM_TENSORS : end if len(inputs) > len(INPUTS) else end - len(BLOCK_OPTIONS)]
+    return inputs, options, args[end:]
 
 
 def skip_map_shape(inputs: Inputs, options: Options) -> tuple[int, ...]:
@@ -285,7 +330,7 @@ define(
 
 def _decode(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, options, (gather_kv_indices, num_splits, batch_invariant) = _split(args)
-    inputs = (*inputs[:-1], gather_kv_indices)
+    inputs = (*inputs[:_NUM_INPUTS], gather_kv_indices, *inputs[_NUM_INPUTS + 1 :])
     return run_decode(inputs, options, num_splits, batch_invariant, True)
 
 
@@ -326,7 +371,7 @@ def forward(inputs: Inputs, options: Options, want_map: bool) -> tuple[Tensor, T
     """out, lse and skip map; the last None when not wanted, and in one or in its own dimensions."""
     if is_plain(inputs):
         return run_forward(inputs, options, True, want_map)
-    out, lse, skip_map = torch.ops.fsa.forward(*inputs[:_NUM_INPUTS], *options, want_map)
+    out, lse, skip_map = torch.ops.fsa.forward(*operator_arguments(inputs, options), want_map)
     return out, lse, skip_map if want_map else None
 
 
@@ -345,7 +390,7 @@ def backward(
     rest = (out, lse, skip_map, grad_out, grad_lse)
     if is_plain((*inputs, *rest)):
         return run_backward(inputs, options, *rest, want_gate, want_sink)
-    grads = torch.ops.fsa.backward(*inputs[:_NUM_INPUTS], *options, *rest, want_gate, want_sink)
+    grads = torch.ops.fsa.backward(*operator_arguments(inputs, options), *rest, want_gate, want_sink)
     return (*grads[:3], *(grads[3:5] if want_gate else (None, None)), grads[5] if want_sink else None)
 
 
@@ -355,9 +400,8 @@ def decode(
     """out and lse of one query per sequence."""
     if is_plain(inputs):
         return run_decode(inputs, options, num_splits, batch_invariant, True)
-    return torch.ops.fsa.decode(
-        *inputs[:_NUM_INPUTS], *options, inputs[_NUM_INPUTS], num_splits, batch_invariant
-    )
+    arguments = operator_arguments(inputs, options)
+    return torch.ops.fsa.decode(*arguments, inputs[_NUM_INPUTS], num_splits, batch_invariant)
 
 
 def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

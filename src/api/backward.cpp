@@ -45,7 +45,10 @@ Call prepare(const BackwardArgs& args, Purpose purpose) {
     fail(ErrorCode::invalid_argument,
          "skip_map: missing, but a threshold or gate threshold is on, so backward needs "
          "to know which tiles forward kept; pass the skip_map of that forward");
-  if (!needs_map) call.arguments.skip_map = {};  // the dense backward has no use for it
+  if (!needs_map) {  // the dense backward has no use for it
+    call.arguments.skip_map = {};
+    call.problem.has_skip_map = false;
+  }
   accept_gradients(call, args, purpose);
   check_no_overlap(call.inputs, call.outputs);
   fill_operands(call, args);

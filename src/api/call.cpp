@@ -115,8 +115,8 @@ void accept_skip_map(Call& call, const TensorView& view, Role role, Purpose purp
   const Expected expected{skip_map_shape(call.problem), DType::int32,
                           call.problem.packed_q ? "[num_heads, total_q / 64 + batch, words]"
                                                 : "[batch, num_heads, ceil(seqlen_q / 64), words]"};
-  if (accept(call, "skip_map", view, role, false, expected, purpose))
-    call.arguments.skip_map = make_skip_map(call.problem, view);
+  call.problem.has_skip_map = accept(call, "skip_map", view, role, false, expected, purpose);
+  if (call.problem.has_skip_map) call.arguments.skip_map = make_skip_map(call.problem, view);
 }
 
 }  // namespace fsa

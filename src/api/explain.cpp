@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <bit>
 
 #include "api/choice.h"
 #include "api/prepare.h"
 #include "api/visibility_of.h"
+#include "core/block_mask.h"
 #include "core/skip_tile.h"
 
 namespace fsa {
@@ -22,13 +24,44 @@ double visible_pairs(const Visibility& v, std::int64_t seqlen_q) {
   return pairs;
 }
 
+// Keys [begin, end), all in one partial block, that the row sees there.
+std::int64_t keys_in_partial(const HeadBlocks& blocks, std::int32_t block, std::int64_t row,
+                             std::int64_t begin, std::int64_t end) {
+  std::int64_t keys = 0;
+  for (std::int64_t word = begin / 32 * 32; word < end; word += 32) {
+    std::uint32_t bits = blocks.word(block, row, word);
+    if (word < begin) bits &= ~std::uint32_t{0} << (begin - word);
+    if (word + 32 > end) bits &= ~std::uint32_t{0} >> (word + 32 - end);
+    keys += std::popcount(bits);
+  }
+  return keys;
+}
+
+// The same of one query head with a block mask.
+double visible_pairs(const Visibility& v, const HeadBlocks& blocks, std::int64_t seqlen_q) {
+  double pairs = 0;
+  for (std::int64_t row = 0; row < seqlen_q; ++row) {
+    const TileRanges keys = visible_key_tiles(v, row, row + 1, 1);
+    for (int i = 0; i < keys.count; ++i)
+      for (std::int64_t begin = keys.range[i].begin, end; begin < keys.range[i].end; begin = end) {
+        end = std::min(keys.range[i].end, (begin / blocks.block_keys() + 1) * blocks.block_keys());
+        const std::int32_t block = blocks.code(row, begin);
+        if (block == kHiddenBlock) continue;
+        pairs += static_cast<double>(block == kFullBlock ? end - begin
+                                                         : keys_in_partial(blocks, block, row, begin, end));
+      }
+  }
+  return pairs;
+}
+
 std::int64_t gathered_keys(const Problem& problem, const Arguments& args, std::int64_t batch) {
   std::int64_t keys = 0;
   for (std::int64_t i = 0; i < problem.gather_size; ++i) keys += args.gather_kv_indices.at(batch, i) >= 0;
   return keys;
 }
 
-// Lengths in device memory are not read: then sequences count as equally long, and window_sizes as causal.
+// Lengths and lists in device memory are not read: then sequences count as equally long, window_sizes as
+// causal, and a block mask as none.
 Sequence mean_sequence(const Problem& problem) {
   const std::int64_t batch = std::max<std::int64_t>(1, problem.batch);
   Sequence s;
@@ -63,6 +96,12 @@ Work measure(Problem problem, const Arguments& args) {
       continue;
     }
     work.keys += static_cast<double>(s.seqlen_k);
+    if (problem.has_block_mask && readable) {
+      for (std::int64_t head = 0; head < problem.num_heads; ++head)
+        work.pairs += visible_pairs(visibility_of(problem, args, s, head / problem.group_size),
+                                    HeadBlocks(problem, args, b, head), s.seqlen_q);
+      continue;
+    }
     for (std::int64_t mask = 0; mask < masks; ++mask)
       work.pairs += heads_per_mask * visible_pairs(visibility_of(problem, args, s, mask), s.seqlen_q);
   }

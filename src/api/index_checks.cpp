@@ -2,6 +2,7 @@
 #include "api/index_checks.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "api/checks.h"
 #include "core/skip_tile.h"
@@ -105,6 +106,62 @@ void check_window_sizes(const Problem& problem, const Arguments& args) {
       if (size < 0)
         fail(kInvalid, "window_sizes[", head, ", ", column, "]: ", size, ", must not be negative");
     }
+}
+
+namespace {
+
+// The lists of one kind in one batch entry, head and row block: counts, key blocks, no block twice.
+class ListCheck {
+ public:
+  explicit ListCheck(std::int64_t key_blocks)
+      : key_blocks_(key_blocks), seen_(static_cast<std::size_t>(key_blocks), -1) {}
+
+  // `line` numbers the (batch entry, head, row block).
+  void check(const char* kind, const BlockList& list, std::int64_t batch, std::int64_t head,
+             std::int64_t row_block, std::int64_t line) {
+    if (!list.present) return;
+    const auto where = [&] { return text_of("[", batch, ", ", head, ", ", row_block); };
+    const std::int64_t count = list.count(batch, head, row_block);
+    if (count < 0 || count > list.columns)
+      fail(kInvalid, "block_mask.", kind, "kv_num_blocks", where(), "]: ", count, ", must be from 0 to ",
+           list.columns, ", the columns of ", kind, "kv_indices");
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t block = list.index(batch, head, row_block, i);
+      if (block < 0 || block >= key_blocks_)
+        fail(kInvalid, "block_mask.", kind, "kv_indices", where(), ", ", i, "]: ", block,
+             ", must be from 0 to ", key_blocks_ - 1, ", the last block of keys");
+      std::int64_t& last = seen_[static_cast<std::size_t>(block)];
+      if (last == line)
+        fail(kInvalid, "block_mask.", kind, "kv_indices", where(), ", ", i, "]: ", block,
+             ", but this row block lists that block already; list each once");
+      last = line;
+    }
+  }
+
+ private:
+  std::int64_t key_blocks_;
+  std::vector<std::int64_t> seen_;  // the last line that listed a block
+};
+
+}  // namespace
+
+void check_block_mask(const Problem& problem, const BlockLists& lists) {
+  if (problem.batch == 0) return;
+  ListCheck check(problem.key_blocks());
+  std::int64_t line = 0;
+  for (std::int64_t b = 0; b < problem.mask_batch; ++b)
+    for (std::int64_t h = 0; h < problem.mask_heads; ++h)
+      for (std::int64_t row = 0; row < problem.row_blocks(); ++row, ++line) {
+        check.check("", lists.partial, b, h, row, line);
+        check.check("full_", lists.full, b, h, row, line);
+        if (!lists.partial.present) continue;
+        const std::int64_t begin = lists.begin[b * lists.begin_stride_batch + h * lists.begin_stride_head +
+                                               row * lists.begin_stride_row];
+        const std::int64_t count = lists.partial.count(b, h, row);
+        if (count > 0 && (begin < 0 || begin + count > lists.bit_blocks))
+          fail(kInvalid, "block_mask.partial_begin[", b, ", ", h, ", ", row, "]: ", begin, " with ", count,
+               " blocks, but partial_bits has ", lists.bit_blocks);
+      }
 }
 
 }  // namespace fsa

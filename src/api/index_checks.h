@@ -33,5 +33,6 @@ void check_compressed_lengths(const Problem& problem, const Arguments& args);
 void check_page_table(const Problem& problem, const Arguments& args);
 void check_gather_indices(const Problem& problem, const Arguments& args);
 void check_window_sizes(const Problem& problem, const Arguments& args);
+void check_block_mask(const Problem& problem, const BlockLists& lists);
 
 }  // namespace fsa

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "api/index_checks.h"
+#include "core/skip_tile.h"
 
 namespace fsa {
 namespace {
@@ -85,6 +86,7 @@ class Builder {
     read_options();
     read_windows();
     read_compression();
+    read_block_mask();
     read_gate();
     read_bias_and_sink();
     check_strides();
@@ -105,6 +107,9 @@ class Builder {
   void read_options();
   void read_windows();
   void read_compression();
+  void read_block_mask();
+  BlockList read_block_list(const char* counts_name, const TensorView& counts, const char* indices_name,
+                            const TensorView& indices);
   void read_gate();
   void read_bias_and_sink();
   void check_strides() const;
@@ -123,6 +128,7 @@ class Builder {
 
 // What holds for each tensor alone, and the device.
 void Builder::check_tensors() {
+  const BlockMask& mask = in_.block_mask;
   require("query", in_.query);
   require("key", in_.key);
   require("value", in_.value);
@@ -140,7 +146,13 @@ void Builder::check_tensors() {
                {"seqused_k", &in_.seqused_k},
                {"page_table", &in_.page_table},
                {"window_sizes", &in_.window_sizes},
-               {"gather_kv_indices", &in_.gather_kv_indices}},
+               {"gather_kv_indices", &in_.gather_kv_indices},
+               {"block_mask.kv_num_blocks", &mask.kv_num_blocks},
+               {"block_mask.kv_indices", &mask.kv_indices},
+               {"block_mask.full_kv_num_blocks", &mask.full_kv_num_blocks},
+               {"block_mask.full_kv_indices", &mask.full_kv_indices},
+               {"block_mask.partial_begin", &mask.partial_begin},
+               {"block_mask.partial_bits", &mask.partial_bits}},
               purpose_);
   check_float_dtype("query", in_.query);
   check_dtype("key", in_.key, in_.query.dtype, " as query");
@@ -343,6 +355,97 @@ void Builder::read_compression() {
   p_.compress_stride = opt_.compress_stride;
 }
 
+BlockList Builder::read_block_list(const char* counts_name, const TensorView& counts,
+                                   const char* indices_name, const TensorView& indices) {
+  BlockList list;
+  if (counts.present() != indices.present())
+    fail(kInvalid, counts.present() ? indices_name : counts_name, ": missing, but ",
+         counts.present() ? counts_name : indices_name, " is given; a list needs both");
+  if (!counts.present()) return list;
+  check_rank(counts_name, counts, 3, "[batch or 1, num_heads or 1, row_blocks]");
+  check_rank(indices_name, indices, 4, "[batch or 1, num_heads or 1, row_blocks, columns]");
+  const std::int64_t batch = counts.shape[0] == 1 ? 1 : p_.batch;
+  const std::int64_t heads = counts.shape[1] == 1 ? 1 : p_.num_heads;
+  check_shape(counts_name, counts, {batch, heads, p_.row_blocks()},
+              "[batch or 1, num_heads or 1, ceil(seqlen_q / block_rows)]");
+  check_shape(indices_name, indices, {batch, heads, p_.row_blocks(), indices.shape[3]},
+              "[.., columns] after the shape of its counts");
+  p_.mask_batch = std::max(p_.mask_batch, batch);
+  p_.mask_heads = std::max(p_.mask_heads, heads);
+  list.present = true;
+  list.counts = static_cast<const std::int32_t*>(counts.data);
+  list.stride_batch = effective_stride(counts, 0);
+  list.stride_head = effective_stride(counts, 1);
+  list.stride_row = effective_stride(counts, 2);
+  list.indices = static_cast<const std::int32_t*>(indices.data);
+  list.indices_stride_batch = effective_stride(indices, 0);
+  list.indices_stride_head = effective_stride(indices, 1);
+  list.indices_stride_row = effective_stride(indices, 2);
+  list.indices_stride_column = effective_stride(indices, 3);
+  list.columns = indices.shape[3];
+  p_.contiguous_lists = p_.contiguous_lists && (list.columns <= 1 || list.indices_stride_column == 1);
+  return list;
+}
+
+void Builder::read_block_mask() {
+  const BlockMask& mask = in_.block_mask;
+  if (!mask.present()) return;
+  const auto refuse = [](bool given, const char* what, const char* way_out) {
+    if (given) fail(ErrorCode::unsupported, "block_mask: not supported ", what, way_out);
+  };
+  refuse(decode(), "by decode", "; use forward with a query of one row per sequence");
+  refuse(p_.packed_q, "together with cu_seqlens_q",
+         "; put the sequences into one batch entry and tell them apart in the mask");
+  refuse(p_.paged, "together with page_table", "; gather the pages into contiguous key and value");
+  refuse(opt_.compress_block > 0, "together with compress_block", "; leave one out");
+  const std::int64_t tile_keys = skip_tile_keys(p_.head_dim);
+  const auto check_size = [&](const char* name, std::int64_t size, std::int64_t unit, const char* side) {
+    if (size < 1 || size % unit != 0 || size > kMaxLength)
+      fail(kInvalid, name, ": ", size, ", must be a multiple of ", unit, ", the ", side,
+           " of a skip tile with head_dim ", p_.head_dim);
+  };
+  check_size("block_mask.block_rows", mask.block_rows, kSkipTileRows, "rows");
+  check_size("block_mask.block_keys", mask.block_keys, tile_keys, "keys");
+  p_.has_block_mask = true;
+  p_.block_rows = mask.block_rows;
+  p_.block_keys = mask.block_keys;
+  p_.mask_batch = p_.mask_heads = 1;
+  BlockLists& lists = args_.block_mask;
+  lists.full = read_block_list("block_mask.full_kv_num_blocks", mask.full_kv_num_blocks,
+                               "block_mask.full_kv_indices", mask.full_kv_indices);
+  lists.partial = read_block_list("block_mask.kv_num_blocks", mask.kv_num_blocks, "block_mask.kv_indices",
+                                  mask.kv_indices);
+  p_.has_partial_blocks = lists.partial.present;
+  for (const auto& [name, view] : {std::pair{"block_mask.partial_begin", &mask.partial_begin},
+                                   std::pair{"block_mask.partial_bits", &mask.partial_bits}})
+    if (view->present() != lists.partial.present)
+      fail(kInvalid, lists.partial.present ? name : "block_mask.kv_num_blocks", ": missing, but ",
+           lists.partial.present ? "block_mask.kv_num_blocks" : name,
+           " is given; partial blocks need lists and bits, full ones go into full_kv_indices");
+  if (!lists.partial.present) return;
+  check_shape("block_mask.partial_begin", mask.partial_begin, shape_of(mask.kv_num_blocks),
+              "the shape of kv_num_blocks");
+  check_rank("block_mask.partial_bits", mask.partial_bits, 3, "[blocks, block_rows, block_keys / 32]");
+  const std::int64_t words = mask.block_keys / 32;
+  check_shape("block_mask.partial_bits", mask.partial_bits,
+              {mask.partial_bits.shape[0], mask.block_rows, words}, "[blocks, block_rows, block_keys / 32]");
+  const std::int64_t* strides = mask.partial_bits.strides;
+  const std::int64_t block_words = mask.block_rows * words;
+  if (!is_empty(mask.partial_bits) && ((words > 1 && strides[2] != 1) || strides[1] != words ||
+                                       (mask.partial_bits.shape[0] > 1 && strides[0] != block_words)))
+    fail(kInvalid, "block_mask.partial_bits: strides [", strides[0], ", ", strides[1], ", ", strides[2],
+         "], must be [", block_words, ", ", words, ", 1]; pass a contiguous copy");
+  lists.begin = static_cast<const std::int32_t*>(mask.partial_begin.data);
+  lists.begin_stride_batch = effective_stride(mask.partial_begin, 0);
+  lists.begin_stride_head = effective_stride(mask.partial_begin, 1);
+  lists.begin_stride_row = effective_stride(mask.partial_begin, 2);
+  lists.bits = static_cast<const std::uint32_t*>(mask.partial_bits.data);
+  lists.bit_blocks = mask.partial_bits.shape[0];
+  p_.contiguous_lists = p_.contiguous_lists && lists.begin_stride_batch == lists.partial.stride_batch &&
+                        lists.begin_stride_head == lists.partial.stride_head &&
+                        lists.begin_stride_row == lists.partial.stride_row;
+}
+
 void Builder::read_gate() {
   p_.has_gate = in_.alpha.present();
   if (in_.alpha.present() != in_.delta.present())
@@ -425,6 +528,7 @@ void Builder::read_index_values() {
     if (p_.paged) check_page_table(p_, args_);
     if (p_.gathered) check_gather_indices(p_, args_);
     if (p_.has_window_sizes) check_window_sizes(p_, args_);
+    if (p_.has_block_mask) check_block_mask(p_, args_.block_mask);
   }
   // A bound below what the tensors hold is fine where seqused leaves the rest unused, but the unused rows are
   // still written, so backends get a bound on what is there.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Questions about a call that do not run it. Outputs that do not exist yet are no error here; those that are
-// given are checked.
+// Questions about a call that do not run it, and prefill. Outputs that do not exist yet are no error here;
+// those that are given are checked.
 #include "api/prepare.h"
 
 namespace fsa {
@@ -37,6 +37,12 @@ std::size_t workspace_size(const DecodeArgs& args) { return workspace_size_of(ar
 Status supports(const ForwardArgs& args) { return support_of(args); }
 Status supports(const BackwardArgs& args) { return support_of(args); }
 Status supports(const DecodeArgs& args) { return support_of(args); }
+
+void prefill(const ForwardArgs& args) {
+  Call call = prepare(args, Purpose::shapes);
+  call.arguments.stream = args.stream;
+  choose_backend(call.problem, args.options.backend).prefill(call.problem, call.arguments);
+}
 
 std::vector<BackendInfo> backends() {
   std::vector<BackendInfo> infos;

@@ -3,31 +3,41 @@
 
 #include "api/prepare.h"
 #include "api/visibility_of.h"
+#include "core/block_mask.h"
 #include "core/skip_tile.h"
 
 namespace fsa {
 namespace {
 
-// One sequence and key head: its mask decides which tiles are visible to all query heads of the group.
-TileCounts count_group(const Problem& problem, const SkipMap& map, const Sequence& s, const Visibility& v,
-                       std::int64_t kv_head) {
+// Rows [row, row_end) by keys [key, key_end) of one tile, which some row may see by the bands of `v`.
+bool sees_some(const Visibility& v, const HeadBlocks& blocks, std::int64_t row, std::int64_t row_end,
+               std::int64_t key, std::int64_t key_end) {
+  const TileVisibility seen = classify_tile(v, row, row_end, key, key_end);
+  const std::int32_t block = blocks.code(row, key);
+  if (seen == TileVisibility::none || block == kHiddenBlock) return false;
+  if (block == kFullBlock) return true;
+  for (std::int64_t i = row; i < row_end; ++i)
+    for (std::int64_t j = key; j < key_end; ++j)
+      if (is_visible(v, i, j) && blocks.sees(i, j)) return true;
+  return false;
+}
+
+// One sequence and query head.
+TileCounts count_head(const Problem& problem, const SkipMap& map, const Sequence& s, const Visibility& v,
+                      const HeadBlocks& blocks, std::int64_t head) {
   const std::int64_t tile_keys = skip_tile_keys(problem.head_dim);
-  const std::int64_t head_begin = kv_head * problem.group_size, head_end = head_begin + problem.group_size;
   TileCounts counts;
   for (std::int64_t row = 0; row < s.seqlen_q; row += kSkipTileRows) {
     const std::int64_t row_end = std::min(row + kSkipTileRows, s.seqlen_q);
-    const std::int32_t* words =
-        map.data + s.batch * map.stride_batch + (s.row_tile_begin + row / kSkipTileRows) * map.stride_tile;
+    const std::int32_t* words = map.data + s.batch * map.stride_batch + head * map.stride_head +
+                                (s.row_tile_begin + row / kSkipTileRows) * map.stride_tile;
     const TileRanges ranges = visible_key_tiles(v, row, row_end, tile_keys);
     for (int i = 0; i < ranges.count; ++i)
       for (std::int64_t tile = ranges.range[i].begin; tile < ranges.range[i].end; ++tile) {
         const std::int64_t key = tile * tile_keys, key_end = std::min(key + tile_keys, s.seqlen_k);
-        if (classify_tile(v, row, row_end, key, key_end) == TileVisibility::none) continue;
-        counts.visible += problem.group_size;
-        for (std::int64_t head = head_begin; head < head_end; ++head) {
-          const auto word = static_cast<std::uint32_t>(words[head * map.stride_head + (tile >> 5)]);
-          counts.kept += word >> (tile & 31) & 1;
-        }
+        if (!sees_some(v, blocks, row, row_end, key, key_end)) continue;
+        ++counts.visible;
+        counts.kept += static_cast<std::uint32_t>(words[tile >> 5]) >> (tile & 31) & 1;
       }
   }
   return counts;
@@ -57,11 +67,12 @@ TileCounts count_tiles(const ForwardArgs& args) {
   TileCounts counts;
   for (std::int64_t b = 0; b < problem.batch; ++b) {
     const Sequence s = sequence(problem, call.arguments, b);
-    for (std::int64_t kv_head = 0; kv_head < problem.num_kv_heads; ++kv_head) {
-      const Visibility v = visibility_of(problem, call.arguments, s, kv_head);
-      const TileCounts group = count_group(problem, call.arguments.skip_map, s, v, kv_head);
-      counts.kept += group.kept;
-      counts.visible += group.visible;
+    for (std::int64_t head = 0; head < problem.num_heads; ++head) {
+      const Visibility v = visibility_of(problem, call.arguments, s, head / problem.group_size);
+      const HeadBlocks blocks(problem, call.arguments, b, head);
+      const TileCounts of_head = count_head(problem, call.arguments.skip_map, s, v, blocks, head);
+      counts.kept += of_head.kept;
+      counts.visible += of_head.visible;
     }
   }
   return counts;

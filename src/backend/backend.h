@@ -37,6 +37,10 @@ class Backend {
   // A function of the problem alone, so that it can be asked before outputs exist.
   virtual std::size_t workspace_bytes(const Problem& problem) const = 0;
 
+  // Gets the kernels of run() ready, without running them. Of the arguments only the stream and the presence
+  // of tensors count.
+  virtual void prefill(const Problem&, const Arguments&) const {}
+
   // Joins partial results; false when this backend cannot (another device).
   virtual bool merge(const MergeProblem& problem) const = 0;
 

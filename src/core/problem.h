@@ -30,12 +30,13 @@ struct Problem {
   bool packed_k = false;
   bool paged = false;
   bool gathered = false;  // decode through gather_kv_indices; then gather_size indices per sequence
-  // Address and strides in multiples of 16 bytes; and the last stride of the tables of lengths and of
-  // window_sizes is 1.
+  // Address and strides in multiples of 16 bytes; the last stride of the tables of lengths and of
+  // window_sizes is 1; so is that of the lists of a block mask, with partial_begin strided as kv_num_blocks.
   bool aligned_query = true;
   bool aligned_key = true;
   bool aligned_value = true;
   bool contiguous_tables = true;
+  bool contiguous_lists = true;
   std::int64_t total_q = 0;
   std::int64_t total_k = 0;
   std::int64_t max_seqlen_q = 0;
@@ -53,6 +54,12 @@ struct Problem {
   // sequence, a row sees it from its last token on, and seqused_k counts tokens.
   std::int64_t compress_block = 0;
   std::int64_t compress_stride = 1;
+  bool has_block_mask = false;
+  bool has_partial_blocks = false;
+  std::int64_t block_rows = 0;
+  std::int64_t block_keys = 0;
+  std::int64_t mask_batch = 0;  // distinct masks: 1 where all batch entries, or heads, share theirs
+  std::int64_t mask_heads = 0;
 
   double softmax_scale = 1;
   double softcap = 0;                   // 0 = off
@@ -66,6 +73,7 @@ struct Problem {
   bool has_alibi = false;
   bool has_sink = false;
   bool has_grad_lse = false;
+  bool has_skip_map = false;  // an output of forward, an input of backward
   bool deterministic = false;
 
   std::int64_t num_splits = 0;  // decode: 0 = the backend's fixed split size
@@ -75,6 +83,9 @@ struct Problem {
   bool causal_lengths() const { return causal || has_window_sizes; }
   // Tiles are dropped, so backward needs the skip map of the forward.
   bool skips_tiles() const { return threshold > 0 || gate_test; }
+  // Of the block mask.
+  std::int64_t row_blocks() const { return (max_seqlen_q + block_rows - 1) / block_rows; }
+  std::int64_t key_blocks() const { return (max_seqlen_k + block_keys - 1) / block_keys; }
 };
 
 // A tensor of which one batch entry, row and head is addressed; `stride_*` in elements. Packed tensors have
@@ -112,6 +123,34 @@ struct
   bool present = false;
 };
 
+// Key blocks per (batch entry, query head, row block); strides are 0 where a mask is shared.
+struct BlockList {
+  const std::int32_t* counts = nullptr;
+  const std::int32_t* indices = nullptr;
+  std::int64_t stride_batch = 0, stride_head = 0, stride_row = 0;  // of counts
+  std::int64_t indices_stride_batch = 0, indices_stride_head = 0, indices_stride_row = 0;
+  std::int64_t indices_stride_column = 0;
+  std::int64_t columns = 0;  // room for entries
+  bool present = false;
+
+  std::int32_t count(std::int64_t batch, std::int64_t head, std::int64_t row_block) const {
+    return counts[batch * stride_batch + head * stride_head + row_block * stride_row];
+  }
+  std::int32_t index(std::int64_t batch, std::int64_t head, std::int64_t row_block, std::int64_t i) const {
+    return indices[batch * indices_stride_batch + head * indices_stride_head +
+                   row_block * indices_stride_row + i * indices_stride_column];
+  }
+};
+
+// A block mask as it was given (fsa/block_mask.h).
+struct BlockLists {
+  BlockList partial, full;
+  const std::int32_t* begin = nullptr;  // of a partial list: where the bits of its first block are
+  std::int64_t begin_stride_batch = 0, begin_stride_head = 0, begin_stride_row = 0;
+  const std::uint32_t* bits = nullptr;
+  std::int64_t bit_blocks = 0;
+};
+
 struct Arguments {
   Operand query, key, value, out, lse;  // lse: stride_dim unused
   Operand grad_out, grad_lse, grad_query, grad_key, grad_value;
@@ -120,6 +159,7 @@ struct Arguments {
   Operand alibi_slopes;                                         // stride_batch, stride_head
   IndexTable cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k;  // rows only
   IndexTable page_table, window_sizes, gather_kv_indices;
+  BlockLists block_mask;
   SkipMap skip_map;
   void* stream = nullptr;
 };

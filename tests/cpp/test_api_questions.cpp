@@ -157,6 +157,7 @@ TEST(Questions, NeedNoOutputsAndNoData) {
   EXPECT_EQ(workspace_size(args), workspace_size(a.forward_args()));
   EXPECT_EQ(skip_map_shape(args), (std::vector<std::int64_t>{2, 4, 2, 1}));
   EXPECT_EQ(explain(args).flops, explain(a.forward_args()).flops);
+  EXPECT_NO_THROW(prefill(args));
   EXPECT_FALSE(supports(args).ok);
   EXPECT_NE(supports(args).reason.find("query: data is null"), std::string::npos);
 }

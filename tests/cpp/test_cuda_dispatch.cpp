@@ -50,7 +50,7 @@ TEST(CudaDispatch, EveryChoiceIsReachable) {
   for (const KernelConfig& config : reachable_kernels()) names.insert(name_of(config));
   for (std::int64_t head_dim = 1; head_dim <= 256; head_dim += 17)
     for (std::int64_t head_dim_v = 1; head_dim_v <= 256; head_dim_v += 15)
-      for (int features = 0; features < 256; ++features) {
+      for (int features = 0; features < 512; ++features) {
         Problem p = problem(head_dim, head_dim_v);
         p.causal = features & 1;
         p.window_left = features & 2 ? 5 : -1;
@@ -60,12 +60,15 @@ TEST(CudaDispatch, EveryChoiceIsReachable) {
         p.threshold = features & 32 ? 1 : 0;
         p.has_gate = features & 64;
         p.gate_test = p.has_gate && features & 128;
+        p.has_block_mask = features & 256;
         if (!reject_forward(p).empty()) continue;
         const KernelConfig config = forward_kernel(p);
         ASSERT_TRUE(names.contains(name_of(config))) << name_of(config);
         ASSERT_GE(config.tile.head_dim, head_dim);
         ASSERT_GE(config.tile.head_dim_v, head_dim_v);
-        if (p.threshold > 0 || p.has_gate) {
+        if (p.has_block_mask) {
+          ASSERT_EQ((head_dim <= 128 ? 128 : 64) % config.tile.block_n, 0) << "a block is whole key tiles";
+        } else if (p.threshold > 0 || p.has_gate) {
           ASSERT_EQ(config.tile.block_n, head_dim <= 128 ? 128 : 64) << "a key tile is a skip tile";
         }
       }
@@ -86,6 +89,10 @@ TEST(CudaDispatch, Choices) {
   p.window_right = 3;
   EXPECT_EQ(name_of(forward_kernel(p)), "forward_sm90_bf16_d128_causal_128x128")
       << "a right edge, whatever it is";
+  p = problem(256, 256);
+  p.has_block_mask = true;
+  EXPECT_EQ(name_of(forward_kernel(p)), "forward_sm90_bf16_d256_blocks_128x64")
+      << "a key tile is a skip tile";
 }
 
 TEST(CudaDispatch, RefusalsNameTheValue) {
@@ -104,7 +111,21 @@ TEST(CudaDispatch, RefusalsNameTheValue) {
             std::string::npos);
   EXPECT_NE(reason([](Problem& p) { p.batch = 70000; }).find("65535"), std::string::npos);
   EXPECT_NE(reason([](Problem& p) { p.softmax_scale = 1e-60; }).find("softmax_scale"), std::string::npos);
-  EXPECT_NE(reason([](Problem& p) { p.contiguous_tables = false; }).find("contiguous()"), std::string::npos);
+  EXPECT_NE(reason([](Problem& p) { p.contiguous_lists = false; }).find("contiguous()"), std::string::npos);
+  const auto beside_blocks = [&](auto change) {
+    return reason([&](Problem& p) {
+      p.has_block_mask = true;
+      change(p);
+    });
+  };
+  EXPECT_EQ(beside_blocks([](Problem&) {}), "");
+  EXPECT_EQ(beside_blocks([](Problem& p) { p.softcap = 5, p.has_alibi = p.has_sink = true; }), "");
+  EXPECT_NE(beside_blocks([](Problem& p) { p.causal = true; }).find("causal"), std::string::npos);
+  EXPECT_NE(beside_blocks([](Problem& p) { p.window_right = 3; }).find("window"), std::string::npos);
+  EXPECT_NE(beside_blocks([](Problem& p) { p.has_window_sizes = true; }).find("window"), std::string::npos);
+  EXPECT_NE(beside_blocks([](Problem& p) { p.threshold = 1; }).find("threshold"), std::string::npos);
+  EXPECT_NE(beside_blocks([](Problem& p) { p.has_gate = true; }).find("gate"), std::string::npos);
+  EXPECT_NE(beside_blocks([](Problem& p) { p.has_skip_map = true; }).find("skip map"), std::string::npos);
   EXPECT_NE(reason([](Problem& p) {
               p.head_dim = 64;
               p.head_dim_v = 192;
@@ -115,7 +136,7 @@ TEST(CudaDispatch, RefusalsNameTheValue) {
 
 // A field that the CUDA backend does not know is a wrong answer in the making. When this fails: serve the new field
 // of Problem in dispatch.cpp or refuse it in reject_features, add it to the test above, then correct the size.
-TEST(CudaDispatch, KnowsEveryFieldOfProblem) { EXPECT_EQ(sizeof(Problem), 248u); }
+TEST(CudaDispatch, KnowsEveryFieldOfProblem) { EXPECT_EQ(sizeof(Problem), 296u); }
 
 TEST(CudaDispatch, WorkspaceHoldsWhatTheProblemNeeds) {
   Problem p = problem();
@@ -124,6 +145,18 @@ TEST(CudaDispatch, WorkspaceHoldsWhatTheProblemNeeds) {
   p = problem();
   p.batch = 64;
   EXPECT_EQ(forward_workspace(p).bytes, 64u);
+  p.max_seqlen_q = 100;
+  p.batch = 2;
+  p.has_block_mask = p.has_partial_blocks = true;
+  EXPECT_EQ(forward_workspace(p).bytes, 0u);
+  p.has_partial_blocks = false;
+  EXPECT_EQ(forward_workspace(p).bytes, 64u) << "the length of the lists that are not there";
+  p = problem();
+  p.max_seqlen_q = 100;
+  p.packed_q = p.packed_k = p.has_window_sizes = true;
+  EXPECT_EQ(forward_workspace(p).bytes, 0u);
+  p.contiguous_tables = false;
+  EXPECT_EQ(forward_workspace(p).bytes, 5 * 64u) << "a copy of each table";
   p = problem(100, 33);
   p.aligned_query = p.aligned_key = p.aligned_value = false;
   p.has_gate = p.gate_test = true;

@@ -207,6 +207,8 @@ struct Attention {
   AttentionSetup setup;
   Buffer query, key, value, alpha, delta, sink, alibi_slopes;
   Buffer cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, window_sizes, page_table, gather_kv_indices;
+  Buffer kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, partial_begin, partial_bits;
+  std::int64_t block_rows = 128, block_keys = 128;  // of the block mask; test_block_mask.h makes one
   Buffer out, lse, skip_map;
   Buffer grad_out, grad_lse;  // inputs of backward; absent until somebody makes them
   Buffer grad_query, grad_key, grad_value, grad_alpha, grad_delta, grad_sink;
@@ -233,7 +235,15 @@ struct Attention {
             .sink = sink.view(),
             .alpha = alpha.view(),
             .delta = delta.view(),
-            .gather_kv_indices = gather_kv_indices.view()};
+            .gather_kv_indices = gather_kv_indices.view(),
+            .block_mask = {.kv_num_blocks = kv_num_blocks.view(),
+                           .kv_indices = kv_indices.view(),
+                           .full_kv_num_blocks = full_kv_num_blocks.view(),
+                           .full_kv_indices = full_kv_indices.view(),
+                           .partial_begin = partial_begin.view(),
+                           .partial_bits = partial_bits.view(),
+                           .block_rows = block_rows,
+                           .block_keys = block_keys}};
   }
   ForwardArgs forward_args() const {
     return {.inputs = inputs(),
@@ -436,9 +446,28 @@ struct Attention {
   }
   std::vector<std::vector<unsigned char>> input_bytes() const {
     std::vector<std::vector<unsigned char>> result;
-    for (const Buffer* buffer :
-         {&query, &key, &value, &alpha, &delta, &sink, &alibi_slopes, &cu_seqlens_q, &cu_seqlens_k,
-          &seqused_q, &seqused_k, &window_sizes, &page_table, &gather_kv_indices, &grad_out, &grad_lse})
+    for (const Buffer* buffer : {&query,
+                                 &key,
+                                 &value,
+                                 &alpha,
+                                 &delta,
+                                 &sink,
+                                 &alibi_slopes,
+                                 &cu_seqlens_q,
+                                 &cu_seqlens_k,
+                                 &seqused_q,
+                                 &seqused_k,
+                                 &window_sizes,
+                                 &page_table,
+                                 &gather_kv_indices,
+                                 &kv_num_blocks,
+                                 &kv_indices,
+                                 &full_kv_num_blocks,
+                                 &full_kv_indices,
+                                 &partial_begin,
+                                 &partial_bits,
+                                 &grad_out,
+                                 &grad_lse})
       result.push_back(buffer->bytes());
     return result;
   }

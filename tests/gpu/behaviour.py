@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import checks
@@ -286,8 +287,141 @@ def refusals_name_the_reason() -> None:
         "page_table",
         lambda: fsa.attention(query, cache, cache, page_table=table, seqused_k=used),
     )
+    blocks = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="cuda")
+    gate = {"alpha": normal(1, 64, 2), "delta": normal(1, 64, 2)}
+    for words, options in (
+        ("no causal mask and no window beside a block mask", {"causal": True}),
+        ("no causal mask and no window beside a block mask", {"window_size": (3, 3)}),
+        ("no threshold beside a block mask", {"threshold": 1.0}),
+        ("no pair gate beside a block mask", gate),
+        ("writes no skip map beside a block mask", {"return_skip_map": True}),
+    ):
+        call = partial(fsa.attention, query, key, value, block_mask=blocks, **options)
+        assert_raises(NotImplementedError, words, call)
     parts, lses = normal(2, 1, 8, 2, 16), torch.zeros(2, 1, 2, 8, device="cuda")
     assert_raises(NotImplementedError, "merge", lambda: fsa.merge_attention_states(parts, lses))
+
+
+@test
+def masks_of_torch() -> str:
+    """A BlockMask of flex_attention on the GPU: documents, causal, with a table; repeated bit for bit."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    worst = ""
+    for rows, keys, dim in ((1000, 1000, 128), (700, 1500, 256), (2048, 1024, 64)):
+        ids = torch.sort(torch.randint(0, 7, (2, max(rows, keys)), device="cuda"))[0]
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor, ids: Tensor = ids) -> Tensor:
+            return (ids[b, q] == ids[b, k]) & (q >= k)
+
+        mask = create_block_mask(visible, 2, None, rows, keys, device="cuda")
+        query, key, value = qkv(2, rows, keys, 4, 2, dim)
+        out, lse = fsa.attention(query, key, value, block_mask=mask, return_lse=True)
+        position = torch.arange(max(rows, keys), device="cuda")
+        seen = ids[:, :rows, None] == ids[:, None, :keys]
+        seen = seen & (position[:rows, None] >= position[None, :keys])
+        worst = max(worst, assert_close(out, masked_truth(query, key, value, seen[:, None])))
+        assert torch.equal(lse == -math.inf, ~seen.any(-1)[:, None].expand_as(lse))
+        for _ in range(20):
+            assert_same(fsa.attention(query, key, value, block_mask=mask), out)
+    return worst
+
+
+def masked_truth(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """float64 out through the whole score matrix; rows without a key 0."""
+    group = query.shape[2] // key.shape[2]
+    q = query.double().transpose(1, 2)
+    k, v = (x.double().transpose(1, 2).repeat_interleave(group, 1) for x in (key, value))
+    logits = (q @ k.transpose(-1, -2) / math.sqrt(query.shape[-1])).masked_fill(~seen, -math.inf)
+    return (logits.softmax(-1).nan_to_num(0) @ v).transpose(1, 2)
+
+
+@test
+def block_masks_of_full_blocks_and_long_sequences() -> str:
+    """Full lists alone, one for all heads or one for each, at 16k; some row blocks see nothing."""
+    query, key, value = qkv(1, 16384, 16384, 4, 2, 128)
+    details = []
+    for heads in (1, 4):
+        blocks = torch.rand(1, heads, 128, 128, device="cuda") < 0.1
+        blocks[:, :, 5] = False
+        out = fsa.attention(query, key, value, block_mask=blocks)
+        for row_block in (0, 5, 64, 127):
+            rows = slice(row_block * 128, row_block * 128 + 128)
+            seen = blocks[:, :, row_block].repeat_interleave(128, -1)[:, :, None]
+            details.append(assert_close(out[:, rows], masked_truth(query[:, rows], key, value, seen)))
+    return max(details)
+
+
+@test
+def block_masks_in_a_graph() -> None:
+    """Lists are read when the graph runs: other blocks, the same graph."""
+    query, key, value = qkv(1, 1024, 1024, 4, 4, 128)
+    draw = [fsa.BlockMask.from_dense(torch.rand(1, 4, 8, 8, device="cuda") < 0.4) for _ in range(3)]
+    mask = draw[0].to("cuda")
+    mask.full_kv_num_blocks, mask.full_kv_indices = (
+        mask.full_kv_num_blocks.clone(),
+        mask.full_kv_indices.clone(),
+    )
+    fsa.prefill(query, key, value, block_mask=mask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fsa.attention(query, key, value, block_mask=mask)
+    for other in draw:
+        mask.full_kv_num_blocks.copy_(other.full_kv_num_blocks)
+        mask.full_kv_indices.copy_(other.full_kv_indices)
+        graph.replay()
+        assert_same(out, fsa.attention(query, key, value, block_mask=other))
+
+
+@test
+def prefilled_calls_may_be_captured_first() -> None:
+    query, key, value = qkv(1, 100, 100, 2, 2, 96, torch.float16)
+    options = {"causal": True, "softcap": 7.0, "alibi_slopes": torch.ones(2, device="cuda")}
+    fsa.prefill(query, key, value, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fsa.attention(query, key, value, **options)
+    graph.replay()
+    assert_same(out, fsa.attention(query, key, value, **options))
+
+
+@test
+def copies_move_every_element() -> str:
+    """One key, so that each row of out is that key's value to the bit: through the copies of tensors whose pitch the
+    copy engine cannot take, in and out."""
+    count = 0
+    for dtype in (torch.bfloat16, torch.float16):
+        for dim in (1, 7, 8, 33, 63, 64, 100, 129, 250):
+            wide = normal(3, 1, 2, dim + 5, dtype=dtype)
+            value = wide[..., 3 : 3 + dim]  # odd address and pitch
+            query = normal(3, 70, 4, dim + 1, dtype=dtype)[..., 1:]
+            out = fsa.attention(query, value, value)
+            expected = value.repeat_interleave(2, 2).expand(3, 70, 4, dim)
+            assert torch.equal(out, expected), f"{dtype}, head_dim {dim}"
+            count += 1
+    return f"{count} shapes"
+
+
+@test
+def tables_with_gaps() -> None:
+    """cu_seqlens, seqused and window_sizes that are slices of something else."""
+
+    def gapped(values: list) -> Tensor:
+        tensor = torch.tensor(values, dtype=torch.int32, device="cuda")
+        wide = torch.full([3 * n for n in tensor.shape], -7, dtype=torch.int32, device="cuda")
+        inner = wide[(slice(1, None, 3),) * tensor.dim()]
+        return inner.copy_(tensor)
+
+    query, key, value = (normal(600, 4, 64) for _ in range(3))
+    tables = {"cu_seqlens_q": [0, 200, 200, 600], "cu_seqlens_k": [0, 250, 300, 600]}
+    tables |= {"seqused_q": [180, 0, 400], "seqused_k": [250, 20, 299]}
+    windows = [[3, 10, 20, 50], [0, 0, 0, 9], [1, 100, 0, 1], [0, 40, 40, 40]]
+    bounds = {"max_seqlen_q": 400, "max_seqlen_k": 300}
+    dense = {name: torch.tensor(t, dtype=torch.int32, device="cuda") for name, t in tables.items()}
+    strided = {name: gapped(t) for name, t in tables.items()}
+    sizes = torch.tensor(windows, dtype=torch.int32, device="cuda")
+    expected = fsa.attention(query, key, value, window_sizes=sizes, **dense, **bounds)
+    assert_same(fsa.attention(query, key, value, window_sizes=gapped(windows), **strided, **bounds), expected)
 
 
 @test

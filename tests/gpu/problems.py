@@ -22,8 +22,8 @@ import checks
 import flash_sparse_attention as fsa
 import oracle
 import torch
-from cases import Problem, build, load_cases
-from generator import draw, draw_case
+from cases import Case, Problem, build, load_cases
+from generator import draw, draw_case, with_block_mask
 from torch import Tensor
 
 DTYPES = ("bfloat16", "float16")
@@ -67,15 +67,28 @@ def table() -> list[Named]:
 
 
 def drawn(seed: int, count: int) -> list[Named]:
-    """The generator's first `count` problems that are neither decode nor paged and have 2-byte elements."""
-    found, index = [], 0
-    while len(found) < count:
+    """The generator's first `count` problems that are neither decode nor paged and have 2-byte elements, without
+    the block masks that are refused beside something else; and a tenth as many with a mask that is not."""
+    found, masked, index = [], [], 0
+    while len(found) < count or len(masked) < count // 10:
         case, dtype = draw_case(random.Random(f"{seed}/{index}"))
-        if dtype in DTYPES and case.form in ("batched", "packed"):
+        case = with_block_mask(random.Random(f"{seed}/{index}/blocks"), case)
+        room = len(found) < count or joins_blocks(case)
+        if dtype in DTYPES and case.form in ("batched", "packed") and room:
             one = draw(seed, index)
-            found.append(Named(f"random {seed}/{index}: {one}", one.problem))
+            if not joins_blocks(case):
+                one.problem.options.pop("block_mask", None)
+            (found if len(found) < count else masked).append(
+                Named(f"random {seed}/{index}: {one}", one.problem)
+            )
         index += 1
-    return found
+    return found + masked
+
+
+def joins_blocks(case: Case) -> bool:
+    """Whether a problem has a block mask that the GPU takes."""
+    alone = not (case.causal or case.window_size or case.window_sizes or case.gate or case.threshold)
+    return case.block_mask is not None and alone and max(case.head_dim, case.head_dim_v) <= 256
 
 
 def to_device(tensor: Tensor) -> Tensor:
@@ -89,6 +102,8 @@ def to_device(tensor: Tensor) -> Tensor:
 def on_device(problem: Problem) -> dict[str, Any]:
     """Arguments of attention()."""
     options = dict(problem.options)
+    if "block_mask" in options:
+        options["block_mask"] = options["block_mask"].to("cuda")
     for side in ("q", "k"):
         cu = problem.tensors.get(f"cu_seqlens_{side}")
         if cu is not None:  # the longest sequence cannot be read there
@@ -96,9 +111,9 @@ def on_device(problem: Problem) -> dict[str, Any]:
     return {**{n: to_device(t) for n, t in problem.tensors.items()}, **options}
 
 
-def prefill(tool: Path, chosen: list[Named]) -> str:
-    """Compiles the kernels of the problems on all processors, so that no test waits for the compiler."""
-    names = {"copy_rows_sm90"}
+def prefill(tool: Path, chosen: list[Named], others: set[str]) -> str:
+    """Compiles the kernels of the problems, and others, on all processors: no test waits for the compiler."""
+    names = {"copy_rows_sm90", *others}
     for one in chosen:
         try:
             names.add(fsa.explain(**on_device(one.problem))["kernel"])
@@ -122,7 +137,7 @@ class Outcome:
 
     out: Tensor
     lse: Tensor
-    skip_map: Tensor
+    skip_map: Tensor | None  # none with a block mask
     guards: Tensor
     same_alone: bool  # without lse and map, through a fresh out: the same bits
     inputs_kept: bool
@@ -139,13 +154,15 @@ def compute(problem: Problem) -> Outcome:
     memory = torch.full((math.prod(shape) + 2 * GUARD,), math.nan, dtype=query.dtype, device="cuda")
     memory[:GUARD] = memory[-GUARD:] = 12345.0
     buffer = memory[GUARD : memory.numel() - GUARD].view(shape)
-    out, lse, skip_map = fsa.attention(**arguments, out=buffer, return_lse=True, return_skip_map=True)
+    with_map = "block_mask" not in arguments
+    out, lse, *rest = fsa.attention(**arguments, out=buffer, return_lse=True, return_skip_map=with_map)
     assert out.data_ptr() == buffer.data_ptr() or out.numel() == 0, "out: not written in place"
     alone = fsa.attention(**arguments)
     torch.cuda.synchronize()
     kept = all(same_bits(arguments[n].cpu(), t) for n, t in problem.tensors.items())
     guards = torch.cat([memory[:GUARD], memory[-GUARD:]]).cpu()
-    return Outcome(out.cpu(), lse.cpu(), skip_map.cpu(), guards, same_bits(alone.cpu(), out.cpu()), kept)
+    skip_map = rest[0].cpu() if with_map else None
+    return Outcome(out.cpu(), lse.cpu(), skip_map, guards, same_bits(alone.cpu(), out.cpu()), kept)
 
 
 def lse_tolerance(problem: Problem) -> float:
@@ -159,9 +176,12 @@ def compare(problem: Problem, ours: Outcome) -> str:
     assert (ours.guards == torch.full_like(ours.guards, 12345.0)).all(), "written outside of out"
     assert ours.inputs_kept, "an input was changed"
     assert ours.same_alone, "out depends on whether lse and the skip map are wanted"
-    assert tuple(ours.skip_map.shape) == oracle.skip_map_shape(problem), f"map {tuple(ours.skip_map.shape)}"
-    tiles = oracle.replay(problem, ours.skip_map, checks.tolerance_of_decisions(problem.dtype))
-    kept = oracle.skip_map_bits(problem, ours.skip_map)
+    tiles, kept = None, None
+    if ours.skip_map is not None:
+        shape = tuple(ours.skip_map.shape)
+        assert shape == oracle.skip_map_shape(problem), f"map {shape}"
+        tiles = oracle.replay(problem, ours.skip_map, checks.tolerance_of_decisions(problem.dtype))
+        kept = oracle.skip_map_bits(problem, ours.skip_map)
     truth = oracle.attend(problem, kept=kept)
     naive = checks.Naive(problem, truth, kept=kept)
     checks.assert_within_twice("out", ours.out, truth, naive, 3.0 if problem.options.get("softcap") else 2.0)
@@ -170,7 +190,7 @@ def compare(problem: Problem, ours: Outcome) -> str:
     error = ((ours.lse.double() - truth.lse).abs() / truth.lse.abs().clamp(min=1))[~empty]
     worst = float(error.max()) if error.numel() else 0.0
     assert worst <= lse_tolerance(problem), f"lse: error {worst:.3g} of max(1, |lse|)"
-    return f"lse {worst:.1e}, kept {tiles.kept}/{tiles.visible}"
+    return f"lse {worst:.1e}" + (f", kept {tiles.kept}/{tiles.visible}" if tiles else "")
 
 
 def verify_all(chosen: list[Named]) -> list[dict[str, str]]:

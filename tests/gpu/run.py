@@ -66,8 +66,10 @@ def main() -> int:
     wanted = args.only or ["table", "random", "behaviour", "host", "bench"]
     cases, host, bench = [], {}, []
     chosen = [p for part in ("table", "random") if part in wanted for p in problems.select(part, args)]
+    bench_kernels = speed.kernel_names() if "bench" in wanted else set()
+    if chosen or bench_kernels:
+        print(problems.prefill(BUILD / "fsa-kernels", chosen, bench_kernels), flush=True)
     if chosen:
-        print(problems.prefill(BUILD / "fsa-kernels", chosen), flush=True)
         cases += problems.verify_all(chosen)
     if "behaviour" in wanted:
         cases += behaviour.run_all()

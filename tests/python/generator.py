@@ -175,6 +175,15 @@ def draw_case(rng: random.Random) -> tuple[Case, str]:
     return case.replace(lengths_q=lengths_q, lengths_k=lengths_k, **changes), dtype
 
 
+def with_block_mask(rng: random.Random, case: Case) -> Case:
+    """Every fifth batched case gets a block mask. From a generator of its own: the other draws stay as they are."""
+    if case.form != "batched" or rng.random() > 0.2:
+        return case
+    keys = tile_keys(case.head_dim) * rng.choice((1, 1, 2))
+    rows, scope = rng.choice((64, 64, 128, 192)), rng.choice(("", "b", "h", "bh"))
+    return case.replace(block_mask=(rows, keys, scope, None))
+
+
 def _gapped(tensor: torch.Tensor) -> torch.Tensor:
     """The same elements inside a larger tensor of NaN, the last stride 1."""
     if tensor.dtype == torch.int32:
@@ -252,6 +261,7 @@ def draw(seed: int, index: int) -> Drawn:
     """Problem `index` of `seed`."""
     rng = random.Random(f"{seed}/{index}")
     case, dtype = draw_case(rng)
+    case = with_block_mask(random.Random(f"{seed}/{index}/blocks"), case)
     gate_dtype = rng.choice((None, None, torch.float32, torch.float64)) if dtype != "float64" else None
     problem = build(case, dtype, seed=rng.randrange(2**31), gate_dtype=gate_dtype)
     if rng.random() < 0.5 and case.form == "packed":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from cases import TILE_ROWS, Problem, tile_keys
@@ -109,12 +110,39 @@ def _sequence_first(problem: Problem, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def in_blocks(mask: Any, s: Sequence, head: int) -> Tensor:
+    """What the lists and bits of a block mask show of one sequence and head. bool [seqlen_q, seqlen_k]."""
+    rows, keys = mask.BLOCK_SIZE
+
+    def of(tensor: Tensor) -> Tensor:
+        return tensor[min(s.index, tensor.shape[0] - 1), min(head, tensor.shape[1] - 1)]
+
+    lists = mask.full_kv_num_blocks if mask.kv_num_blocks is None else mask.kv_num_blocks
+    row_blocks, key_blocks = lists.shape[2], math.ceil(s.seqlen_k / keys)
+    seen = torch.zeros(
+        row_blocks, key_blocks + 1, rows, keys, dtype=torch.bool
+    )  # the last: beyond the length
+    shifts = torch.arange(32, dtype=torch.int32)
+    for r in range(row_blocks):
+        if mask.full_kv_num_blocks is not None:
+            for block in of(mask.full_kv_indices)[r, : int(of(mask.full_kv_num_blocks)[r])].tolist():
+                seen[r, min(block, key_blocks)] = True
+        if mask.kv_num_blocks is not None:
+            for i, block in enumerate(of(mask.kv_indices)[r, : int(of(mask.kv_num_blocks)[r])].tolist()):
+                words = mask.partial_bits[int(of(mask.partial_begin)[r]) + i]
+                seen[r, min(block, key_blocks)] = ((words[..., None] >> shifts) & 1).bool().flatten(-2)
+    whole = seen[:, :key_blocks].transpose(1, 2).reshape(row_blocks * rows, key_blocks * keys)
+    return whole[: s.seqlen_q, : s.seqlen_k]
+
+
 def visible(problem: Problem, s: Sequence, head: int) -> Tensor:
     """Which keys the rows of a head see, thresholds aside. bool [seqlen_q, keys]."""
     t, options = problem.tensors, problem.options
     key = positions(problem, s)[None, :]
     distance = torch.arange(s.seqlen_q)[:, None] + s.offset - key
     mask = ((key >= 0) & (key < s.seqlen_k)).expand(s.seqlen_q, -1)
+    if options.get("block_mask") is not None:
+        mask = mask & in_blocks(options["block_mask"], s, head)
     if "window_sizes" in t:
         group = t["query"].shape[-2] // t["key"].shape[-2]
         sink, left, right, near = (int(x) for x in t["window_sizes"][head // group])

@@ -46,6 +46,20 @@ def paged() -> dict[str, Any]:
     return {**batched(), **pages, "page_table": int32([0, 4], [3, 2]), "seqused_k": int32(32, 7)}
 
 
+def listed(counts: list, indices: list, size: tuple[int, int] = (128, 128), **more: Any) -> fsa.BlockMask:
+    """Full blocks as they are given."""
+    tensors = {"full_kv_num_blocks": int32(*counts), "full_kv_indices": int32(*indices)}
+    names = (
+        "kv_num_blocks",
+        "kv_indices",
+        "full_kv_num_blocks",
+        "full_kv_indices",
+        "partial_begin",
+        "partial_bits",
+    )
+    return fsa.BlockMask(*({**tensors, **more}.get(name) for name in names), size)
+
+
 def decode() -> dict[str, Any]:
     return {"query": zeros(2, 4, 32), "key": zeros(2, 90, 2, 32), "value": zeros(2, 90, 2, 24)}
 
@@ -266,6 +280,32 @@ TABLE = [
     Bad(gathered, {"window_size": (5, 0)}, (INVALID, REFUSED), ("gather_kv_indices", "window")),
     Bad(gathered, {"window_sizes": int32([0, 0, 0, 9], [0, 0, 0, 9])}, (INVALID, REFUSED),
         ("gather_kv_indices", "window")),
+    # block masks
+    Bad(batched, {"block_mask": "causal"}, TYPE, ("block_mask", "str"), {"block_mask": None}),
+    Bad(batched, {"block_mask": zeros(1, 1, 1, 1)}, TYPE, ("block_mask", "float32", "bool"),
+        {"block_mask": zeros(1, 1, 1, 1).bool()}),
+    Bad(batched, {"block_mask": zeros(1, 1, 1).bool()}, INVALID, ("block_mask", "[1, 1, 1]", "key_blocks")),
+    Bad(batched, {"block_mask": zeros(1, 1, 2, 1).bool()}, INVALID, ("kv_num_blocks", "[1, 1, 2]", "[1, 1, 1]")),
+    Bad(batched, {"block_mask": zeros(3, 1, 1, 1).bool()}, INVALID, ("kv_num_blocks", "[3, 1, 1]", "[2, 1, 1]"),
+        {"block_mask": zeros(2, 4, 1, 1).bool()}),
+    Bad(batched, {"block_mask": zeros(1, 2, 1, 1).bool()}, INVALID, ("kv_num_blocks", "[1, 2, 1]", "[1, 4, 1]")),
+    Bad(batched, {"block_mask": listed([[[2]]], [[[[0]]]])}, INVALID, ("full_kv_num_blocks[0, 0, 0]: 2", "from 0 to 1"),
+        {"block_mask": listed([[[1]]], [[[[0]]]])}),
+    Bad(batched, {"block_mask": listed([[[-1]]], [[[[0]]]])}, INVALID, ("full_kv_num_blocks[0, 0, 0]: -1",)),
+    Bad(batched, {"block_mask": listed([[[1]]], [[[[1]]]])}, INVALID, ("full_kv_indices[0, 0, 0, 0]: 1", "from 0 to 0"),
+        {"block_mask": listed([[[0]]], [[[[1]]]])}),
+    Bad(batched, {"block_mask": listed([[[1]]], [[[[-1]]]])}, INVALID, ("full_kv_indices[0, 0, 0, 0]: -1",)),
+    Bad(batched, {"block_mask": listed([[[2]]], [[[[0, 0]]]])}, INVALID, ("full_kv_indices[0, 0, 0, 1]: 0", "once"),
+        {"block_mask": listed([[[1]]], [[[[0, 0]]]])}),
+    Bad(batched, {"block_mask": listed([[[1]]], [[[[0]]]], (128, 64))}, INVALID, ("block_keys: 64", "128"),
+        {"block_mask": listed([[[1]]], [[[[0]]]], (192, 256))}),
+    Bad(batched, {"block_mask": listed([[[1]]], [[[[0]]]], (100, 128))}, INVALID, ("block_rows: 100", "64")),
+    Bad(batched, {"block_mask": listed([[[1]]], [[[[0]]]], (128, "128"))}, TYPE, ("BLOCK_SIZE[1]", "str")),
+    Bad(batched, {"block_mask": listed([[[1]]], [[[[0]]]], partial_bits=int32([[0]]))}, INVALID,
+        ("kv_num_blocks: missing", "partial_bits")),
+    Bad(batched, {"block_mask": listed([[[1]]], [[[0]]])}, INVALID, ("full_kv_indices: rank 3",)),
+    Bad(packed, {"block_mask": zeros(1, 1, 1, 1).bool()}, REFUSED, ("block_mask", "cu_seqlens_q"), {"block_mask": None}),
+    Bad(paged, {"block_mask": zeros(1, 1, 1, 1).bool()}, REFUSED, ("block_mask", "page_table")),
     Bad(decode, {"num_splits": -1}, INVALID, ("num_splits", "-1"), {"num_splits": 7}),
     Bad(decode, {"num_splits": 2.5}, TYPE, ("num_splits", "float"), {"num_splits": None}),
     # gates

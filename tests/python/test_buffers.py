@@ -17,6 +17,7 @@ NAMES = (
     "gate_linear_bhs",
     "gate_and_threshold",
     "threshold_packed",
+    "blocks_per_head",
 )
 
 
@@ -31,7 +32,9 @@ def arguments_of(problem):
     }  # fmt: skip
     values.update({n: v for n, v in options.items() if n != "window_size"})
     inputs = tuple(problem.tensors.get(n) for n in ops.INPUTS)
-    return inputs, tuple(values[name] for _, name in ops.OPTIONS)
+    scalars = tuple(values[name] for _, name in ops.OPTIONS)
+    mask = options.get("block_mask")
+    return (inputs, scalars) if mask is None else ((*inputs, *mask.tensors), (*scalars, *mask.BLOCK_SIZE))
 
 
 def workspace(size: int):

@@ -13,7 +13,7 @@ from cases import build, case_named
 from flash_sparse_attention import ops
 
 NAMES = ("causal_more_keys", "sink_softcap_alibi_window", "gate_and_threshold", "packed_seqused", "threshold_packed",
-         "window_sizes_bands")  # fmt: skip
+         "window_sizes_bands", "blocks_per_head")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -98,10 +98,12 @@ def operator_arguments(problem, gather: bool = False):
     at = [n for _, n in ops.OPTIONS].index("max_seqlen_k")
     if "cu_seqlens_k" in problem.tensors:
         options[at] = problem.case.seqlen_k
-    return (*inputs[:-1], *options)
+    return ops.operator_arguments(inputs, tuple(options))
 
 
-@pytest.mark.parametrize("name", ["plain", "gate_and_threshold", "packed_seqused", "paged_16", "sink"])
+@pytest.mark.parametrize(
+    "name", ["plain", "gate_and_threshold", "packed_seqused", "paged_16", "sink", "blocks"]
+)
 def test_opcheck_forward(name):
     problem = build(case_named(name), "float32", seed=136)
     problem.tensors = {
@@ -111,7 +113,7 @@ def test_opcheck_forward(name):
         torch.library.opcheck(torch.ops.fsa.forward.default, (*operator_arguments(problem), want_map))
 
 
-@pytest.mark.parametrize("name", ["plain", "gate_and_threshold", "packed_seqused", "sink"])
+@pytest.mark.parametrize("name", ["plain", "gate_and_threshold", "packed_seqused", "sink", "blocks"])
 def test_opcheck_backward(name):
     problem = build(case_named(name), "float32", seed=137)
     problem.tensors = {

@@ -78,7 +78,7 @@ attention(query, key, value, *, causal=False, window_size=(-1, -1), window_sizes
     alibi_slopes=None, sink=None, threshold=None, alpha=None, delta=None, gate_threshold=None, log_sigmoid_gate=True,
     adaptive_gate=True, gate_layout="bsh", cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
     seqused_q=None, seqused_k=None, page_table=None, return_lse=False, return_skip_map=False, deterministic=False,
-    backend=None, out=None)
+    backend=None, out=None, block_mask=None)
 merge_attention_states(outs, lses)
 skip_tile(head_dim)
 backends()
@@ -158,7 +158,7 @@ def test_drop_ins(name, expected):
 
 def test_everything_public_is_listed_and_documented():
     names = set(signatures(TWELVE)) | set(signatures(ATTENTION)) | set(signatures(DROP_INS))
-    names |= {"kept_fraction", "explain", "window_sizes_heuristic"}
+    names |= {"kept_fraction", "explain", "window_sizes_heuristic", "BlockMask", "prefill"}
     assert names <= set(fsa.__all__)
     for name in fsa.__all__:
         assert inspect.getdoc(getattr(fsa, name)), name
@@ -176,5 +176,6 @@ def test_kept_fraction_and_heuristic():
     assert expected.items() <= heuristic.items()
 
 
-def test_explain_takes_what_attention_takes():
-    assert [n for _, n, _ in actual(fsa.explain)][:3] == ["query", "key", "value"]
+@pytest.mark.parametrize("function", [fsa.explain, fsa.prefill])
+def test_questions_take_what_attention_takes(function):
+    assert [n for _, n, _ in actual(function)][:3] == ["query", "key", "value"]

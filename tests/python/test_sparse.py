@@ -56,7 +56,8 @@ def test_kept_fraction(case):
     problem = build(case, "float32", seed=23)
     ours = checks.call(problem)
     tiles = oracle.replay(problem, ours.skip_map, 1e-2)
-    masks = {n: problem.options[n] for n in ("causal", "window_size") if n in problem.options}
+    names = ("causal", "window_size", "block_mask")
+    masks = {n: problem.options[n] for n in names if n in problem.options}
     fraction = fsa.kept_fraction(
         ours.skip_map, seqlen_q=case.seqlen_q, seqlen_k=case.seqlen_k, head_dim=case.head_dim, **masks
     )

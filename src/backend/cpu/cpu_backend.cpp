@@ -14,6 +14,7 @@
 #include "backend/cpu/simd/nsa_table.h"
 #include "backend/cpu/thread_pool.h"
 #include "backend/registry.h"
+#include "core/block_mask.h"
 #include "core/env.h"
 #include "core/skip_tile.h"
 #include "fsa/attention.h"
@@ -113,6 +114,28 @@ std::int64_t backward_segments(const Problem& p) {
                                   std::clamp<std::int64_t>(ceil_div(p.max_seqlen_k, keys), 1, most));
 }
 
+// The table of the block mask, in the workspace.
+std::int32_t* take_block_codes(const Problem& p, Carver& memory) {
+  return memory.take<std::int32_t>(
+      p.has_block_mask ? p.mask_batch * p.mask_heads * p.row_blocks() * p.key_blocks() : 0);
+}
+
+BlockCodes make_block_codes(const Problem& p, const Arguments& args, std::int32_t* codes) {
+  BlockCodes table;
+  const std::int64_t size = p.row_blocks() * p.key_blocks();
+  table.codes = codes;
+  table.stride_batch = p.mask_batch > 1 ? p.mask_heads * size : 0;
+  table.stride_head = p.mask_heads > 1 ? size : 0;
+  table.key_blocks = p.key_blocks();
+  table.block_rows = p.block_rows;
+  table.block_keys = p.block_keys;
+  table.bits = args.block_mask.bits;
+  parallel_for(p.batch == 0 ? 0 : p.mask_batch * p.mask_heads, [&](std::int64_t i) {
+    fill_block_codes(p, args.block_mask, i / p.mask_heads, i % p.mask_heads, codes + i * size);
+  });
+  return table;
+}
+
 BackwardBuffers backward_buffers(const Problem& p, Carver& memory) {
   BackwardBuffers b;
   b.tiles_per_head = row_tiles_bound(p);
@@ -202,7 +225,7 @@ void fill_unused_outputs(const Problem& p, const Arguments& args) {
   });
 }
 
-std::vector<ForwardItem> forward_items(const Problem& p, const Arguments& args) {
+std::vector<ForwardItem> forward_items(const Problem& p, const Arguments& args, const BlockCodes* blocks) {
   std::int64_t units = 0;
   for (std::int64_t b = 0; b < p.batch; ++b)
     units += ceil_div(sequence(p, args, b).seqlen_q, kSkipTileRows) * p.num_heads;
@@ -215,7 +238,7 @@ std::vector<ForwardItem> forward_items(const Problem& p, const Arguments& args) 
     const std::int64_t count = ceil_div(s.seqlen_q, kSkipTileRows) * p.group_size;
     for (std::int64_t begin = 0; begin < count; begin += per_item)
       for (std::int64_t head = 0; head < p.num_kv_heads; ++head)
-        items.push_back({s, head, begin, std::min(count, begin + per_item)});
+        items.push_back({s, head, begin, std::min(count, begin + per_item), blocks});
   }
   // Longest first, so that no thread is left with a long item at the end. Keys before the last row of the item
   // measure it well enough under every mask.
@@ -231,11 +254,16 @@ std::vector<ForwardItem> forward_items(const Problem& p, const Arguments& args) 
   return items;
 }
 
-void run_forward(const Problem& p, const Arguments& args) {
+void run_forward(const Problem& p, const Arguments& args, Workspace workspace) {
   const KernelTable& k = kernels();
+  BlockCodes table;
+  if (p.has_block_mask) {
+    Carver memory(workspace.data);
+    table = make_block_codes(p, args, take_block_codes(p, memory));
+  }
   clear_skip_map(p, args.skip_map);
   fill_unused_outputs(p, args);
-  const std::vector<ForwardItem> items = forward_items(p, args);
+  const std::vector<ForwardItem> items = forward_items(p, args, p.has_block_mask ? &table : nullptr);
   const std::size_t scratch = k.forward_scratch(p);
   parallel_for(static_cast<std::int64_t>(items.size()), [&](std::int64_t i) {
     k.forward(p, args, items[static_cast<std::size_t>(i)], thread_scratch(scratch));
@@ -304,7 +332,12 @@ void store_grad_sink(const Problem& p, const Arguments& args, const BackwardBuff
 void run_backward(const Problem& p, const Arguments& args, Workspace workspace) {
   const KernelTable& k = kernels();
   Carver memory(workspace.data);
-  const BackwardBuffers buffers = backward_buffers(p, memory);
+  BackwardBuffers buffers = backward_buffers(p, memory);
+  BlockCodes table;
+  if (p.has_block_mask) {
+    table = make_block_codes(p, args, take_block_codes(p, memory));
+    buffers.blocks = &table;
+  }
   std::fill_n(buffers.touched, buffers.segments * p.num_heads * buffers.tiles_per_head, std::uint8_t{0});
   fill_unused_grads(p, args);
   const BackwardPlan plan = backward_plan(p, args, buffers.segments);
@@ -379,6 +412,7 @@ class CpuBackend final : public Backend {
     Carver memory(nullptr);
     if (p.operation == Operation::backward) backward_buffers(p, memory);
     if (p.operation == Operation::decode) decode_buffers(p, memory);
+    take_block_codes(p, memory);
     return memory.used();
   }
 
@@ -391,7 +425,7 @@ class CpuBackend final : public Backend {
   void run(const Problem& p, const Arguments& args, Workspace workspace) const override {
     switch (p.operation) {
       case Operation::forward:
-        return run_forward(p, args);
+        return run_forward(p, args, workspace);
       case Operation::backward:
         return run_backward(p, args, workspace);
       case Operation::decode:

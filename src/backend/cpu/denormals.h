@@ -4,10 +4,6 @@
 
 #include <cstdint>
 
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
 namespace fsa::cpu {
 
 // While one lives, float operations of this thread take and give zero for numbers below 2^-126 (float64:
@@ -24,8 +20,8 @@ class FlushDenormals {
  private:
 #if defined(__x86_64__)
   static constexpr std::uint64_t kFlush = 0x8040;  // MXCSR: flush to zero, denormals are zero
-  static std::uint64_t read() { return _mm_getcsr(); }
-  static void write(std::uint64_t control) { _mm_setcsr(static_cast<unsigned>(control)); }
+  static std::uint64_t read() { return __builtin_ia32_stmxcsr(); }
+  static void write(std::uint64_t control) { __builtin_ia32_ldmxcsr(static_cast<unsigned>(control)); }
 #elif defined(__aarch64__)
   static constexpr std::uint64_t kFlush = std::uint64_t{1} << 24;  // FPCR: flush to zero
   static std::uint64_t read() {

@@ -9,6 +9,8 @@
 #include <limits>
 #include <span>
 
+#include "core/block_mask.h"
+
 namespace fsa::reference {
 
 inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -88,6 +90,7 @@ struct Mask {
   std::int64_t compress_block = 0;  // above 0: keys are windows of tokens
   std::int64_t compress_stride = 1;
   std::int64_t offset = 0;  // position of row 0 among the keys (or tokens)
+  HeadBlocks blocks = {};   // of the query head
 
   std::int64_t position(std::int64_t key) const {
     return compress_block > 0 ? key * compress_stride + compress_block - 1 : key;
@@ -97,6 +100,7 @@ struct Mask {
 
 inline bool is_visible(const Mask& mask, std::int64_t row, std::int64_t key) {
   if (row < 0 || row >= mask.seqlen_q || key < 0 || key >= mask.seqlen_k) return false;
+  if (!mask.blocks.sees(row, key)) return false;
   const std::int64_t distance = mask.distance(row, key);
   if (mask.has_window_sizes) {
     const WindowSizes& w = mask.window_sizes;

@@ -111,6 +111,7 @@ Head load_head(const Problem& problem, const Arguments& args, const Sequence& se
   const std::vector<std::int64_t> keys = all_keys(sequence);
   Head result;
   result.mask = mask_of(problem, args, sequence, kv_head);
+  result.mask.blocks = HeadBlocks(problem, args, sequence.batch, head);
   result.rule = logit_rule_of(problem, args, sequence, head);
   result.sink = sink_of(problem, args, head);
   result.key = load_keys(problem, args, args.key, sequence, keys, kv_head, problem.head_dim);

@@ -67,6 +67,10 @@ class CudaBackend final : public Backend {
     return cuda::forward_workspace(problem).bytes;
   }
 
+  void prefill(const Problem& problem, const Arguments& args) const override {
+    cuda::prefill_forward(problem, args);
+  }
+
   bool merge(const MergeProblem&) const override { return false; }
 
   void run(const Problem& problem, const Arguments& args, Workspace workspace) const override {

@@ -52,7 +52,8 @@ constexpr std::int64_t kCounterBytes = 64;  // two counters, in a cache line of 
 constexpr std::int64_t kFewWorkTiles = 132;
 
 ForwardTile tile_of(const KernelConfig& config, int row) {
-  const bool tiled = config.gate != GateKind::none;
+  const bool gated = config.gate != GateKind::none;
+  const bool tiled = gated || config.mask == MaskKind::blocks;
   const TileRow& r = (config.threshold ? kVoting : tiled ? kTiled : kDense)[row];
   ForwardTile tile = {};
   tile.head_dim = r.head_dim;
@@ -63,8 +64,8 @@ ForwardTile tile_of(const KernelConfig& config, int row) {
   tile.key_stages = r.key_stages;
   tile.value_stages = r.value_stages;
   tile.private_values = r.private_values;
-  tile.key_scalars = tiled;
-  if (config.threshold && tiled && r.block_m == 192) {  // three warpgroups have too few registers for both
+  tile.key_scalars = gated;
+  if (config.threshold && gated && r.block_m == 192) {  // three warpgroups have too few registers for both
     tile.block_m = 128;
     tile.value_stages = 4;
   }
@@ -78,6 +79,10 @@ int row_of(const Problem& problem) {
 }
 
 void set_mask(const Problem& problem, KernelConfig& config) {
+  if (problem.has_block_mask) {
+    config.mask = MaskKind::blocks;
+    return;
+  }
   if (problem.has_window_sizes) {
     config.mask = MaskKind::bands;
     return;
@@ -110,13 +115,22 @@ bool is_normal_float(double value) { return value >= std::numeric_limits<float>:
 std::string reject_features(const Problem& p) {
   if (p.paged) return "has no paged keys (page_table) in this version";
   if (p.compress_block > 0) return "has no compressed keys in this version";
+  if (p.has_block_mask) {
+    if (p.causal || p.window_left >= 0 || p.window_right >= 0 || p.has_window_sizes)
+      return "has no causal mask and no window beside a block mask; put them into the block mask";
+    if (p.threshold > 0) return "has no threshold beside a block mask";
+    if (p.has_gate) return "has no pair gate beside a block mask";
+    if (p.has_skip_map) return "writes no skip map beside a block mask, whose lists say it all; leave it out";
+  }
   if ((p.threshold > 0 || p.has_gate) && p.head_dim <= 128 && p.head_dim_v > 128)
     return "has no threshold and no gate for head_dim up to 128 with head_dim_v above 128 (" +
            std::to_string(p.head_dim) + " and " + std::to_string(p.head_dim_v) + "); split value";
   if (!is_normal_float(p.softmax_scale)) return "computes with a softmax_scale from 1e-37 to 1e30";
   if (p.softcap > 0 && !is_normal_float(p.softcap)) return "computes with a softcap from 1e-37 to 1e30";
-  if (!p.contiguous_tables)
-    return "needs cu_seqlens, seqused and the rows of window_sizes with stride 1; call contiguous() on them";
+  if (!p.contiguous_lists)
+    return "needs the lists of block_mask with stride 1, and its partial_begin strided as its kv_num_blocks; "
+           "call "
+           "contiguous() on them";
   return "";
 }
 
@@ -197,6 +211,15 @@ ForwardWorkspace forward_workspace(const Problem& p) {
   if (!p.aligned_key) parts.key = carver.take(copy_bytes(p.total_k, p.num_kv_heads, p.head_dim));
   if (!p.aligned_value) parts.value = carver.take(copy_bytes(p.total_k, p.num_kv_heads, p.head_dim_v));
   if (p.head_dim_v % 8 != 0) parts.out = carver.take(copy_bytes(p.total_q, p.num_heads, p.head_dim_v));
+  if (!p.contiguous_tables) {
+    constexpr std::int64_t kEntry = sizeof(std::int32_t);
+    if (p.packed_q) parts.cu_seqlens_q = carver.take((p.batch + 1) * kEntry);
+    if (p.packed_k) parts.cu_seqlens_k = carver.take((p.batch + 1) * kEntry);
+    parts.seqused_q = carver.take(p.batch * kEntry);
+    parts.seqused_k = carver.take(p.batch * kEntry);
+    if (p.has_window_sizes) parts.window_sizes = carver.take(p.num_kv_heads * 4 * kEntry);
+  }
+  if (p.has_block_mask && !p.has_partial_blocks) parts.no_blocks = carver.take(sizeof(std::int32_t));
   if (p.has_gate) {
     const std::int64_t tiles = gate_tiles(p) * p.num_kv_heads * (p.packed_k ? 1 : p.batch);
     parts.gate_delta = carver.take(tiles * skip_tile_keys(p.head_dim) * 4);
@@ -230,7 +253,7 @@ std::vector<KernelConfig> reachable_kernels() {
     flag = false;
   };
   const auto each_mask = [&](auto next) {
-    for (const int mask : {0, 1, 2, 3}) {
+    for (const int mask : {0, 1, 2, 3}) {  // those that a gate and a vote go with
       p.causal = mask == 1;
       p.window_left = mask == 2 ? 1 : -1;
       p.has_window_sizes = mask == 3;
@@ -255,6 +278,13 @@ std::vector<KernelConfig> reachable_kernels() {
           });
         }
     });
+    p.has_block_mask = true;
+    p.threshold = 0;
+    for (const double softcap : {0.0, 1.0}) {
+      p.softcap = softcap;
+      each(p.has_alibi, [&] { each(p.has_sink, add_forward); });
+    }
+    p.has_block_mask = false;
   }
   for (const int head_dim : {128, 256}) {
     p.head_dim = head_dim;

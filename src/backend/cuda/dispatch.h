@@ -29,6 +29,10 @@ struct ForwardWorkspace {
   // Copies of tensors that the copy engine cannot read, and of an out that it cannot write: contiguous, with
   // head_dim rounded up to a multiple of 8.
   std::size_t query = kAbsent, key = kAbsent, value = kAbsent, out = kAbsent;
+  // Copies of tables with gaps between their entries.
+  std::size_t cu_seqlens_q = kAbsent, cu_seqlens_k = kAbsent, seqused_q = kAbsent, seqused_k = kAbsent;
+  std::size_t window_sizes = kAbsent;
+  std::size_t no_blocks = kAbsent;  // a zero: the length of every list of partial blocks, when there are none
   std::size_t gate_delta = kAbsent, gate_extremes = kAbsent, gate_bits = kAbsent;
   std::size_t bytes = 0;
 };

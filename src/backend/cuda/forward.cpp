@@ -75,6 +75,7 @@ class ForwardCall {
     fill_maps(query, key, value, out);
     fill_outputs(out);
     fill_policies();
+    fill_blocks();
     if (parts_.counters != kAbsent) clear(params_.work_counter, 2 * sizeof(std::int32_t));
     if (args_.skip_map.present) clear(args_.skip_map.data, map_bytes());
     prepare_gate();
@@ -82,6 +83,15 @@ class ForwardCall {
     // One at least, for rows of a packed tensor that no sequence holds.
     launch(kernel, {static_cast<unsigned>(std::clamp<std::int64_t>(tiles, 1, processors())), 1, 1}, &params_);
     if (parts_.out != kAbsent) copy(out, args_.out, q_rows(), p_.num_heads, p_.head_dim_v, p_.head_dim_v);
+  }
+
+  void prefill() const {
+    loaded(config_);
+    if (parts_.query != kAbsent || parts_.key != kAbsent || parts_.value != kAbsent ||
+        parts_.out != kAbsent || parts_.seqused_q != kAbsent)
+      loaded(copy_rows_kernel());
+    if (p_.has_gate) loaded(gate_prepare_kernel(p_));
+    if (p_.gate_test || writes_map()) loaded(gate_bitmap_kernel(p_));
   }
 
  private:
@@ -152,6 +162,23 @@ class ForwardCall {
     return to;
   }
 
+  // The table itself, or a copy without gaps, which is then on its way.
+  const std::int32_t* table(const IndexTable& given, std::size_t part, std::int64_t rows,
+                            std::int64_t columns = 1) const {
+    const std::int64_t last_stride = columns > 1 ? given.stride_column : given.stride_row;
+    if (part == kAbsent || !given.present || last_stride == 1) return given.data;
+    // Two elements of two bytes to an entry.
+    Operand from, to;
+    from.data = const_cast<std::int32_t*>(given.data);
+    from.stride_row = 2 * given.stride_row;
+    from.stride_head = 2 * given.stride_column;
+    to.data = workspace_ + part;
+    to.stride_row = 2 * columns;
+    to.stride_head = 2;
+    copy(from, to, {1, rows}, columns, 2, 2);
+    return reinterpret_cast<const std::int32_t*>(workspace_ + part);
+  }
+
   void copy(const Operand& from, const Operand& to, Rows rows, std::int64_t heads, std::int64_t dim,
             std::int64_t columns) const {
     kernels::CopyRowsParams params = {};
@@ -176,10 +203,10 @@ class ForwardCall {
   }
 
   void fill_sizes() {
-    params_.cu_seqlens_q = args_.cu_seqlens_q.data;
-    params_.cu_seqlens_k = args_.cu_seqlens_k.data;
-    params_.seqused_q = args_.seqused_q.data;
-    params_.seqused_k = args_.seqused_k.data;
+    params_.cu_seqlens_q = table(args_.cu_seqlens_q, parts_.cu_seqlens_q, p_.batch + 1);
+    params_.cu_seqlens_k = table(args_.cu_seqlens_k, parts_.cu_seqlens_k, p_.batch + 1);
+    params_.seqused_q = table(args_.seqused_q, parts_.seqused_q, p_.batch);
+    params_.seqused_k = table(args_.seqused_k, parts_.seqused_k, p_.batch);
     if (parts_.counters != kAbsent)
       params_.work_counter = reinterpret_cast<std::int32_t*>(workspace_ + parts_.counters);
     params_.batch = static_cast<std::int32_t>(p_.batch);
@@ -190,8 +217,9 @@ class ForwardCall {
     params_.total_rows_q = static_cast<std::int32_t>(p_.packed_q ? p_.total_q : 0);
     params_.window_left = window(p_.window_left);
     params_.window_right = p_.causal ? 0 : window(p_.window_right);
-    params_.window_sizes = args_.window_sizes.data;
-    params_.window_sizes_stride = args_.window_sizes.stride_row;
+    params_.window_sizes = table(args_.window_sizes, parts_.window_sizes, p_.num_kv_heads, 4);
+    params_.window_sizes_stride =
+        params_.window_sizes == args_.window_sizes.data ? args_.window_sizes.stride_row : 4;
     const std::int64_t head_bytes =
         std::max<std::int64_t>(p_.max_seqlen_k, 1) * kernels::kElementBytes * (p_.head_dim + p_.head_dim_v);
     params_.heads_per_wave = static_cast<std::int32_t>(std::clamp<std::int64_t>(
@@ -247,6 +275,39 @@ class ForwardCall {
     params_.log_sigmoid_gate = p_.log_sigmoid_gate;
   }
 
+  void fill_blocks() {
+    if (!p_.has_block_mask) return;
+    const BlockLists& mask = args_.block_mask;
+    kernels::BlockLists& lists = params_.blocks;
+    lists.block_rows = static_cast<std::int32_t>(p_.block_rows);
+    lists.block_keys = static_cast<std::int32_t>(p_.block_keys);
+    if (mask.full.present) {
+      lists.full_count = mask.full.counts;
+      lists.full_indices = mask.full.indices;
+      lists.full_stride_batch = mask.full.stride_batch;
+      lists.full_stride_head = mask.full.stride_head;
+      lists.full_stride_row = mask.full.stride_row;
+      lists.full_indices_stride_batch = mask.full.indices_stride_batch;
+      lists.full_indices_stride_head = mask.full.indices_stride_head;
+      lists.full_indices_stride_row = mask.full.indices_stride_row;
+    }
+    if (!mask.partial.present) {  // the kernel reads the length of a list before the list
+      lists.partial_count = reinterpret_cast<const std::int32_t*>(workspace_ + parts_.no_blocks);
+      clear(workspace_ + parts_.no_blocks, sizeof(std::int32_t));
+      return;
+    }
+    lists.partial_count = mask.partial.counts;
+    lists.partial_indices = mask.partial.indices;
+    lists.partial_stride_batch = mask.partial.stride_batch;
+    lists.partial_stride_head = mask.partial.stride_head;
+    lists.partial_stride_row = mask.partial.stride_row;
+    lists.partial_indices_stride_batch = mask.partial.indices_stride_batch;
+    lists.partial_indices_stride_head = mask.partial.indices_stride_head;
+    lists.partial_indices_stride_row = mask.partial.indices_stride_row;
+    lists.bits_begin = mask.begin;
+    lists.bits = mask.bits;
+  }
+
   // A map over skip tiles as the kernels address it, in one block of memory.
   kernels::TileBits tile_bits(void* words) const {
     const std::int64_t width = ceil_div(ceil_div(p_.max_seqlen_k, skip_tile_keys(p_.head_dim)), 32);
@@ -257,12 +318,13 @@ class ForwardCall {
   }
 
   // Without a vote the skip map is the map of open tiles, or of visible ones.
+  bool writes_map() const { return args_.skip_map.present && !config_.threshold; }
+
   void prepare_gate() {
-    const bool writes_map = args_.skip_map.present && !config_.threshold;
-    if (!p_.has_gate && !writes_map) return;
+    if (!p_.has_gate && !writes_map()) return;
     const auto blocks = [](std::int64_t count) { return static_cast<unsigned>(count); };
     params_.gate_bits =
-        tile_bits(writes_map ? static_cast<void*>(args_.skip_map.data) : workspace_ + parts_.gate_bits);
+        tile_bits(writes_map() ? static_cast<void*>(args_.skip_map.data) : workspace_ + parts_.gate_bits);
     if (p_.has_gate) {
       const std::int64_t keys = skip_tile_keys(p_.head_dim);
       params_.gate_delta = reinterpret_cast<float*>(workspace_ + parts_.gate_delta);
@@ -273,7 +335,7 @@ class ForwardCall {
       launch(loaded(gate_prepare_kernel(p_)), {blocks(key_tiles), blocks(p_.num_kv_heads), blocks(p_.batch)},
              &params_);
     }
-    if (p_.gate_test || writes_map) {
+    if (p_.gate_test || writes_map()) {
       const LoadedKernel& kernel = loaded(gate_bitmap_kernel(p_));
       const std::int64_t row_tiles = ceil_div(p_.max_seqlen_q, kSkipTileRows);
       launch(kernel,
@@ -296,6 +358,11 @@ void run_forward(const Problem& problem, const Arguments& args, Workspace worksp
   if (problem.total_q == 0) return;
   const DeviceGuard guard(problem.device.index);
   ForwardCall(problem, args, workspace).run();
+}
+
+void prefill_forward(const Problem& problem, const Arguments& args) {
+  const DeviceGuard guard(problem.device.index);
+  ForwardCall(problem, args, {}).prefill();
 }
 
 }  // namespace fsa::cuda

@@ -11,4 +11,7 @@ namespace fsa::cuda {
 // reads no device memory.
 void run_forward(const Problem& problem, const Arguments& args, Workspace workspace);
 
+// Loads, and compiles where needed, the kernels that run_forward would launch.
+void prefill_forward(const Problem& problem, const Arguments& args);
+
 }  // namespace fsa::cuda

@@ -23,11 +23,13 @@ const char* boolean(bool value) { return value ? "true" : "false"; }
 
 std::string mask_name(const KernelConfig& config) {
   if (config.mask == MaskKind::bands) return "bands";
+  if (config.mask == MaskKind::blocks) return "blocks";
   return config.window_left ? "window" : config.window_right ? "causal" : "full";
 }
 
 std::string mask_type(const KernelConfig& config) {
   if (config.mask == MaskKind::bands) return "BandMask";
+  if (config.mask == MaskKind::blocks) return "ListMask";
   return std::string("WindowMask<") + boolean(config.window_left) + ", " + boolean(config.window_right) + ">";
 }
 
@@ -35,6 +37,7 @@ std::string mask_type(const KernelConfig& config) {
 std::string tiles_type(const KernelConfig& config, int block_m) {
   const std::string shape = std::to_string(block_m) + ", " + std::to_string(config.tile.block_n) + ">";
   if (config.mask == MaskKind::bands) return "BandTiles<" + shape;
+  if (config.mask == MaskKind::blocks) return "ListTiles<" + shape;
   return "RangeTiles<" + mask_type(config) + ", " + shape;
 }
 
@@ -73,8 +76,8 @@ std::string forward_text(const KernelConfig& config) {
   std::string tiles = tiles_type(config, t.block_m);
   if (config.gate_bits) tiles = "BitmapTiles<" + tiles + ", " + std::to_string(t.block_m) + ">";
   std::ostringstream text = text_stream();
-  for (const char* policy : {"band_mask", "bitmap_tiles", "contiguous_tma", "logit", "mask", "range_tiles",
-                             "schedule", "skip", "store_output"})
+  for (const char* policy : {"band_mask", "bitmap_tiles", "contiguous_tma", "list_tiles", "logit", "mask",
+                             "range_tiles", "schedule", "skip", "store_output"})
     text << "#include \"policy/" << policy << ".cuh\"\n";
   text << "#include \"sm90/forward.cuh\"\n\n"
        << "namespace fsa::kernels {\n"

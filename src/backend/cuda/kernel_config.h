@@ -16,7 +16,7 @@
 namespace fsa::cuda {
 
 enum class KernelKind : std::uint8_t { forward, gate_prepare, gate_bitmap, copy_rows };
-enum class MaskKind : std::uint8_t { window, bands };  // bands: window_sizes
+enum class MaskKind : std::uint8_t { window, bands, blocks };  // bands: window_sizes; blocks: a block mask
 enum class SoftcapKind : std::uint8_t { none, fast, exact };
 enum class GateKind : std::uint8_t { none, linear, log_sigmoid };
 

@@ -13,6 +13,7 @@
 // so the bits do not depend on which thread computed what. With a skip map only the kept tiles are visited.
 #pragma once
 
+#include "backend/cpu/simd/block_mask-inl.h"
 #include "backend/cpu/simd/gemm-inl.h"
 #include "backend/cpu/simd/kernel_table.h"
 #include "backend/cpu/simd/skip-inl.h"
@@ -182,14 +183,18 @@ HWY_INLINE void zero(float* data, std::int64_t count) {
 
 HWY_INLINE void backward_tile(const Problem& p, const LogitPolicies& logit, const Visibility& visibility,
                               const BackwardScratch& s, BackwardRowTile& t, std::int64_t key_begin,
-                              std::int64_t keys, std::int64_t in_block, bool masked) {
+                              std::int64_t keys, std::int64_t in_block, bool masked,
+                              const PartialTile* partial) {
   const float* key = s.key + in_block * s.key_pitch;
   const float* value = s.value + in_block * s.value_pitch;
   gemm<Init::zero>(Gemm{s.query_t, kRows, key, s.key_pitch, 1, p.head_dim, s.scores, kRows}, keys,
                    t.tile.lanes);
   if (logit.any())
     apply_logit(logit, t.tile, s.delta + in_block, visibility.offset, key_begin, keys, s.scores, s.tanh);
-  if (masked) apply_mask(visibility, t.tile, key_begin, keys, s.scores);
+  if (partial != nullptr)
+    apply_partial_tile(*partial, t.tile, keys, s.scores);
+  else if (masked)
+    apply_mask(visibility, t.tile, key_begin, keys, s.scores);
   gemm<Init::zero>(Gemm{s.grad_out_t, kRows, value, s.value_pitch, 1, p.head_dim_v, s.grad_scores, kRows},
                    keys, t.tile.lanes);
   grad_scores_of(t, keys, s.tanh, s.scores, s.grad_scores);
@@ -222,6 +227,7 @@ HWY_INLINE void backward_row_tile(const Problem& p, const Arguments& args, const
     map = args.skip_map.data + sequence.batch * args.skip_map.stride_batch +
           head * args.skip_map.stride_head + (sequence.row_tile_begin + m) * args.skip_map.stride_tile;
   BackwardRowTile t;
+  PartialTile partial;
   bool packed = false;
   const std::int64_t slot = buffer_tile(buffers, head, item.tile_begin, m);
   const std::int64_t segment_slot = item.segment * p.num_heads * buffers.tiles_per_head + slot;
@@ -231,6 +237,14 @@ HWY_INLINE void backward_row_tile(const Problem& p, const Arguments& args, const
     const std::int64_t keys = min_of(tile_keys, block.end - key_begin);
     const TileVisibility seen = classify_tile(visibility, row_begin, row_end, key_begin, key_begin + keys);
     if (seen == TileVisibility::none) continue;
+    std::int32_t code = kFullBlock;
+    if (buffers.blocks != nullptr) {
+      code = block_code(*buffers.blocks, sequence.batch, head, row_begin, key_begin);
+      if (code == kHiddenBlock ||
+          (code >= 0 && !read_partial_tile(*buffers.blocks, code, visibility, row_begin, row_end - row_begin,
+                                           key_begin, keys, seen == TileVisibility::partial, partial)))
+        continue;
+    }
     if (!packed) {
       t.tile = make_row_tile(p, args, sequence, head, m);
       t.dots = buffers.out_dot_grad + slot * kRows;
@@ -258,7 +272,7 @@ HWY_INLINE void backward_row_tile(const Problem& p, const Arguments& args, const
       packed = true;
     }
     backward_tile(p, logit, visibility, s, t, key_begin, keys, key_begin - block.begin,
-                  seen == TileVisibility::partial);
+                  seen == TileVisibility::partial, code >= 0 ? &partial : nullptr);
   }
   if (packed) buffers.touched[segment_slot] = 1;
 }

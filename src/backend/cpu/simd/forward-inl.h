@@ -2,7 +2,7 @@
 // Forward: one item is up to four row tiles of one key head that walk their key tiles together, right to left.
 //
 //   for each key tile n, from the right-most that any row tile sees:
-//     for each row tile that sees n:
+//     for each row tile that sees n (bands, block mask):
 //       gate test        closed: neither K nor V is touched
 //       S = K Q^T        K widened to float and packed once per item
 //       logit, mask
@@ -14,6 +14,7 @@
 // whichever item and thread it falls to.
 #pragma once
 
+#include "backend/cpu/simd/block_mask-inl.h"
 #include "backend/cpu/simd/gemm-inl.h"
 #include "backend/cpu/simd/kernel_table.h"
 #include "backend/cpu/simd/skip-inl.h"
@@ -195,6 +196,7 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
   ForwardScratch scratch;
   scratch.carve(p, static_cast<char*>(memory));
   ForwardRowTile tiles[kMaxUnitsPerItem];
+  PartialTile partial;
   const std::int64_t count = item.unit_end - item.unit_begin;
   for (std::int64_t u = 0; u < count; ++u) {
     const std::int64_t unit = item.unit_begin + u;
@@ -218,6 +220,14 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
       const TileVisibility seen =
           classify_tile(visibility, t.tile.begin, t.tile.begin + t.tile.rows, key_begin, key_begin + keys);
       if (seen == TileVisibility::none) continue;
+      std::int32_t block = kFullBlock;
+      if (item.blocks != nullptr) {
+        block = block_code(*item.blocks, sequence.batch, t.head, t.tile.begin, key_begin);
+        if (block == kHiddenBlock ||
+            (block >= 0 && !read_partial_tile(*item.blocks, block, visibility, t.tile.begin, t.tile.rows,
+                                              key_begin, keys, seen == TileVisibility::partial, partial)))
+          continue;
+      }
       if (p.has_gate && !loaded.delta) {
         pack_scalars(delta_rows, key_begin, keys, scratch.delta);
         loaded.delta_extremes = extremes_of(scratch.delta, keys);
@@ -234,7 +244,10 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
       if (logit.any())
         apply_logit(logit, t.tile, scratch.delta, visibility.offset, key_begin, keys, scratch.scores,
                     nullptr);
-      if (seen == TileVisibility::partial) apply_mask(visibility, t.tile, key_begin, keys, scratch.scores);
+      if (block >= 0)
+        apply_partial_tile(partial, t.tile, keys, scratch.scores);
+      else if (seen == TileVisibility::partial)
+        apply_mask(visibility, t.tile, key_begin, keys, scratch.scores);
       row_maxima(scratch.scores, keys, t.tile.lanes, scratch.maxima, p.threshold > 0);
       if (p.threshold > 0 && !vote(scratch.maxima, t.cut, t.tile.rows)) continue;
       if (t.map != nullptr)

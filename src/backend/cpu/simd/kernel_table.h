@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/block_codes.h"
 #include "core/problem.h"
 
 namespace fsa::cpu {
@@ -16,6 +17,7 @@ struct ForwardItem {
   std::int64_t kv_head = 0;
   std::int64_t unit_begin = 0;
   std::int64_t unit_end = 0;
+  const BlockCodes* blocks = nullptr;  // of the block mask; null: none
 };
 
 inline constexpr std::int64_t kMaxUnitsPerItem = 4;  // row tiles that share one packing of a key tile
@@ -30,10 +32,11 @@ struct BackwardBuffers {
   // [num_heads, tiles_per_head, 64] each; +inf and 0 for rows without a key.
   float* lse_log2 = nullptr;
   float* lse_log2_low = nullptr;
-  double* sink_partial = nullptr;   // [num_heads, tiles_per_head]
-  float* grad_query = nullptr;      // [segments, num_heads, tiles_per_head, head_dim, 64], unscaled
-  float* grad_alpha = nullptr;      // [segments, num_heads, tiles_per_head, 64], unscaled
-  std::uint8_t* touched = nullptr;  // [segments, num_heads, tiles_per_head]: the two above were written
+  double* sink_partial = nullptr;      // [num_heads, tiles_per_head]
+  float* grad_query = nullptr;         // [segments, num_heads, tiles_per_head, head_dim, 64], unscaled
+  float* grad_alpha = nullptr;         // [segments, num_heads, tiles_per_head, 64], unscaled
+  std::uint8_t* touched = nullptr;     // [segments, num_heads, tiles_per_head]: the two above were written
+  const BlockCodes* blocks = nullptr;  // of the block mask; null: none
 };
 
 struct RowTileItem {

@@ -101,33 +101,44 @@ HWY_INLINE void apply_logit(const LogitPolicies& p, const RowTile& tile, const f
   if (p.alibi) add_alibi(tile, offset, key_begin, keys, scores);
 }
 
-// scores = -inf where the row does not see the key. For one key every band is a range of rows.
+// Rows of [row_begin, row_begin + rows), counted from row_begin, that see a key through the bands: through each
+// of them, and through the sink, a range.
+struct RowRanges {
+  std::int32_t first[3], last[3];  // exclusive: vectors compare with < and >
+  int count = 0;
+  bool all = false;  // one of them holds every row
+};
+
+HWY_INLINE RowRanges rows_seeing(const Visibility& v, std::int64_t row_begin, std::int64_t rows,
+                                 std::int64_t key) {
+  RowRanges ranges;
+  const auto add = [&](std::int64_t low, std::int64_t high) {
+    low = max_of<std::int64_t>(position_of_key(v, key) - v.offset + low - row_begin, 0);
+    high = min_of<std::int64_t>(position_of_key(v, key) - v.offset + high - row_begin, rows - 1);
+    if (low > high) return;
+    ranges.all = ranges.all || (low == 0 && high == rows - 1);
+    ranges.first[ranges.count] = static_cast<std::int32_t>(low - 1);
+    ranges.last[ranges.count++] = static_cast<std::int32_t>(high + 1);
+  };
+  for (const Band& band : v.bands)
+    if (band.low <= band.high) add(band.low, band.high);
+  if (key < v.sink) add(0, kFarAway);
+  return ranges;
+}
+
+// scores = -inf where the row does not see the key.
 HWY_INLINE void apply_mask(const Visibility& v, const RowTile& tile, std::int64_t key_begin,
                            std::int64_t keys, float* scores) {
   const Float hidden = hn::Set(kFloat, kNegativeInfinity);
   for (std::int64_t j = 0; j < keys; ++j) {
-    const std::int64_t key = key_begin + j;
-    std::int32_t first[3], last[3];  // rows of the tile that see the key through band 0, band 1, the sink
-    int count = 0;
-    bool all = false;
-    const auto add = [&](std::int64_t low, std::int64_t high) {
-      low = max_of<std::int64_t>(position_of_key(v, key) - v.offset + low - tile.begin, 0);
-      high = min_of<std::int64_t>(position_of_key(v, key) - v.offset + high - tile.begin, tile.rows - 1);
-      if (low > high) return;
-      all = all || (low == 0 && high == tile.rows - 1);
-      first[count] = static_cast<std::int32_t>(low - 1);  // exclusive: vectors compare with < and >
-      last[count++] = static_cast<std::int32_t>(high + 1);
-    };
-    for (const Band& band : v.bands)
-      if (band.low <= band.high) add(band.low, band.high);
-    if (key < v.sink) add(0, kFarAway);
-    if (all) continue;
+    const RowRanges ranges = rows_seeing(v, tile.begin, tile.rows, key_begin + j);
+    if (ranges.all) continue;
     for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
       const auto row = hn::Iota(kInt, static_cast<std::int32_t>(r));
       auto seen = hn::Lt(row, row);
-      for (int c = 0; c < count; ++c)
-        seen =
-            hn::Or(seen, hn::And(hn::Gt(row, hn::Set(kInt, first[c])), hn::Lt(row, hn::Set(kInt, last[c]))));
+      for (int c = 0; c < ranges.count; ++c)
+        seen = hn::Or(seen, hn::And(hn::Gt(row, hn::Set(kInt, ranges.first[c])),
+                                    hn::Lt(row, hn::Set(kInt, ranges.last[c]))));
       float* s = scores + j * kRows + r;
       hn::Store(hn::IfThenElse(hn::RebindMask(kFloat, seen), hn::Load(kFloat, s), hidden), kFloat, s);
     }
