@@ -65,7 +65,8 @@ FSA_DEVICE uint32 pack(float low, float high) {
 template <ElementType kElement>
 FSA_DEVICE float2 unpack(uint32 packed) {
   if constexpr (kElement == ElementType::bf16)
-    return make_float2(__builtin_bit_cast(float, packed << 16), __builtin_bit_cast(float, packed & 0xffff0000u));
+    return make_float2(__builtin_bit_cast(float, packed << 16),
+                       __builtin_bit_cast(float, packed & 0xffff0000u));
   float low, high;
   asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n"
       : "=f"(low), "=f"(high)

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// Before the backward kernel, for each row tile: what its query rows need (lse in base 2, out_dot_grad =
+// rowsum(out * grad_out) - grad_lse, alpha of the pair gate), its part of the sink's gradient, and zeros where
+// dQ and grad_alpha are summed up.
+//
+// One block of kPrepareThreads per (row tile, head, sequence): grid (largest number of row tiles, heads,
+// batch). Memory-bound: 4 head_dim_v + 4 head_dim bytes a row.
+#pragma once
+
+#include "policy/key_work.cuh"
+#include "policy/logit.cuh"
+#include "policy/scalar.cuh"
+#include "ptx/math.cuh"
+
+namespace fsa::kernels {
+
+inline constexpr int32 kPrepareThreads = 256;
+
+// Sum of products of eight pairs of 2-byte elements.
+template <ElementType kElement>
+FSA_DEVICE float dot_units(uint4 a, uint4 b) {
+  const uint32 pairs_a[4] = {a.x, a.y, a.z, a.w}, pairs_b[4] = {b.x, b.y, b.z, b.w};
+  float sum = 0;
+#pragma unroll
+  for (int32 i = 0; i < 4; ++i) {
+    const float2 x = ptx::unpack<kElement>(pairs_a[i]), y = ptx::unpack<kElement>(pairs_b[i]);
+    sum += x.x * y.x + x.y * y.y;
+  }
+  return sum;
+}
+
+template <class Types>
+FSA_DEVICE void backward_prepare(const BackwardParams& params) {
+  constexpr int32 kBlockM = Types::kBlockM, kVectors = Types::kTile.row_vectors;
+  constexpr int32 kLanes = min_of(Types::kDimV / 8, kWarpThreads);  // of a row
+  constexpr int32 kRowsAtOnce = kPrepareThreads / kLanes;
+  const ForwardParams& p = params.forward;
+  __shared__ float vectors[kVectors][kBlockM];
+  __shared__ float sink_terms[kBlockM];
+  const int32 tile = static_cast<int32>(blockIdx.x), head = static_cast<int32>(blockIdx.y);
+  const int32 thread = static_cast<int32>(threadIdx.x);
+  WorkTile work;
+  describe_sequence(p, static_cast<int32>(blockIdx.z), head, work);
+  if (tile * kBlockM >= work.rows) return;
+  const int64 number = row_tile_number<kBlockM>(params, work, head, tile);
+
+  float4* const sums =
+      reinterpret_cast<float4*>(params.grad_query_sum) + number * (kBlockM * Types::kDim / 4);
+  for (int32 i = thread; i < kBlockM * Types::kDim / 4; i += kPrepareThreads)
+    sums[i] = make_float4(0, 0, 0, 0);
+  if (thread < kBackwardWarps && Types::kDeterministic) params.turns[number * kBackwardWarps + thread] = 0;
+
+  const float sink = Types::kSink ? load_scalar(p.sink, 0, 0, head) : 0.0f;
+#pragma unroll
+  for (int32 first = 0; first < kBlockM; first += kRowsAtOnce) {
+    const int32 in_tile = first + thread / kLanes, unit = thread % kLanes;
+    const int32 row = tile * kBlockM + in_tile;
+    const bool used = row < work.seqlen_q;
+    float sum = 0;
+    if (used && unit < p.head_dim_v / 8) {
+      const int64 position = static_cast<int64>(work.q_begin) + row;
+      sum = dot_units<Types::kElement>(
+          *reinterpret_cast<const uint4*>(static_cast<const uint16*>(p.out) +
+                                          work.q_map_batch * p.out_stride_batch +
+                                          position * p.out_stride_row + head * p.out_stride_head + unit * 8),
+          *reinterpret_cast<const uint4*>(
+              static_cast<const uint16*>(params.grad_out) + work.q_map_batch * params.grad_out_stride_batch +
+              position * params.grad_out_stride_row + head * params.grad_out_stride_head + unit * 8));
+    }
+#pragma unroll
+    for (int32 distance = kLanes / 2; distance > 0; distance /= 2)
+      sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (unit != 0) continue;
+    const int64 position = static_cast<int64>(work.q_begin) + row;
+    float lse = -kInfinity;
+    if (used) {
+      lse = p.lse[work.q_map_batch * p.lse_stride_batch + head * p.lse_stride_head + position];
+      if (params.grad_lse != nullptr)
+        sum -= params.grad_lse[work.q_map_batch * params.grad_lse_stride_batch +
+                               head * params.grad_lse_stride_head + position * params.grad_lse_stride_row];
+    }
+    // A row without a key, or beyond the used length: p = 2^(s - inf) = 0.
+    const int32 at = row_vector_position(in_tile);
+    vectors[0][at] = lse == -kInfinity ? kInfinity : lse * kLog2e;
+    vectors[1][at] = lse == -kInfinity ? 0.0f : sum;
+    if constexpr (kVectors > 2)
+      vectors[2][at] = used ? load_scalar(p.alpha, work.q_map_batch, position, head) : 0.0f;
+    if constexpr (Types::kSink)
+      sink_terms[in_tile] = lse == -kInfinity ? 0.0f : -sum * ptx::exp2_approx((sink - lse) * kLog2e);
+  }
+  __syncthreads();
+
+  for (int32 i = thread; i < kVectors * kBlockM; i += kPrepareThreads)
+    params.row_vectors[number * (kVectors * kBlockM) + i] = vectors[i / kBlockM][i % kBlockM];
+  if constexpr (kVectors > 2)
+    if (thread < kBlockM) params.grad_alpha_sum[number * kBlockM + thread] = 0;
+  if constexpr (Types::kSink) {
+    if (thread < kWarpThreads) {
+      float sum = 0;
+      for (int32 i = thread; i < kBlockM; i += kWarpThreads) sum += sink_terms[i];
+#pragma unroll
+      for (int32 distance = kWarpThreads / 2; distance > 0; distance /= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+      if (thread == 0) params.grad_sink_sum[number] = sum;
+    }
+  }
+}
+
+}  // namespace fsa::kernels

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shape and run-time arguments of the backward kernels: constexpr PODs shared by host and device.
+#pragma once
+
+#include "core/config.h"
+#include "core/params.h"
+
+namespace fsa::kernels {
+
+// The shape of one backward kernel: block_n keys stay, tiles of block_m query rows stream past them.
+struct BackwardTile {
+  int32 head_dim;    // of query and key, multiple of 64
+  int32 head_dim_v;  // of value and out, multiple of 64
+  int32 block_m;     // 64 or 128
+  int32 block_n;     // 128: each of the two warpgroups has 64 keys; 64: each has half of the columns
+  int32 query_stages;
+  int32 grad_out_stages;
+  int32 score_stages;      // of dS
+  int32 stage_grad_query;  // 1: dQ is added by the copy engine, from shared memory of its own
+  int32 row_vectors;  // floats per query row that travel with Q: lse, out_dot_grad, alpha of the pair gate
+};
+
+inline constexpr int32 kBackwardConsumers = 2;
+inline constexpr int32 kBackwardWarps = 4 * kBackwardConsumers;  // of the consumers
+inline constexpr int32 kBackwardThreads = 128 * (kBackwardConsumers + 1);
+inline constexpr int32 kKeyWorkBytes = 160;
+inline constexpr int32 kRowTileInfoBytes = 24;
+inline constexpr int32 kProducerBytes = 64;  // what the producer keeps in shared memory
+
+// Where P does not stay in registers it is in shared memory beside dS.
+constexpr int32 backward_shared_operands(const BackwardTile& t) { return t.block_n == 64 ? 2 : 1; }
+
+constexpr int32 backward_score_bytes(const BackwardTile& t) {
+  return backward_shared_operands(t) * t.block_m * t.block_n * kElementBytes;
+}
+
+// Dynamic shared memory; the kernel asserts that its SharedStorage has this size.
+constexpr int32 backward_shared_bytes(const BackwardTile& t) {
+  const int32 keys = t.block_n * (t.head_dim + t.head_dim_v) * kElementBytes;
+  const int32 queries = t.query_stages * t.block_m * (t.head_dim * kElementBytes + t.row_vectors * 4);
+  const int32 grad_out = t.grad_out_stages * t.block_m * t.head_dim_v * kElementBytes;
+  const int32 grad_query = t.stage_grad_query * t.block_m * t.head_dim * 4;
+  const int32 infos =
+      kWorkSlots * kKeyWorkBytes + (2 * t.query_stages + 1) * kRowTileInfoBytes + kProducerBytes;
+  const int32 barriers = 8 * (3 + 2 * (t.score_stages + t.query_stages + t.grad_out_stages + kWorkSlots));
+  const int32 alpha = t.row_vectors > 2 ? t.score_stages * (t.block_n / 16) * t.block_m * 4 : 0;
+  return round_up(keys + queries + grad_out + grad_query + t.score_stages * backward_score_bytes(t) + alpha +
+                      infos + barriers,
+                  kSharedAlignment);
+}
+
+// Position of query row `row` of a tile in its vectors: a thread finds the four values of its columns of 16
+// query rows side by side, and the four threads of a quad read 64 bytes in a row.
+constexpr int32 row_vector_position(int32 row) {
+  return row / 16 * 16 + row % 8 / 2 * 4 + row % 16 / 8 * 2 + row % 2;
+}
+
+// One block of a column of a block mask.
+struct ColumnEntry {
+  int32 row_block;
+  int32 bits;  // block of the mask's bits, -1: full
+  int32 rank;  // key tiles to the right of it in its row
+  int32 reserved;
+};
+
+struct BackwardParams {
+  // The call whose gradient is wanted; `out` and `lse` are inputs here. Boxes of all maps: 64 columns by 64
+  // rows; query_map and key_map, value_map as there, out_map unused. alibi, sink, alpha, delta, window_sizes,
+  // gate_delta as there.
+  ForwardParams forward;
+  TensorMap grad_out_map;
+  TensorMap grad_key_map;
+  TensorMap grad_value_map;
+
+  const void* grad_out;
+  int64 grad_out_stride_batch, grad_out_stride_row, grad_out_stride_head;  // elements; batch 0 when packed
+  void* grad_query;
+  int64 grad_query_stride_batch, grad_query_stride_row, grad_query_stride_head;
+  void* grad_key;
+  int64 grad_key_stride_batch, grad_key_stride_row, grad_key_stride_head;
+  void* grad_value;
+  int64 grad_value_stride_batch, grad_value_stride_row, grad_value_stride_head;
+  const float* grad_lse;  // or null
+  int64 grad_lse_stride_batch, grad_lse_stride_head, grad_lse_stride_row;
+
+  // Workspace. A row tile has block_m rows; row tile t of batched sequence b and head h is number (b * heads
+  // + h) * row_tiles + t, of packed sequence b number h * row_tiles + cu_seqlens_q[b] / block_m + b + t.
+  float* row_vectors;     // [row tiles, row_vectors, block_m] in the order of row_vector_position
+  float* grad_query_sum;  // [row tiles, block_m * head_dim]: [8 warps, columns / 8, 32 lanes, 4], fragments
+  float* grad_alpha_sum;  // [row tiles, block_m]; pair gate
+  float* grad_sink_sum;   // [row tiles]; learnable sink
+  int32* turns;           // [row tiles, 8 warps]: how many key tiles have been added; deterministic
+  int64 row_tiles;
+
+  TileBits column_bits;       // BitmapRows: [.., key tiles, words of row tiles]; made by transpose_bits
+  int32* list_count;          // ListRows: [batch or 1, heads or 1, key blocks]; made by block_columns
+  ColumnEntry* list_entries;  // [.., key blocks, list_capacity], aligned to 16 bytes
+  int64 list_stride_batch, list_stride_head;  // of the counts
+  int32 list_capacity;                        // row blocks
+  int32 head_dim;                             // real columns of query and key
+  int32 total_rows_k;  // packed: rows of key and value; those behind the last sequence get zero gradients
+  int32 key_heads_per_wave;  // (batch, key head) pairs that walk their key tiles together
+  float softmax_scale;       // natural
+  int32 reserved;
+
+  ScalarOperand grad_alpha;  // written
+  ScalarOperand grad_delta;
+  ScalarOperand grad_sink;
+};
+
+static_assert(sizeof(BackwardParams) == 1984 && alignof(BackwardParams) == 64,
+              "BackwardParams must have the same layout on both compilers");
+
+}  // namespace fsa::kernels

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// One unit of scheduling of the backward: block_n keys of one key-value head, and the row tiles of all query
+// heads of its group that see them. The producer writes it to shared memory; everybody else reads it there.
+#pragma once
+
+#include "core/backward.h"
+#include "policy/schedule.cuh"
+
+namespace fsa::kernels {
+
+// Known not to be negative, which saves the sign's share of every division: some 60 instructions a tile.
+FSA_DEVICE int32 own_lane() { return static_cast<int32>(static_cast<uint32>(thread_id()) % kWarpThreads); }
+FSA_DEVICE int32 own_thread() {  // of the warpgroup
+  return static_cast<int32>(static_cast<uint32>(thread_id()) % kWarpgroupThreads);
+}
+
+// `head` is the group's first. Segments are runs of row tiles: first, first + 1, ...
+struct KeyWork : WorkTile {
+  int32 n_begin;  // first key of the tile, from the sequence's start
+  int32 keys;     // that the tensor holds for the sequence
+  int32 number;   // work units of this CTA before it
+  int32 loads;    // of those, the ones that loaded keys
+
+  FSA_DEVICE bool partial(int32 block_n) const { return n_begin + block_n > seqlen_k; }
+};
+static_assert(sizeof(KeyWork) == kKeyWorkBytes, "backward.h must know the size of a KeyWork");
+
+// One row tile of one head. It travels with the stage that holds its Q.
+struct RowTileInfo {
+  int32 tile;
+  int32 head;
+  int32 flags;
+  int32 rank;       // of this key tile among those of the row tile: deterministic
+  int32 block;      // of a block mask's bits, -1: none
+  int32 block_row;  // the tile's first row, from the start of that block
+
+  static constexpr int32 kMasked = 1;  // some element is invisible
+  static constexpr int32 kLast = 2;    // of the work
+
+  FSA_DEVICE bool masked() const { return (flags & kMasked) != 0; }
+  FSA_DEVICE bool last() const { return (flags & kLast) != 0; }
+};
+static_assert(sizeof(RowTileInfo) == kRowTileInfoBytes, "backward.h must know the size of a RowTileInfo");
+
+template <int32 kBlockM>
+FSA_DEVICE int64 row_tile_number(const BackwardParams& params, const WorkTile& work, int32 head, int32 tile) {
+  const int32 before = params.forward.cu_seqlens_q ? work.q_begin / kBlockM + work.sequence : 0;
+  return (static_cast<int64>(work.q_map_batch) * params.forward.num_heads + head) * params.row_tiles +
+         before + tile;
+}
+
+// Key tiles from the first of a sequence (the longest when causal) to the last; key heads fastest within a
+// wave whose Q, dO and dQ sums fit the L2 together. A counter hands the work out, or without one each CTA takes
+// every gridDim.x-th unit.
+//
+// Deterministic: from the last key tile to the first, in which order a row tile of a causal call is reached by
+// one after the other. Key tiles add in the order in which they are issued, so whoever waits waits for work
+// issued before its own, wherever CTAs run. For that every unit comes from the counter, and none is taken ahead
+// of time: it would start late, and later units wait for it.
+template <int32 kBlockN, bool kDeterministic>
+class KeySchedule {
+ public:
+  FSA_DEVICE void start(const BackwardParams&) { index_ = static_cast<int32>(blockIdx.x); }
+
+  // False when there is no more; otherwise everything but the segments is filled in.
+  FSA_DEVICE bool next(const BackwardParams& params, KeyWork& work) {
+    for (;;) {
+      const int32 index = kDeterministic ? atomicAdd(params.forward.work_counter, 1) : index_;
+      if (index >= blocks(params) * heads(params)) return false;
+      if constexpr (!kDeterministic) {  // ahead of time, to hide the latency
+        const int32 taken = params.forward.work_counter ? atomicAdd(params.forward.work_counter, 1) : index_;
+        index_ = static_cast<int32>(gridDim.x) + taken;
+      }
+      if (describe(params, index, work)) return true;
+    }
+  }
+
+  FSA_DEVICE static void finish(const BackwardParams& params) {
+    LongestFirst<kBlockN>::finish(params.forward);
+  }
+
+ private:
+  FSA_DEVICE static int32 blocks(const BackwardParams& params) {
+    return ceil_div(params.forward.max_seqlen_k, kBlockN);
+  }
+  FSA_DEVICE static int32 heads(const BackwardParams& params) {
+    return params.forward.batch * (params.forward.num_heads / params.forward.group_size);
+  }
+
+  FSA_DEVICE static bool describe(const BackwardParams& params, int32 index, KeyWork& work) {
+    const ForwardParams& p = params.forward;
+    const int32 wave = index / (params.key_heads_per_wave * blocks(params));
+    const int32 first_head = wave * params.key_heads_per_wave;
+    const int32 wave_heads = min_of(params.key_heads_per_wave, heads(params) - first_head);
+    const int32 in_wave = index - first_head * blocks(params);
+    const int32 in_order = in_wave / wave_heads;
+    const int32 batch_head = first_head + in_wave % wave_heads;
+    const int32 kv_heads = p.num_heads / p.group_size;
+    const int32 sequence = batch_head / kv_heads;
+
+    describe_sequence(p, sequence, (batch_head - sequence * kv_heads) * p.group_size, work);
+    work.keys = p.cu_seqlens_k ? p.cu_seqlens_k[sequence + 1] - work.k_begin : p.max_seqlen_k;
+    work.n_begin = (kDeterministic ? blocks(params) - 1 - in_order : in_order) * kBlockN;
+    return work.n_begin < work.keys;
+  }
+
+  int32 index_;
+};
+
+}  // namespace fsa::kernels

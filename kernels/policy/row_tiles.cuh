@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0
+// The row tiles that a work unit of the backward visits: the forward's tile iterators seen from the keys. All
+// heads of the group, one after the other. The producer keeps a Walk in shared memory: it has 24 registers.
+#pragma once
+
+#include "policy/bitmap_tiles.cuh"
+#include "policy/key_mask.cuh"
+#include "policy/range_tiles.cuh"
+
+namespace fsa::kernels {
+
+// Runs of row tiles, from top to bottom.
+class RowSegments {
+ public:
+  FSA_DEVICE explicit RowSegments(KeyWork& work) : work_(work) { work.num_segments = 0; }
+
+  // Rows [begin, end) see some key of the tile, [full_begin, full_end) see every one.
+  FSA_DEVICE void append(int32 block_m, RowRange some, RowRange all) {
+    if (some.end <= some.begin) return;
+    const int32 first = some.begin / block_m, last = ceil_div(some.end, block_m);
+    // Rows beyond the used length hide nothing.
+    const int32 all_end = all.end >= work_.seqlen_q ? last : max_of(all.end, 0) / block_m;
+    const int32 full_begin = min_of(last, max_of(first, ceil_div(max_of(all.begin, 0), block_m)));
+    const int32 full_end = max_of(full_begin, min_of(last, all_end));
+    append(first, full_begin, 1);
+    append(full_begin, full_end, 0);
+    append(full_end, last, 1);
+  }
+
+ private:
+  FSA_DEVICE void append(int32 begin, int32 end, int32 masked) {
+    begin = max_of(begin, taken_);
+    if (begin >= end) return;
+    work_.segments[work_.num_segments++] = {begin, end - begin, masked};
+    taken_ = end;
+  }
+
+  KeyWork& work_;
+  int32 taken_ = 0;  // tiles before it are in a run already
+};
+
+class RowSegmentWalk {
+ public:
+  FSA_DEVICE void start(const BackwardParams&, const KeyWork& work) {
+    head_ = work.head;
+    segment_ = remaining_ = 0;
+  }
+
+  FSA_DEVICE bool next(const BackwardParams& params, const KeyWork& work, RowTileInfo& info) {
+    if (remaining_ == 0) {
+      if (segment_ == work.num_segments) {
+        if (head_ + 1 == work.head + params.forward.group_size) return false;
+        ++head_;
+        segment_ = 0;
+      }
+      const Segment& segment = work.segments[segment_++];
+      tile_ = segment.first;
+      remaining_ = segment.count;
+      masked_ = segment.masked;
+    }
+    info = {tile_++, head_, masked_ ? RowTileInfo::kMasked : 0, 0, -1, 0};
+    --remaining_;
+    return true;
+  }
+
+ private:
+  int32 head_;
+  int32 segment_;
+  int32 tile_;
+  int32 remaining_;
+  int32 masked_;
+};
+
+// Of a WindowMask.
+template <class Mask, int32 kBlockM, int32 kBlockN>
+struct RangeRows {
+  using Walk = RowSegmentWalk;
+
+  FSA_DEVICE static void describe(const BackwardParams& params, KeyWork& work) {
+    RowSegments segments(work);
+    const int32 last_key = min_of(work.n_begin + kBlockN, work.seqlen_k) - 1;
+    if (last_key < work.n_begin) return;
+    const RowRange first = KeyMask<Mask>::visible(params.forward, work, work.n_begin);
+    const RowRange last = KeyMask<Mask>::visible(params.forward, work, last_key);
+    // Unused keys are masked, whatever the row.
+    segments.append(kBlockM, {first.begin, last.end},
+                    work.partial(kBlockN) ? RowRange{0, 0} : RowRange{last.begin, first.end});
+  }
+
+  // How many key tiles of this row tile were issued before this one: from the last backwards.
+  FSA_DEVICE static int32 rank(const BackwardParams& params, const KeyWork& work, const RowTileInfo& info) {
+    const int32 last_row = min_of((info.tile + 1) * kBlockM, work.seqlen_q) - 1;
+    const KeyRange seen = Mask::visible(params.forward, work, last_row);
+    return ceil_div(seen.end, kBlockN) - 1 - work.n_begin / kBlockN;
+  }
+};
+
+// Of a BandMask. Deterministic sums need BitmapRows around it, which know the rank of a tile.
+template <int32 kBlockM, int32 kBlockN>
+struct BandRows {
+  using Walk = RowSegmentWalk;
+
+  FSA_DEVICE static void describe(const BackwardParams& params, KeyWork& work) {
+    RowSegments segments(work);
+    const int32 last_key = min_of(work.n_begin + kBlockN, work.seqlen_k) - 1;
+    if (last_key < work.n_begin) return;
+    const Bands bands = load_bands(params.forward, work.kv_head);
+    const int32 top = work.n_begin - work.offset(), bottom = last_key - work.offset();
+    const bool partial = work.partial(kBlockN);
+    if (work.n_begin < bands.sink) {  // of these every later row sees one
+      const bool all = !partial && last_key < bands.sink;
+      segments.append(kBlockM, {max_of(top, 0), work.seqlen_q},
+                      all ? RowRange{bottom, kOpenWindow} : RowRange{0, 0});
+      return;
+    }
+    band(segments, work, top, bottom, 0, bands.near, partial);
+    band(segments, work, top, bottom, bands.far_begin, bands.far_end, partial);
+  }
+
+ private:
+  FSA_DEVICE static void band(RowSegments& segments, const KeyWork& work, int32 top, int32 bottom,
+                              int32 begin, int32 end, bool partial) {
+    if (begin >= end) return;
+    segments.append(kBlockM, {max_of(top + begin, 0), min_of(bottom + end, work.seqlen_q)},
+                    partial ? RowRange{0, 0} : RowRange{bottom + begin, top + end});
+  }
+};
+
+// The row tiles that a bit map keeps for this key tile, of those that `Visible` describes.
+template <class Visible, int32 kBlockN>
+struct BitmapRows {
+  FSA_DEVICE static void describe(const BackwardParams& params, KeyWork& work) {
+    Visible::describe(params, work);
+  }
+
+  class Walk {
+   public:
+    FSA_DEVICE void start(const BackwardParams& params, const KeyWork& work) {
+      head_ = work.head;
+      start_head(params, work);
+    }
+
+    FSA_DEVICE bool next(const BackwardParams& params, const KeyWork& work, RowTileInfo& info) {
+      for (;;) {
+        if (tile_ >= end_) {
+          if (segment_ == work.num_segments) {
+            if (head_ + 1 == work.head + params.forward.group_size) return false;
+            ++head_;
+            start_head(params, work);
+          }
+          const Segment& segment = work.segments[segment_++];
+          tile_ = segment.first;
+          end_ = segment.first + segment.count;
+          masked_ = segment.masked;
+        }
+        if (tile_ / 32 != word_) {
+          word_ = tile_ / 32;
+          bits_ = static_cast<uint32>(words_[word_]);
+        }
+        const uint32 open = bits_ >> tile_ % 32 << tile_ % 32;
+        const int32 found = open == 0 ? (word_ + 1) * 32 : word_ * 32 + __ffs(static_cast<int32>(open)) - 1;
+        tile_ = min_of(found, end_);
+        if (open == 0 || found >= end_) continue;
+        info = {tile_++, head_, masked_ ? RowTileInfo::kMasked : 0, 0, -1, 0};
+        return true;
+      }
+    }
+
+   private:
+    FSA_DEVICE void start_head(const BackwardParams& params, const KeyWork& work) {
+      segment_ = tile_ = end_ = 0;
+      word_ = -1;
+      const TileBits& map = params.column_bits;
+      const int32 before = params.forward.cu_seqlens_k ? work.k_begin / kBlockN + work.sequence : 0;
+      words_ = map.words + work.k_map_batch * map.stride_batch + head_ * map.stride_head +
+               (before + work.n_begin / kBlockN) * map.stride_tile;
+    }
+
+    const int32* words_;
+    uint32 bits_;
+    int32 word_;
+    int32 head_;
+    int32 segment_;
+    int32 tile_;
+    int32 end_;
+    int32 masked_;
+  };
+
+  FSA_DEVICE static int32 rank(const BackwardParams& params, const KeyWork& work, const RowTileInfo& info) {
+    WorkTile of_head = work;
+    of_head.head = info.head;
+    const int32* const words = tile_bits(params.forward.gate_bits, params.forward.cu_seqlens_q != nullptr,
+                                         of_head, info.tile * kRowsPerWarpgroup);
+    const int32 tile = work.n_begin / kBlockN, key_tiles = ceil_div(work.seqlen_k, kBlockN);
+    int32 count = tile % 32 == 31 ? 0 : __popc(static_cast<uint32>(words[tile / 32]) >> (tile % 32 + 1));
+    for (int32 word = tile / 32 + 1; word < ceil_div(key_tiles, 32); ++word) count += __popc(words[word]);
+    return count;
+  }
+};
+
+// The blocks of a block mask, by the column lists of block_columns. kBlockM = 64.
+template <int32 kBlockM, int32 kBlockN>
+struct ListRows {
+  static_assert(kBlockM == kRowsPerWarpgroup, "row blocks are multiples of 64 rows");
+
+  FSA_DEVICE static void describe(const BackwardParams&, KeyWork& work) {
+    work.num_segments = work.n_begin < work.seqlen_k && work.seqlen_q > 0 ? 1 : 0;
+  }
+
+  class Walk {
+   public:
+    FSA_DEVICE void start(const BackwardParams& params, const KeyWork& work) {
+      head_ = work.head;
+      start_head(params, work);
+    }
+
+    FSA_DEVICE bool next(const BackwardParams& params, const KeyWork& work, RowTileInfo& info) {
+      for (;;) {
+        if (remaining_ == 0) {
+          if (entry_ == count_) {
+            if (head_ + 1 == work.head + params.forward.group_size) return false;
+            ++head_;
+            start_head(params, work);
+            continue;
+          }
+          current_ = entries_[entry_++];
+          remaining_ = params.forward.blocks.block_rows / kBlockM;
+        }
+        const int32 in_block = params.forward.blocks.block_rows / kBlockM - remaining_--;
+        const int32 tile = current_.row_block * (params.forward.blocks.block_rows / kBlockM) + in_block;
+        if (tile * kBlockM >= work.seqlen_q) continue;
+        const int32 to_right =
+            tiles_in_block(params, work) - 1 - work.n_begin % params.forward.blocks.block_keys / kBlockN;
+        info = {tile,
+                head_,
+                current_.bits >= 0 || work.partial(kBlockN) ? RowTileInfo::kMasked : 0,
+                current_.rank + to_right,
+                current_.bits,
+                in_block * kBlockM};
+        return true;
+      }
+    }
+
+   private:
+    FSA_DEVICE static int32 tiles_in_block(const BackwardParams& params, const KeyWork& work) {
+      const int32 keys = params.forward.blocks.block_keys, begin = work.n_begin / keys * keys;
+      return ceil_div(min_of(keys, work.seqlen_k - begin), kBlockN);
+    }
+    FSA_DEVICE void start_head(const BackwardParams& params, const KeyWork& work) {
+      const int64 list = work.sequence * params.list_stride_batch + head_ * params.list_stride_head +
+                         work.n_begin / params.forward.blocks.block_keys;
+      count_ = params.list_count[list];
+      entries_ = params.list_entries + list * params.list_capacity;
+      entry_ = remaining_ = 0;
+    }
+
+    const ColumnEntry* entries_;
+    ColumnEntry current_;
+    int32 head_;
+    int32 count_;
+    int32 entry_;
+    int32 remaining_;  // row tiles of the current block
+  };
+
+  FSA_DEVICE static int32 rank(const BackwardParams&, const KeyWork&, const RowTileInfo& info) {
+    return info.rank;
+  }
+};
+
+}  // namespace fsa::kernels

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention backward for Hopper: dQ, dK, dV from one pass over the tiles that the forward computed, five
+// multiplies a tile.
+//
+//   S^T = K Q^T,  P^T = 2^(scale S^T - lse),  dP^T = V dO^T,  dS^T = P^T (dP^T - out_dot_grad)
+//   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
+//
+// A CTA keeps block_n keys and their gradients and streams row tiles of Q and dO past them, of every query
+// head of the group: dK and dV are sums in registers from the first to the last. S is computed transposed, so
+// that P and dS are where the next multiplies want them. dQ is added to float32 sums in global memory, in the
+// order of accumulator fragments: 16 bytes a thread, 512 a warp.
+//
+// With 128 keys each of two warpgroups has 64 (backward_types.cuh says what happens with 64):
+//
+//   tensor   ... dV(j) dK(j) | dQ(j-1) S(j+1) | dP(j+1) ............ | dV(j+1) ...
+//   others   ... dS(j) stored | .............. | add dQ(j-1), P(j+1) | dS(j+1) ...
+//
+// What limits it at head_dim 128 is shared memory: 368 KB a tile of 64 by 128, 2944 clocks, against 2560 of
+// multiplies.
+//
+// Invariants. Stage s of Q is free when every consumer warp has arrived on query_empty[s], which it does once
+// its dK is complete; dO likewise once dV is. A stage of dS is full when the warps of both warpgroups have
+// stored their share and empty when both have their dQ of it. K and V are free when their gradients, staged
+// in the same shared memory, have been read out of it. Warpgroups that share every multiply (64 keys) meet at
+// a named barrier once a tile instead; two stages of P and dS keep the faster one from overwriting what the
+// other reads.
+#pragma once
+
+#include "ptx/mbarrier.cuh"
+#include "ptx/sync.cuh"
+#include "sm90/backward_consumer.cuh"
+#include "sm90/backward_types.cuh"
+#include "tile/ring.cuh"
+
+namespace fsa::kernels::sm90 {
+
+template <class Types>
+FSA_DEVICE void init_barriers(BackwardStorage<Types>& storage) {
+  constexpr int32 kWarps = Types::kConsumerThreads / kWarpThreads;
+  ptx::init(storage.key_full, 1);
+  ptx::init(storage.value_full, 1);
+  ptx::init(storage.keys_empty, kBackwardConsumers);
+  for (int32 i = 0; i < Types::kQueryStages; ++i) {
+    ptx::init(storage.query_full[i], 1);
+    ptx::init(storage.query_empty[i], kWarps);
+  }
+  for (int32 i = 0; i < Types::kGradOutStages; ++i) {
+    ptx::init(storage.grad_out_full[i], 1);
+    ptx::init(storage.grad_out_empty[i], kWarps);
+  }
+  for (int32 i = 0; i < Types::kScoreStages; ++i) {
+    ptx::init(storage.scores_full[i], kWarps);
+    ptx::init(storage.scores_empty[i], kWarps);
+  }
+  for (int32 i = 0; i < kWorkSlots; ++i) {
+    ptx::init(storage.work_full[i], 1);
+    ptx::init(storage.work_empty[i], kWarps);
+  }
+  ptx::fence_init();
+}
+
+// `kRows` rows from `row` on, in boxes of 64 by 64.
+template <class Tile, int32 kRows>
+FSA_DEVICE void load_rows(const TensorMap& map, int32 row, int32 head, int32 batch, uint8* shared,
+                          ptx::Mbarrier& full) {
+#pragma unroll
+  for (int32 first = 0; first < kRows; first += kRowsPerWarpgroup)
+#pragma unroll
+    for (int32 chunk = 0; chunk < Tile::kChunks; ++chunk)
+      ptx::load_box(shared + chunk * Tile::kChunkBytes + first * kLineBytes, map,
+                    {chunk * kChunkColumns, row + first, head, batch}, full);
+}
+
+// One thread. Loads run ahead of the consumers by the depth of the rings, across work units. What it walks
+// through is kept in shared memory: it has 24 registers.
+template <class Types>
+FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& storage) {
+  ProducerState<Types>& state = storage.producer;
+  state.schedule.start(params);
+  state.units = state.loads = 0;
+  uint32 tiles = 0;
+
+  for (;; ++state.units) {
+    const Ring<kWorkSlots> slot = {static_cast<uint32>(state.units)};
+    ptx::wait(storage.work_empty[slot.stage()], slot.phase() ^ 1);
+    KeyWork& work = storage.work[slot.stage()];
+    work.number = state.units;
+    work.loads = state.loads;
+    if (!state.schedule.next(params, work)) {
+      work.sequence = -1;
+      ptx::arrive(storage.work_full[slot.stage()]);
+      break;
+    }
+    Types::Rows::describe(params, work);
+    state.walk.start(params, work);
+    bool found = work.num_segments > 0 && state.walk.next(params, work, storage.next);
+    if (!found) work.num_segments = 0;
+    ptx::arrive(storage.work_full[slot.stage()]);
+    if (!found) continue;
+
+    ptx::wait(storage.keys_empty, (work.loads & 1) ^ 1);
+    ++state.loads;
+    ptx::arrive_expect_bytes(storage.key_full, Types::KeyRows::kBytes);
+    load_rows<typename Types::KeyRows, Types::kBlockN>(params.forward.key_map, work.k_begin + work.n_begin,
+                                                       work.kv_head, work.k_map_batch, storage.key,
+                                                       storage.key_full);
+    ptx::arrive_expect_bytes(storage.value_full, Types::ValueRows::kBytes);
+    load_rows<typename Types::ValueRows, Types::kBlockN>(params.forward.value_map,
+                                                         work.k_begin + work.n_begin, work.kv_head,
+                                                         work.k_map_batch, storage.value, storage.value_full);
+    for (; found; ++tiles) {
+      const Ring<Types::kQueryStages> query = {tiles};
+      const Ring<Types::kGradOutStages> grad_out = {tiles};
+      ptx::wait(storage.query_empty[query.stage()], query.phase() ^ 1);
+      RowTileInfo& info = storage.info[tiles % Types::kInfoStages];
+      info = storage.next;
+      found = state.walk.next(params, work, storage.next);
+      if (!found) info.flags |= RowTileInfo::kLast;
+      if constexpr (Types::kDeterministic) info.rank = Types::Rows::rank(params, work, info);
+
+      ptx::Mbarrier& query_full = storage.query_full[query.stage()];
+      ptx::arrive_expect_bytes(query_full, Types::QueryRows::kBytes + Types::kRowVectorBytes);
+      load_rows<typename Types::QueryRows, Types::kBlockM>(
+          params.forward.query_map, work.q_begin + info.tile * Types::kBlockM, info.head, work.q_map_batch,
+          storage.query[query.stage()], query_full);
+      ptx::load_bytes(
+          storage.row_vectors[query.stage()],
+          params.row_vectors + row_tile_number<Types::kBlockM>(params, work, info.head, info.tile) *
+                                   (Types::kRowVectorBytes / 4),
+          Types::kRowVectorBytes, query_full);
+
+      ptx::wait(storage.grad_out_empty[grad_out.stage()], grad_out.phase() ^ 1);
+      ptx::Mbarrier& grad_out_full = storage.grad_out_full[grad_out.stage()];
+      ptx::arrive_expect_bytes(grad_out_full, Types::GradOutRows::kBytes);
+      load_rows<typename Types::GradOutRows, Types::kBlockM>(
+          params.grad_out_map, work.q_begin + info.tile * Types::kBlockM, info.head, work.q_map_batch,
+          storage.grad_out[grad_out.stage()], grad_out_full);
+    }
+  }
+  Types::Schedule::finish(params);
+}
+
+template <class Config>
+FSA_DEVICE void backward(const BackwardParams& params) {
+  using Types = BackwardTypes<Config>;
+  using Storage = BackwardStorage<Types>;
+  static_assert(sizeof(Storage) == backward_shared_bytes(Types::kTile),
+                "the host must know the shared memory size");
+  Storage& storage = *reinterpret_cast<Storage*>(dynamic_shared());
+
+  const int32 warpgroup = warp_uniform(static_cast<int32>(threadIdx.x) / kWarpgroupThreads);
+  if (threadIdx.x == 0) {
+    ptx::prefetch(params.forward.query_map);
+    ptx::prefetch(params.forward.key_map);
+    ptx::prefetch(params.forward.value_map);
+    ptx::prefetch(params.grad_out_map);
+    init_barriers(storage);
+  }
+  __syncthreads();
+
+  if (warpgroup == 0) {
+    ptx::shrink_registers<Types::kProducerRegisters>();
+    if (threadIdx.x == 0) produce<Types>(params, storage);
+    if (threadIdx.x / kWarpThreads == 1) {
+      clear_gradient_tail(params, grad_key_rows(params));
+      clear_gradient_tail(params, grad_value_rows(params));
+      if constexpr (Types::kPairGate) clear_grad_delta_tail(params);
+    }
+  } else {
+    ptx::grow_registers<Types::kConsumerRegisters>();
+    BackwardConsumer<Types>(params, storage, warpgroup - 1).run();
+  }
+}
+
+}  // namespace fsa::kernels::sm90

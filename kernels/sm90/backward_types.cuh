@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the backward kernel derives from its Config at compile time, and its shared memory.
+#pragma once
+
+#include "policy/key_work.cuh"
+#include "policy/logit_backward.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/wgmma.cuh"
+#include "tile/swizzle.cuh"
+
+namespace fsa::kernels::sm90 {
+
+template <class Config>
+struct BackwardTypes {
+  static constexpr ElementType kElement = Config::kElement;
+  static constexpr BackwardTile kTile = Config::kTile;
+  static constexpr bool kDeterministic = Config::kDeterministic;
+  static constexpr bool kSink = Config::kSink;
+  static constexpr int32 kDim = kTile.head_dim;
+  static constexpr int32 kDimV = kTile.head_dim_v;
+  static constexpr int32 kBlockM = kTile.block_m;
+  static constexpr int32 kBlockN = kTile.block_n;
+  static constexpr int32 kQueryStages = kTile.query_stages;
+  static constexpr int32 kGradOutStages = kTile.grad_out_stages;
+  static constexpr int32 kScoreStages = kTile.score_stages;
+  static constexpr int32 kInfoStages = 2 * kQueryStages;  // dQ follows a tile behind
+  static constexpr int32 kConsumerThreads = kBackwardConsumers * kWarpgroupThreads;
+
+  using Mask = KeyMask<typename Config::Mask>;
+  using Rows = typename Config::RowIterator;
+  using Schedule = KeySchedule<kBlockN, kDeterministic>;
+  using Logits = LogitBackward<typename Config::LogitChain>;
+  static constexpr bool kPairGate = Config::LogitChain::kKeyScalars;
+
+  // Two ways to share a tile between two warpgroups. With 128 keys each has 64: P and dS stay in its registers
+  // for dV and dK, and only dS goes to shared memory, for dQ. With 64 keys (head_dim 256, where gradients of 64
+  // keys fill the registers of both) each computes S for half of the query rows and the gradients for half of
+  // the columns, and P too goes to shared memory.
+  static constexpr bool kSplitKeys = kBlockN == 128;
+  static constexpr int32 kScoreRows = kSplitKeys ? kBlockM : kBlockM / 2;  // query rows of a warpgroup's S
+  static constexpr int32 kGradDim = kSplitKeys ? kDim : kDim / 2;          // columns of its dK
+  static constexpr int32 kGradDimV = kSplitKeys ? kDimV : kDimV / 2;       // and of its dV
+  // dQ: 64 rows of the tile each, or half of the columns.
+  static constexpr int32 kQueryColumns = kBlockM == 128 ? kDim : kDim / 2;
+  static constexpr bool kStagedGradQuery = kTile.stage_grad_query != 0;
+
+  using KeyRows = SwizzledTile<kBlockN, kDim>;
+  using ValueRows = SwizzledTile<kBlockN, kDimV>;
+  using QueryRows = SwizzledTile<kBlockM, kDim>;
+  using GradOutRows = SwizzledTile<kBlockM, kDimV>;
+  using Scores = SwizzledTile<kBlockN, kBlockM>;  // a line per key
+  static constexpr int32 kRowVectorBytes = kTile.row_vectors * kBlockM * 4;
+
+  static constexpr int32 kConsumerRegisters = 240;
+  static constexpr int32 kProducerRegisters = 24;
+
+  static_assert(kBlockN == 128 || kBlockN == 64, "64 keys for each warpgroup, or 64 for both");
+  static_assert(kBlockM == 64 || (kBlockM == 128 && kSplitKeys), "row tiles of 64 or 128 rows");
+  static_assert(kDim % kChunkColumns == 0 && kDimV % kChunkColumns == 0,
+                "pad head dimensions to whole chunks");
+  static_assert(kSplitKeys || (kDim % 128 == 0 && kDimV % 128 == 0), "half of the columns are whole chunks");
+  static_assert(kTile.row_vectors == (kPairGate ? 3 : 2), "lse, out_dot_grad, and alpha for the pair gate");
+};
+
+// Sums of alpha's gradient over the keys of a warp, per stage of dS: a line of block_m floats for each warp,
+// or each two with different query rows.
+template <class Types>
+inline constexpr int32 kAlphaLines = Types::kSplitKeys ? 8 : 4;
+
+template <int32 kStages, int32 kLines, int32 kRows>
+struct AlphaSums {
+  float values[kStages][kLines][kRows];
+  FSA_DEVICE float* line(int32 stage, int32 line) { return values[stage][line]; }
+};
+template <int32 kLines, int32 kRows>
+struct AlphaSums<0, kLines, kRows> {};
+
+// dQ of one row tile on its way to global memory; nothing where it goes straight from registers.
+template <int32 kWarpBytes>
+struct StagedGradQuery {
+  alignas(128) uint8 bytes[kBackwardConsumers * 4][kWarpBytes];
+  FSA_DEVICE uint8* of_warp(int32 warp) { return bytes[warp]; }
+};
+template <>
+struct StagedGradQuery<0> {};
+
+// In shared memory, because the producer has 24 registers.
+template <class Types>
+struct ProducerState {
+  typename Types::Rows::Walk walk;
+  typename Types::Schedule schedule;
+  int32 units;  // of work so far
+  int32 loads;  // of keys so far
+};
+
+template <class Types>
+struct alignas(kSharedAlignment) BackwardStorage {
+  uint8 key[Types::KeyRows::kBytes];
+  uint8 value[Types::ValueRows::kBytes];
+  uint8 query[Types::kQueryStages][Types::QueryRows::kBytes];
+  uint8 grad_out[Types::kGradOutStages][Types::GradOutRows::kBytes];
+  uint8 scores[Types::kScoreStages][backward_shared_operands(Types::kTile)][Types::Scores::kBytes];  // dS; P
+  [[no_unique_address]] StagedGradQuery<Types::kStagedGradQuery ? Types::kQueryColumns * 64 : 0> grad_query;
+  float row_vectors[Types::kQueryStages][Types::kTile.row_vectors][Types::kBlockM];
+  [[no_unique_address]] AlphaSums<Types::kPairGate ? Types::kScoreStages : 0, kAlphaLines<Types>,
+                                  Types::kBlockM> alpha_sums;
+  KeyWork work[kWorkSlots];
+  RowTileInfo info[Types::kInfoStages];
+  RowTileInfo next;  // of the producer alone
+  union {
+    ProducerState<Types> producer;
+    uint64 producer_bytes[kProducerBytes / 8];
+  };
+  ptx::Mbarrier key_full;
+  ptx::Mbarrier value_full;
+  ptx::Mbarrier keys_empty;  // both
+  ptx::Mbarrier query_full[Types::kQueryStages];
+  ptx::Mbarrier query_empty[Types::kQueryStages];
+  ptx::Mbarrier grad_out_full[Types::kGradOutStages];
+  ptx::Mbarrier grad_out_empty[Types::kGradOutStages];
+  ptx::Mbarrier scores_full[Types::kScoreStages];  // the stages of dS, where keys are split
+  ptx::Mbarrier scores_empty[Types::kScoreStages];
+  ptx::Mbarrier work_full[kWorkSlots];
+  ptx::Mbarrier work_empty[kWorkSlots];
+};
+
+}  // namespace fsa::kernels::sm90

@@ -1,0 +1,466 @@
+// SPDX-License-Identifier: Apache-2.0
+// The GPU backward, all its kernels, run on the CPU by tests/emulator against gradients in float64.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <random>
+#include <vector>
+
+#include "common/backward_finish.cuh"
+#include "common/backward_prepare.cuh"
+#include "common/block_columns.cuh"
+#include "common/transpose_bits.cuh"
+#include "policy/row_tiles.cuh"
+#include "sm90/backward.cuh"
+
+namespace fsa::test {
+namespace {
+
+using namespace fsa::kernels;
+using kernels::ptx::float_of_bf16;
+
+constexpr int32 kBlock = 128;  // rows and keys of a block of the block masks here
+
+using Causal = WindowMask<false, true>;
+using Full = WindowMask<false, false>;
+
+// Tiles as tools/gpu/backward.py and docs/kernels/backward_sm90.md have them.
+constexpr BackwardTile kTile64 = {64, 64, 128, 128, 2, 2, 3, 1, 2};
+constexpr BackwardTile kTile64Sparse = {64, 64, 64, 128, 4, 2, 4, 1, 2};
+constexpr BackwardTile kTile128 = {128, 128, 64, 128, 2, 2, 4, 1, 2};
+constexpr BackwardTile kTile128Gate = {128, 128, 64, 128, 2, 2, 3, 1, 3};
+constexpr BackwardTile kTile256 = {256, 256, 64, 64, 2, 2, 2, 0, 2};
+constexpr BackwardTile kTile256x128 = {256, 128, 64, 64, 2, 2, 2, 0, 2};
+
+template <BackwardTile kShape, class MaskType, class Rows, class Chain, bool kInTurn, bool kWithSink = false>
+struct Config {
+  static constexpr ElementType kElement = ElementType::bf16;
+  static constexpr BackwardTile kTile = kShape;
+  static constexpr bool kDeterministic = kInTurn;
+  static constexpr bool kSink = kWithSink;
+  using Mask = MaskType;
+  using RowIterator = Rows;
+  using LogitChain = Chain;
+};
+
+struct Problem {
+  int32 batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, head_dim_v;
+  int32 used_q, used_k;  // of the last batch entry
+  bool causal = false;
+  bool skip_map = false;
+  bool block_mask = false;
+  bool gate = false, alibi = false, sink = false;
+  float softcap = 0;
+};
+
+// [batch, rows, heads, columns]
+template <class T>
+struct Tensor {
+  int32 rows, heads, columns;
+  std::vector<T> values;
+
+  Tensor(int32 batch, int32 rows_, int32 heads_, int32 columns_, T fill = T())
+      : rows(rows_),
+        heads(heads_),
+        columns(columns_),
+        values(static_cast<std::size_t>(batch) * rows * heads * columns, fill) {}
+  T& at(int32 b, int32 row, int32 head, int32 column) {
+    return values[((static_cast<std::size_t>(b) * rows + row) * heads + head) * columns + column];
+  }
+  int64 stride_batch() const { return static_cast<int64>(rows) * heads * columns; }
+  int64 stride_row() const { return static_cast<int64>(heads) * columns; }
+  int64 stride_head() const { return columns; }
+
+  TensorMap map(int32 batch) {
+    return kernels::ptx::tensor_map(
+        {values.data(), {columns, rows, heads, batch}, {1, stride_row(), stride_head(), stride_batch()}});
+  }
+  ScalarOperand operand() {
+    return {values.data(), stride_batch(), stride_row(), stride_head(), ScalarType::float32, 0};
+  }
+};
+constexpr uint16 kNan = 0x7fc0;
+
+// Everything that a call reads and writes, and its gradients in float64.
+class Call {
+ public:
+  Call(const Problem& problem, int32 block_n)
+      : p(problem),
+        n(block_n),
+        row_tiles((p.seqlen_q + 63) / 64),
+        key_tiles((p.seqlen_k + n - 1) / n),
+        row_words((row_tiles + 31) / 32),
+        key_words((key_tiles + 31) / 32),
+        query(p.batch, p.seqlen_q, p.heads, p.head_dim),
+        key(p.batch, p.seqlen_k, p.kv_heads, p.head_dim),
+        value(p.batch, p.seqlen_k, p.kv_heads, p.head_dim_v),
+        grad_out(p.batch, p.seqlen_q, p.heads, p.head_dim_v),
+        out(p.batch, p.seqlen_q, p.heads, p.head_dim_v),
+        alpha(p.batch, p.seqlen_q, p.heads, 1),
+        delta(p.batch, p.seqlen_k, p.kv_heads, 1),
+        grad_lse(p.batch, p.heads, p.seqlen_q, 1),
+        lse(p.batch, p.heads, p.seqlen_q, 1, -kInfinity),
+        slopes(p.heads),
+        sinks(p.heads),
+        row_bits(static_cast<std::size_t>(p.batch) * p.heads * row_tiles * key_words),
+        column_bits(static_cast<std::size_t>(p.batch) * p.heads * key_tiles * row_words, -1),
+        want_query(p.batch, p.seqlen_q, p.heads, p.head_dim),
+        want_key(p.batch, p.seqlen_k, p.kv_heads, p.head_dim),
+        want_value(p.batch, p.seqlen_k, p.kv_heads, p.head_dim_v),
+        want_alpha(p.batch, p.seqlen_q, p.heads, 1),
+        want_delta(p.batch, p.seqlen_k, p.kv_heads, 1),
+        want_sink(1, 1, p.heads, 1) {
+    std::mt19937 random(1);
+    std::normal_distribution<float> normal;
+    for (auto* tensor : {&query, &key, &value, &grad_out})
+      for (uint16& x : tensor->values) x = static_cast<uint16>(kernels::ptx::bf16_bits(normal(random)));
+    for (auto* tensor : {&alpha, &delta, &grad_lse})
+      for (float& x : tensor->values) x = normal(random);
+    for (float& x : slopes) x = 0.1f * std::abs(normal(random));
+    for (float& x : sinks) x = normal(random);
+    fill_map(random);
+    fill_blocks(random);
+    for (int32 b = 0; b < p.batch; ++b) differentiate(b);
+  }
+
+  int32 used_q(int32 b) const { return b == p.batch - 1 ? p.used_q : p.seqlen_q; }
+  int32 used_k(int32 b) const { return b == p.batch - 1 ? p.used_k : p.seqlen_k; }
+
+  const Problem p;
+  const int32 n, row_tiles, key_tiles, row_words, key_words;
+  Tensor<uint16> query, key, value, grad_out, out;
+  Tensor<float> alpha, delta, grad_lse, lse;
+  std::vector<float> slopes, sinks;
+  std::vector<int32> row_bits, column_bits;
+  std::vector<int32> partial_count, full_count, partial_indices, full_indices, bits_begin;
+  std::vector<uint32> block_bits;
+  int32 row_blocks = 0, key_blocks = 0;
+  Tensor<double> want_query, want_key, want_value, want_alpha, want_delta, want_sink;
+
+ private:
+  bool visible(int32 b, int32 row, int32 key_) const {
+    return !p.causal || key_ <= row + used_k(b) - used_q(b);
+  }
+
+  void fill_map(std::mt19937& random) {
+    for (int32 b = 0; b < p.batch; ++b)
+      for (int32 h = 0; h < p.heads; ++h)
+        for (int32 m = 0; m * 64 < used_q(b); ++m)
+          for (int32 t = 0; t * n < used_k(b); ++t)
+            if (visible(b, std::min(m * 64 + 63, used_q(b) - 1), t * n) && random() % 2 == 0)
+              row_bits[((b * p.heads + h) * row_tiles + m) * key_words + t / 32] |=
+                  static_cast<int32>(1u << t % 32);
+  }
+  bool kept(int32 b, int32 h, int32 row, int32 key_) const {
+    const int32 t = key_ / n;
+    return (row_bits[((b * p.heads + h) * row_tiles + row / 64) * key_words + t / 32] >> t % 32 & 1) != 0;
+  }
+
+  // A third of the blocks is absent, a third full, a third partial. One mask for all batch entries.
+  void fill_blocks(std::mt19937& random) {
+    if (!p.block_mask) return;
+    row_blocks = (p.seqlen_q + kBlock - 1) / kBlock;
+    key_blocks = (p.seqlen_k + kBlock - 1) / kBlock;
+    const int32 lists = p.heads * row_blocks;
+    partial_count.assign(lists, 0);
+    full_count.assign(lists, 0);
+    bits_begin.assign(lists, 0);
+    partial_indices.assign(lists * key_blocks, -1);
+    full_indices.assign(lists * key_blocks, -1);
+    for (int32 list = 0; list < lists; ++list) {
+      bits_begin[list] = static_cast<int32>(block_bits.size()) / (kBlock * kBlock / 32);
+      for (int32 c = key_blocks - 1; c >= 0; --c) {
+        const uint32 kind = random() % 3;
+        if (kind == 1) full_indices[list * key_blocks + full_count[list]++] = c;
+        if (kind == 2) {
+          partial_indices[list * key_blocks + partial_count[list]++] = c;
+          for (int32 i = 0; i < kBlock * kBlock / 32; ++i)
+            block_bits.push_back(static_cast<uint32>(random()));
+        }
+      }
+    }
+  }
+  bool listed(int32 h, int32 row, int32 key_) const {
+    const int32 list = h * row_blocks + row / kBlock, c = key_ / kBlock;
+    for (int32 i = 0; i < full_count[list]; ++i)
+      if (full_indices[list * key_blocks + i] == c) return true;
+    for (int32 i = 0; i < partial_count[list]; ++i)
+      if (partial_indices[list * key_blocks + i] == c) {
+        const int32 line = (bits_begin[list] + i) * kBlock + row % kBlock;
+        return (block_bits[line * (kBlock / 32) + key_ % kBlock / 32] >> key_ % 32 & 1) != 0;
+      }
+    return false;
+  }
+
+  void differentiate(int32 b) {
+    const int32 group = p.heads / p.kv_heads, rows = used_q(b), keys = used_k(b);
+    const double scale = 1 / std::sqrt(static_cast<double>(p.head_dim));
+    const auto read = [](uint16 bits) { return static_cast<double>(float_of_bf16(bits)); };
+    std::vector<double> s(keys), t(keys), o(p.head_dim_v);
+    for (int32 h = 0; h < p.heads; ++h)
+      for (int32 i = 0; i < rows; ++i) {
+        const int32 kv = h / group;
+        const double a = alpha.at(b, i, h, 0);
+        double sum = p.sink ? std::exp(sinks[h]) : 0;
+        for (int32 j = 0; j < keys; ++j) {
+          const bool seen =
+              visible(b, i, j) && (!p.skip_map || kept(b, h, i, j)) && (!p.block_mask || listed(h, i, j));
+          double x = 0;
+          for (int32 e = 0; e < p.head_dim; ++e) x += read(query.at(b, i, h, e)) * read(key.at(b, j, kv, e));
+          if (p.gate) x -= std::log1p(std::exp(-a * delta.at(b, j, kv, 0)));
+          x *= scale;
+          t[j] = p.softcap > 0 ? std::tanh(x / p.softcap) : 0;
+          if (p.softcap > 0) x = p.softcap * t[j];
+          if (p.alibi) x -= slopes[h] * std::abs(i + keys - rows - j);
+          s[j] = seen ? std::exp(x) : 0;
+          sum += s[j];
+        }
+        if (sum == 0) continue;
+        std::fill(o.begin(), o.end(), 0.0);
+        double mean = -grad_lse.at(b, h, i, 0);
+        for (int32 j = 0; j < keys; ++j) s[j] /= sum;
+        for (int32 e = 0; e < p.head_dim_v; ++e) {
+          for (int32 j = 0; j < keys; ++j) o[e] += s[j] * read(value.at(b, j, kv, e));
+          mean += o[e] * read(grad_out.at(b, i, h, e));
+          out.at(b, i, h, e) = static_cast<uint16>(kernels::ptx::bf16_bits(static_cast<float>(o[e])));
+        }
+        lse.at(b, h, i, 0) = static_cast<float>(std::log(sum));
+        if (p.sink) want_sink.at(0, 0, h, 0) -= std::exp(sinks[h]) / sum * mean;
+        for (int32 j = 0; j < keys; ++j) {
+          if (s[j] == 0) continue;
+          double product = 0;
+          for (int32 e = 0; e < p.head_dim_v; ++e) {
+            product += read(grad_out.at(b, i, h, e)) * read(value.at(b, j, kv, e));
+            want_value.at(b, j, kv, e) += s[j] * read(grad_out.at(b, i, h, e));
+          }
+          const double ds = s[j] * (product - mean) * scale * (1 - t[j] * t[j]);
+          for (int32 e = 0; e < p.head_dim; ++e) {
+            want_query.at(b, i, h, e) += ds * read(key.at(b, j, kv, e));
+            want_key.at(b, j, kv, e) += ds * read(query.at(b, i, h, e));
+          }
+          if (!p.gate) continue;
+          const double d = delta.at(b, j, kv, 0), slope = 1 / (1 + std::exp(a * d));
+          want_alpha.at(b, i, h, 0) += ds * slope * d;
+          want_delta.at(b, j, kv, 0) += ds * slope * a;
+        }
+      }
+  }
+};
+
+template <class T>
+void expect_near(const char* name, Tensor<double>& want, Tensor<T>& got) {
+  double error = 0, largest = 0;
+  for (std::size_t i = 0; i < want.values.size(); ++i) {
+    double x = 0;
+    if constexpr (sizeof(T) == 2)
+      x = float_of_bf16(got.values[i]);
+    else
+      x = got.values[i];
+    ASSERT_TRUE(std::isfinite(x)) << name << ", element " << i;
+    if (want.values[i] == 0) continue;
+    error = std::max(error, std::abs(x - want.values[i]));
+    largest = std::max(largest, std::abs(want.values[i]));
+  }
+  // bf16 operands of the products: about three times what correct kernels show.
+  EXPECT_LE(error, 0.02 * largest + 1e-3) << name;
+}
+
+// Rows of [batch, rows, ..] from `used` on, in the last batch entry.
+template <class T>
+void expect_zero_rows(const char* name, Tensor<T>& tensor, int32 batch, int32 used) {
+  for (int32 row = used; row < tensor.rows; ++row)
+    for (int32 head = 0; head < tensor.heads; ++head)
+      for (int32 column = 0; column < tensor.columns; ++column)
+        ASSERT_EQ(tensor.at(batch - 1, row, head, column), T()) << name << ", row " << row;
+}
+
+template <class C>
+void check(const Problem& problem) {
+  using Types = sm90::BackwardTypes<C>;
+  constexpr int32 kM = Types::kBlockM, kN = Types::kBlockN;
+  Call c(problem, kN);
+  const Problem& p = c.p;
+  const float nan = std::nanf("");
+  for (int32 row = p.used_q; row < p.seqlen_q; ++row)
+    for (auto* tensor : {&c.query, &c.grad_out})
+      std::fill_n(&tensor->at(p.batch - 1, row, 0, 0), tensor->stride_row(), kNan);
+  for (int32 row = p.used_k; row < p.seqlen_k; ++row)
+    for (auto* tensor : {&c.key, &c.value})
+      std::fill_n(&tensor->at(p.batch - 1, row, 0, 0), tensor->stride_row(), kNan);
+
+  Tensor<uint16> grad_query(p.batch, p.seqlen_q, p.heads, p.head_dim, kNan);
+  Tensor<uint16> grad_key(p.batch, p.seqlen_k, p.kv_heads, p.head_dim, kNan);
+  Tensor<uint16> grad_value(p.batch, p.seqlen_k, p.kv_heads, p.head_dim_v, kNan);
+  Tensor<float> grad_alpha(p.batch, p.seqlen_q, p.heads, 1, nan),
+      grad_delta(p.batch, p.seqlen_k, p.kv_heads, 1, nan);
+  Tensor<float> grad_sink(1, 1, p.heads, 1, nan);
+  const int32 row_tiles = ceil_div(p.seqlen_q, kM);
+  const std::size_t tiles = static_cast<std::size_t>(p.batch) * p.heads * row_tiles;
+  std::vector<float4> vectors(tiles * 3 * kM / 4, float4{nan, nan, nan, nan});
+  std::vector<float4> sums(tiles * kM * Types::kDim / 4, float4{nan, nan, nan, nan});
+  std::vector<float> alpha_sums(tiles * kM, nan), sink_sums(tiles, nan);
+  std::vector<int32> turns(tiles * kBackwardWarps, 1 << 20), used_q(p.batch), used_k(p.batch);
+  for (int32 b = 0; b < p.batch; ++b) {
+    used_q[b] = c.used_q(b);
+    used_k[b] = c.used_k(b);
+  }
+  int32 counter[2] = {0, 0};
+  std::vector<int32> list_count(std::max(1, p.heads * c.key_blocks), -1);
+  std::vector<ColumnEntry> list_entries(std::max(1, p.heads * c.key_blocks * c.row_blocks));
+
+  BackwardParams params = {};
+  ForwardParams& f = params.forward;
+  f.query_map = c.query.map(p.batch);
+  f.key_map = c.key.map(p.batch);
+  f.value_map = c.value.map(p.batch);
+  params.grad_out_map = c.grad_out.map(p.batch);
+  params.grad_key_map = grad_key.map(p.batch);
+  params.grad_value_map = grad_value.map(p.batch);
+  const auto pass = [](auto& pointer, int64& batch, int64& row, int64& head, auto& tensor) {
+    pointer = tensor.values.data();
+    batch = tensor.stride_batch();
+    row = tensor.stride_row();
+    head = tensor.stride_head();
+  };
+  pass(f.out, f.out_stride_batch, f.out_stride_row, f.out_stride_head, c.out);
+  pass(params.grad_out, params.grad_out_stride_batch, params.grad_out_stride_row, params.grad_out_stride_head,
+       c.grad_out);
+  pass(params.grad_query, params.grad_query_stride_batch, params.grad_query_stride_row,
+       params.grad_query_stride_head, grad_query);
+  pass(params.grad_key, params.grad_key_stride_batch, params.grad_key_stride_row, params.grad_key_stride_head,
+       grad_key);
+  pass(params.grad_value, params.grad_value_stride_batch, params.grad_value_stride_row,
+       params.grad_value_stride_head, grad_value);
+  pass(params.grad_lse, params.grad_lse_stride_batch, params.grad_lse_stride_head, params.grad_lse_stride_row,
+       c.grad_lse);  // [batch, heads, rows]
+  f.lse = c.lse.values.data();
+  f.lse_stride_batch = c.lse.stride_batch();
+  f.lse_stride_head = c.lse.stride_row();
+  f.seqused_q = used_q.data();
+  f.seqused_k = used_k.data();
+  f.work_counter = counter;
+  f.batch = p.batch;
+  f.num_heads = p.heads;
+  f.group_size = p.heads / p.kv_heads;
+  f.head_dim_v = p.head_dim_v;
+  f.max_seqlen_q = p.seqlen_q;
+  f.max_seqlen_k = p.seqlen_k;
+  f.window_left = kOpenWindow;
+  f.window_right = p.causal ? 0 : kOpenWindow;
+  params.softmax_scale = 1 / std::sqrt(static_cast<float>(p.head_dim));
+  f.softmax_scale_log2 = params.softmax_scale * kLog2e;
+  f.softcap = p.softcap;
+  f.alibi = {c.slopes.data(), 0, 0, 1, ScalarType::float32, 0};
+  f.sink = {c.sinks.data(), 0, 0, 1, ScalarType::float32, 0};
+  f.alpha = c.alpha.operand();
+  f.delta = c.delta.operand();
+  params.grad_alpha = grad_alpha.operand();
+  params.grad_delta = grad_delta.operand();
+  params.grad_sink = grad_sink.operand();
+  f.gate_bits = {c.row_bits.data(), int64{p.heads} * c.row_tiles * c.key_words,
+                 int64{c.row_tiles} * c.key_words, c.key_words};
+  params.column_bits = {c.column_bits.data(), int64{p.heads} * c.key_tiles * c.row_words,
+                        int64{c.key_tiles} * c.row_words, c.row_words};
+  if (p.block_mask) {
+    BlockLists& lists = f.blocks;
+    lists.partial_count = c.partial_count.data();
+    lists.partial_indices = c.partial_indices.data();
+    lists.full_count = c.full_count.data();
+    lists.full_indices = c.full_indices.data();
+    lists.bits_begin = c.bits_begin.data();
+    lists.bits = c.block_bits.data();
+    lists.partial_stride_head = lists.full_stride_head = c.row_blocks;
+    lists.partial_stride_row = lists.full_stride_row = 1;
+    lists.partial_indices_stride_head = lists.full_indices_stride_head = int64{c.row_blocks} * c.key_blocks;
+    lists.partial_indices_stride_row = lists.full_indices_stride_row = c.key_blocks;
+    lists.block_rows = lists.block_keys = kBlock;
+    params.list_count = list_count.data();
+    params.list_entries = list_entries.data();
+    params.list_stride_head = c.key_blocks;
+    params.list_capacity = c.row_blocks;
+  }
+  params.row_vectors = &vectors.data()->x;
+  params.grad_query_sum = &sums.data()->x;
+  params.grad_alpha_sum = alpha_sums.data();
+  params.grad_sink_sum = sink_sums.data();
+  params.turns = turns.data();
+  params.row_tiles = row_tiles;
+  params.head_dim = p.head_dim;
+  params.key_heads_per_wave = 1;
+
+  const auto grid = [](int32 x, int32 y, int32 z) {
+    return Dim3{static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
+  };
+  const Dim3 by_row_tile = grid(row_tiles, p.heads, p.batch);
+  emulator::launch(by_row_tile, kPrepareThreads, [&] { backward_prepare<Types>(params); });
+  if (p.skip_map)
+    emulator::launch(grid(ceil_div(c.row_words * c.key_words, kTransposeWarps), p.heads, p.batch),
+                     kTransposeWarps * kWarpThreads, [&] { transpose_bits<kN>(params); });
+  if (p.block_mask)
+    emulator::launch(grid(ceil_div(c.key_blocks, kColumnWarps), p.heads, 1), kColumnWarps * kWarpThreads,
+                     [&] { block_columns<kN>(params); });
+  emulator::launch(grid(1, 1, 1), kBackwardThreads, [&] { sm90::backward<C>(params); });
+  emulator::launch(by_row_tile, 2 * kM, [&] { backward_finish<Types>(params); });
+  if (p.sink) emulator::launch(grid(p.heads, 1, 1), 256, [&] { sum_sink<Types>(params); });
+
+  EXPECT_EQ(counter[0], 0) << "the work counter must be left as it was found";
+  expect_near("grad_query", c.want_query, grad_query);
+  expect_near("grad_key", c.want_key, grad_key);
+  expect_near("grad_value", c.want_value, grad_value);
+  expect_zero_rows("grad_query", grad_query, p.batch, p.used_q);
+  expect_zero_rows("grad_key", grad_key, p.batch, p.used_k);
+  expect_zero_rows("grad_value", grad_value, p.batch, p.used_k);
+  if (p.gate) {
+    expect_near("grad_alpha", c.want_alpha, grad_alpha);
+    expect_near("grad_delta", c.want_delta, grad_delta);
+  }
+  if (p.sink) expect_near("grad_sink", c.want_sink, grad_sink);
+}
+
+TEST(BackwardKernel, CausalGroupedHeads) {
+  check<Config<kTile128, Causal, RangeRows<Causal, 64, 128>, Logit<>, false>>(
+      {1, 200, 330, 2, 1, 128, 128, 150, 300, true});
+}
+
+TEST(BackwardKernel, Deterministic64) {
+  check<Config<kTile64, Causal, RangeRows<Causal, 128, 128>, Logit<>, true>>(
+      {2, 300, 300, 2, 2, 64, 64, 77, 140, true});
+}
+
+TEST(BackwardKernel, Deterministic128) {
+  check<Config<kTile128, Full, RangeRows<Full, 64, 128>, Logit<>, true>>(
+      {1, 330, 300, 1, 1, 128, 128, 330, 300});
+}
+
+TEST(BackwardKernel, Deterministic256) {
+  check<Config<kTile256, Causal, RangeRows<Causal, 64, 64>, Logit<>, true>>(
+      {1, 200, 150, 1, 1, 256, 256, 200, 150, true});
+}
+
+TEST(BackwardKernel, SkipMapAndPairGate) {
+  Problem problem = {1, 100, 200, 1, 1, 128, 128, 90, 190, true, true};
+  problem.gate = true;
+  check<
+      Config<kTile128Gate, Causal, BitmapRows<RangeRows<Causal, 64, 128>, 128>, Logit<PairGate<true>>, true>>(
+      problem);
+}
+
+TEST(BackwardKernel, SoftcapAlibiSink) {
+  Problem problem = {1, 100, 200, 2, 1, 128, 128, 100, 200, true};
+  problem.alibi = problem.sink = true;
+  problem.softcap = 5;
+  check<Config<kTile128, Causal, RangeRows<Causal, 64, 128>, Logit<Softcap, Alibi>, false, true>>(problem);
+}
+
+TEST(BackwardKernel, BlockMasks) {
+  Problem problem = {1, 200, 300, 2, 1, 64, 64, 200, 300};
+  problem.block_mask = true;
+  check<Config<kTile64Sparse, ListMask, ListRows<64, 128>, Logit<>, true>>(problem);
+  problem = {1, 150, 150, 1, 1, 256, 128, 150, 150};
+  problem.block_mask = true;
+  check<Config<kTile256x128, ListMask, ListRows<64, 64>, Logit<>, false>>(problem);
+}
+
+}  // namespace
+}  // namespace fsa::test

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// kernels/ptx/sync.cuh on the CPU.
+#pragma once
+
+#include "core/base.cuh"
+
+namespace fsa::kernels::ptx {
+
+inline void barrier_sync(int32 id, int32 threads) { emulator::named_barriers[id].sync(threads); }
+inline void fence_shared_for_async() {}
+template <int32 kRegisters>
+void grow_registers() {}
+template <int32 kRegisters>
+void shrink_registers() {}
+
+}  // namespace fsa::kernels::ptx
