@@ -144,7 +144,8 @@ FSA_API void backward(const BackwardArgs& args);
 FSA_API void decode(const DecodeArgs& args);
 FSA_API void merge(const MergeArgs& args);
 
-/// Bytes of workspace that the call needs; 0 is possible. docs/semantics.md gives the formulas.
+/// Bytes of workspace that the call needs; 0 is possible. docs/semantics.md gives the formulas. Tensors that are
+/// left out count as contiguous: a call with others may need more.
 [[nodiscard]] FSA_API std::size_t workspace_size(const ForwardArgs& args);
 [[nodiscard]] FSA_API std::size_t workspace_size(const BackwardArgs& args);
 [[nodiscard]] FSA_API std::size_t workspace_size(const DecodeArgs& args);

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Copies a [batch, rows, heads, dim] tensor of 2-byte elements between any two pitches, one warp a row. The
-// copy engine takes pitches that are multiples of 16 bytes; a tensor with others goes through a padded copy,
+// Copies a [batch, rows, heads, dim] tensor of 2-byte elements from any strides, one warp a row. The copy engine takes pitches that are multiples of 16 bytes; a tensor with others goes through a padded copy,
 // whose columns beyond `dim` are zeroed so that 16-byte units hold no foreign data.
 #pragma once
 
@@ -21,7 +20,7 @@ FSA_DEVICE void copy_rows(const CopyRowsParams& params) {
     uint16* const to = static_cast<uint16*>(params.to) + batch * params.to_stride_batch +
                        row * params.to_stride_row + head * params.to_stride_head;
     for (int32 column = lane_id(); column < params.to_columns; column += kWarpThreads)
-      to[column] = column < params.dim ? from[column] : uint16{0};
+      to[column] = column < params.dim ? from[column * params.from_stride_dim] : uint16{0};
   }
 }
 

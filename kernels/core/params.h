@@ -131,13 +131,13 @@ static_assert(sizeof(ForwardParams) == 1152 && alignof(ForwardParams) == 64,
 struct CopyRowsParams {
   const void* from;
   void* to;
-  int64 from_stride_batch, from_stride_row, from_stride_head;
+  int64 from_stride_batch, from_stride_row, from_stride_head, from_stride_dim;
   int64 to_stride_batch, to_stride_row, to_stride_head;
   int64 batch, rows, heads;
   int32 dim;         // columns copied
   int32 to_columns;  // written: those from `dim` on become zero
 };
 
-static_assert(sizeof(CopyRowsParams) == 96, "CopyRowsParams must have the same layout on both compilers");
+static_assert(sizeof(CopyRowsParams) == 104, "CopyRowsParams must have the same layout on both compilers");
 
 }  // namespace fsa::kernels

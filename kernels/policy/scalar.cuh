@@ -20,6 +20,7 @@ FSA_DEVICE float load_scalar(const ScalarOperand& operand, int32 batch, int64 ro
 
 FSA_DEVICE void store_scalar(const ScalarOperand& operand, int32 batch, int64 row, int32 head, float value) {
   void* const data = const_cast<void*>(operand.data);
+  if (data == nullptr) return;  // not wanted
   const int64 i = batch * operand.stride_batch + row * operand.stride_row + head * operand.stride_head;
   if (operand.type == ScalarType::float32) {
     static_cast<float*>(data)[i] = value;

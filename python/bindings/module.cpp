@@ -71,11 +71,13 @@ ForwardArgs forward_args(Inputs inputs, Options options) {
   return {.inputs = inputs_of(inputs, options), .options = options, .stream = inputs.stream};
 }
 
-BackwardArgs backward_args(Inputs inputs, Options options, const TensorView& skip_map,
-                           const TensorView& grad_lse) {
+BackwardArgs backward_args(Inputs inputs, Options options, const TensorView& out, const TensorView& skip_map,
+                           const TensorView& grad_out, const TensorView& grad_lse) {
   return {.inputs = inputs_of(inputs, options),
           .options = options,
+          .out = out,
           .skip_map = skip_map,
+          .grad_out = grad_out,
           .grad_lse = grad_lse,
           .stream = inputs.stream};
 }
@@ -161,10 +163,8 @@ void bind_backward(nb::module_& m) {
          In<"grad_out"> grad_out, In<"grad_lse"> grad_lse, Out<"grad_query"> grad_query,
          Out<"grad_key"> grad_key, Out<"grad_value"> grad_value, Out<"grad_alpha"> grad_alpha,
          Out<"grad_delta"> grad_delta, Out<"grad_sink"> grad_sink, Out<"workspace"> workspace) {
-        BackwardArgs args = backward_args(inputs, options, skip_map, grad_lse);
-        args.out = out;
+        BackwardArgs args = backward_args(inputs, options, out, skip_map, grad_out, grad_lse);
         args.lse = lse;
-        args.grad_out = grad_out;
         args.grad_query = grad_query;
         args.grad_key = grad_key;
         args.grad_value = grad_value;
@@ -179,23 +179,27 @@ void bind_backward(nb::module_& m) {
       "grad_sink"_a.none(), "workspace"_a.none());
   m.def(
       "workspace_size_backward",
-      [](Inputs inputs, Options options, In<"skip_map"> skip_map, In<"grad_lse"> grad_lse) {
-        return without_gil(
-            [&] { return workspace_size(backward_args(inputs, options, skip_map, grad_lse)); });
+      [](Inputs inputs, Options options, In<"out"> out, In<"skip_map"> skip_map, In<"grad_out"> grad_out,
+         In<"grad_lse"> grad_lse) {
+        return without_gil([&] {
+          return workspace_size(backward_args(inputs, options, out, skip_map, grad_out, grad_lse));
+        });
       },
-      "inputs"_a, "options"_a, "skip_map"_a.none(), "grad_lse"_a.none());
+      "inputs"_a, "options"_a, "out"_a.none(), "skip_map"_a.none(), "grad_out"_a.none(), "grad_lse"_a.none());
   m.def(
       "supports_backward",
-      [](Inputs inputs, Options options, In<"skip_map"> skip_map, In<"grad_lse"> grad_lse) {
-        return to_tuple(supports(backward_args(inputs, options, skip_map, grad_lse)));
+      [](Inputs inputs, Options options, In<"out"> out, In<"skip_map"> skip_map, In<"grad_out"> grad_out,
+         In<"grad_lse"> grad_lse) {
+        return to_tuple(supports(backward_args(inputs, options, out, skip_map, grad_out, grad_lse)));
       },
-      "inputs"_a, "options"_a, "skip_map"_a.none(), "grad_lse"_a.none());
+      "inputs"_a, "options"_a, "out"_a.none(), "skip_map"_a.none(), "grad_out"_a.none(), "grad_lse"_a.none());
   m.def(
       "explain_backward",
-      [](Inputs inputs, Options options, In<"skip_map"> skip_map, In<"grad_lse"> grad_lse) {
-        return to_dict(explain(backward_args(inputs, options, skip_map, grad_lse)));
+      [](Inputs inputs, Options options, In<"out"> out, In<"skip_map"> skip_map, In<"grad_out"> grad_out,
+         In<"grad_lse"> grad_lse) {
+        return to_dict(explain(backward_args(inputs, options, out, skip_map, grad_out, grad_lse)));
       },
-      "inputs"_a, "options"_a, "skip_map"_a.none(), "grad_lse"_a.none());
+      "inputs"_a, "options"_a, "out"_a.none(), "skip_map"_a.none(), "grad_out"_a.none(), "grad_lse"_a.none());
 }
 
 void bind_decode(nb::module_& m) {

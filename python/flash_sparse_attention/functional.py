@@ -249,9 +249,11 @@ def explain(
     return_lse: bool = False,
     return_skip_map: bool = False,
     out: Array | None = None,
+    backward: bool = False,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """What :func:`attention` would run for the same arguments, without running it.
+    """What :func:`attention` would run for the same arguments, without running it; with ``backward`` what would
+    compute the gradients, of a contiguous ``out`` and its gradient.
 
     Returns:
         ``backend`` and ``kernel``: what computes it. ``reasons``: ``(name, chosen, reason)`` of every backend
@@ -262,6 +264,9 @@ def explain(
     Raises:
         ValueError, TypeError, NotImplementedError: as attention.
     """
+    if backward:
+        inputs, options = collect(query, key, value, **arguments)
+        return _C.explain_backward(inputs, options, None, None, None, None)
     return _C.explain_forward(*_question(query, key, value, return_lse, return_skip_map, out, arguments))
 
 

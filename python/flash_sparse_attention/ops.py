@@ -182,7 +182,8 @@ def run_backward(
         empty(inputs[i], inputs[i].shape) if wants else None
         for i, wants in zip((QUERY, KEY, VALUE, ALPHA, DELTA, SINK), wanted, strict=True)
     )
-    workspace = _workspace(query, _C.workspace_size_backward(inputs, options, skip_map, grad_lse))
+    size = _C.workspace_size_backward(inputs, options, out, skip_map, grad_out, grad_lse)
+    workspace = _workspace(query, size)
     _C.backward(inputs, options, out, lse, skip_map, grad_out, grad_lse, *grads, workspace)
     return grads
 

@@ -27,6 +27,12 @@ void fill_operands(Call& call, const BackwardArgs& args) {
   a.grad_alpha = make_operand(args.grad_alpha, call.alpha_axes);
   a.grad_delta = make_operand(args.grad_delta, call.delta_axes);
   a.grad_sink = make_operand(args.grad_sink, {.head = 0});
+  Problem& p = call.problem;
+  p.aligned_out = is_aligned(a.out);
+  p.aligned_grad_out = is_aligned(a.grad_out);
+  p.aligned_grad_query = is_aligned(a.grad_query);
+  p.aligned_grad_key = is_aligned(a.grad_key);
+  p.aligned_grad_value = is_aligned(a.grad_value);
 }
 
 }  // namespace

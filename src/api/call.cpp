@@ -33,6 +33,15 @@ Operand make_operand(const TensorView& view, const Axes& axes) {
   return operand;
 }
 
+bool is_aligned(const Operand& operand) {
+  const auto bytes = static_cast<std::int64_t>(size_of(operand.dtype));
+  const auto multiple = [](std::int64_t value) { return value % 16 == 0; };
+  return !operand.present() ||
+         (reinterpret_cast<std::uintptr_t>(operand.data) % 16 == 0 &&
+          multiple(operand.stride_batch * bytes) && multiple(operand.stride_row * bytes) &&
+          multiple(operand.stride_head * bytes) && operand.stride_dim == 1);
+}
+
 Shape skip_map_shape(const Problem& problem) {
   const std::int64_t words = ceil_div(ceil_div(problem.max_seqlen_k, skip_tile_keys(problem.head_dim)), 32);
   if (problem.packed_q) return {problem.num_heads, problem.total_q / kSkipTileRows + problem.batch, words};

@@ -35,6 +35,8 @@ struct Call : CallTensors {
 };
 
 Operand make_operand(const TensorView& view, const Axes& axes);
+// Address and strides in multiples of 16 bytes, columns side by side. An absent operand is.
+bool is_aligned(const Operand& operand);
 IndexTable make_table(const TensorView& view);
 
 Shape skip_map_shape(const Problem& problem);

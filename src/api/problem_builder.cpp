@@ -58,13 +58,6 @@ void check_gate(const char* name, const TensorView& view, const GateExtents& ext
   check_shape(name, view, extents.shape(layout), words.c_str());
 }
 
-bool is_aligned(const Operand& operand) {
-  const auto bytes = static_cast<std::int64_t>(size_of(operand.dtype));
-  const auto multiple = [](std::int64_t value) { return value % 16 == 0; };
-  return reinterpret_cast<std::uintptr_t>(operand.data) % 16 == 0 && multiple(operand.stride_batch * bytes) &&
-         multiple(operand.stride_row * bytes) && multiple(operand.stride_head * bytes);
-}
-
 bool is_contiguous(const TensorView& view) {
   return !view.present() || view.shape[0] <= 1 || view.strides[0] == 1;
 }

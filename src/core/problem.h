@@ -35,6 +35,11 @@ struct Problem {
   bool aligned_query = true;
   bool aligned_key = true;
   bool aligned_value = true;
+  bool aligned_out = true;  // of backward; and of the gradients
+  bool aligned_grad_out = true;
+  bool aligned_grad_query = true;
+  bool aligned_grad_key = true;
+  bool aligned_grad_value = true;
   bool contiguous_tables = true;
   bool contiguous_lists = true;
   std::int64_t total_q = 0;

@@ -6,6 +6,7 @@
 #include <set>
 #include <string>
 
+#include "backend/cuda/backward_dispatch.h"
 #include "backend/cuda/dispatch.h"
 
 namespace fsa::cuda {
@@ -72,6 +73,77 @@ TEST(CudaDispatch, EveryChoiceIsReachable) {
           ASSERT_EQ(config.tile.block_n, head_dim <= 128 ? 128 : 64) << "a key tile is a skip tile";
         }
       }
+}
+
+TEST(CudaDispatch, EveryBackwardChoiceIsReachable) {
+  std::set<std::string> names;
+  for (const KernelConfig& config : reachable_kernels()) names.insert(name_of(config));
+  const auto expect_reachable = [&](const KernelConfig& config) {
+    ASSERT_TRUE(names.contains(name_of(config))) << name_of(config);
+  };
+  for (std::int64_t head_dim = 1; head_dim <= 256; head_dim += 17)
+    for (std::int64_t head_dim_v = 1; head_dim_v <= 256; head_dim_v += 15)
+      for (int features = 0; features < 1024; ++features) {
+        Problem p = problem(head_dim, head_dim_v);
+        p.operation = Operation::backward;
+        p.causal = features & 1;
+        p.window_left = features & 2 ? 5 : -1;
+        p.softcap = features & 4 ? 3 : 0;
+        p.has_alibi = features & 8;
+        p.has_sink = features & 16;
+        p.threshold = features & 32 ? 1 : 0;
+        p.has_gate = features & 64;
+        p.gate_test = p.has_gate && features & 128;
+        p.deterministic = features & 256;
+        p.has_window_sizes = features & 512;
+        if (!reject_backward(p).empty()) continue;
+        const KernelConfig config = backward_kernel(p);
+        expect_reachable(config);
+        expect_reachable(backward_prepare_kernel(p));
+        expect_reachable(backward_finish_kernel(p));
+        if (p.has_sink) expect_reachable(sum_sink_kernel(p));
+        ASSERT_GE(config.backward.head_dim, head_dim);
+        ASSERT_GE(config.backward.head_dim_v, head_dim_v);
+        if (!config.gate_bits) continue;
+        expect_reachable(transpose_bits_kernel(p));
+        ASSERT_EQ(config.backward.block_m, 64) << "a row tile is that of the skip map";
+        ASSERT_EQ(config.backward.block_n, head_dim <= 128 ? 128 : 64) << "a key tile is a skip tile";
+      }
+}
+
+TEST(CudaDispatch, BackwardChoices) {
+  Problem p = problem();
+  p.operation = Operation::backward;
+  p.causal = true;
+  EXPECT_EQ(name_of(backward_kernel(p)), "backward_sm90_bf16_d128_causal_64x128");
+  p.threshold = 1;
+  EXPECT_EQ(name_of(backward_kernel(p)), "backward_sm90_bf16_d128_causal_bits_64x128");
+  p.softcap = 30;
+  EXPECT_EQ(name_of(backward_kernel(p)), "backward_sm90_bf16_d128_causal_bits_exactcap_64x128")
+      << "with a vote the forward computes the exact one";
+  p = problem();
+  p.operation = Operation::backward;
+  p.has_window_sizes = true;
+  EXPECT_FALSE(backward_kernel(p).gate_bits);
+  EXPECT_EQ(backward_workspace(p).visible_bits, BackwardWorkspace::kAbsent);
+  p.deterministic = true;
+  EXPECT_TRUE(backward_kernel(p).gate_bits) << "the order of the sums comes from a map";
+  EXPECT_NE(backward_workspace(p).visible_bits, BackwardWorkspace::kAbsent);
+}
+
+// float32 dQ in whole row tiles, and what grows with seqlen * heads alone.
+TEST(CudaDispatch, BackwardWorkspaceIsThatOfTheFormula) {
+  Problem p = problem();
+  p.operation = Operation::backward;
+  const std::int64_t rows = 2 * 4 * 1024;  // 1000 rows in tiles of 64
+  EXPECT_EQ(backward_workspace(p).bytes, static_cast<std::size_t>(64 + rows * 2 * 4 + rows * 128 * 4));
+  p.threshold = 1;
+  const std::int64_t columns = 2 * 4 * 16 * 1 * 4;  // a word per key tile of 128: 16 row tiles
+  EXPECT_EQ(backward_workspace(p).bytes,
+            static_cast<std::size_t>(64 + rows * 2 * 4 + rows * 128 * 4 + columns));
+  p.aligned_grad_out = false;
+  EXPECT_EQ(backward_workspace(p).bytes,
+            static_cast<std::size_t>(64 + rows * 2 * 4 + rows * 128 * 4 + columns + 2000 * 4 * 128 * 2));
 }
 
 TEST(CudaDispatch, Choices) {

@@ -267,12 +267,6 @@ def compiles_with_torch() -> None:
 @test
 def refusals_name_the_reason() -> None:
     query, key, value = qkv(1, 64, 64, 2, 2, 128)
-    grad = query.clone().requires_grad_()
-    assert_raises(
-        NotImplementedError,
-        "has no backward",
-        lambda: fsa.attention(grad, key, value).float().sum().backward(),
-    )
     wide = [tensor.float() for tensor in (query, key, value)]
     assert_raises(NotImplementedError, "bfloat16 and float16, not float32", lambda: fsa.attention(*wide))
     assert_raises(TypeError, "move them to the CPU", lambda: fsa.attention(query, key, value, backend="cpu"))

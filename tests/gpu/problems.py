@@ -35,6 +35,9 @@ GUARD = 64  # elements before and after out
 class Named:
     name: str
     problem: Problem
+    seed: int = 0  # of grad_out and grad_lse
+    grad_kind: str = "normal"  # see checks.draw_grads
+    lse_grad: bool = True
 
 
 def select(part: str, args: argparse.Namespace) -> list[Named]:
@@ -79,7 +82,7 @@ def drawn(seed: int, count: int) -> list[Named]:
             if not joins_blocks(case):
                 one.problem.options.pop("block_mask", None)
             (found if len(found) < count else masked).append(
-                Named(f"random {seed}/{index}: {one}", one.problem)
+                Named(f"random {seed}/{index}: {one}", one.problem, index, one.grad_kind, one.lse_grad)
             )
         index += 1
     return found + masked
@@ -115,10 +118,11 @@ def prefill(tool: Path, chosen: list[Named], others: set[str]) -> str:
     """Compiles the kernels of the problems, and others, on all processors: no test waits for the compiler."""
     names = {"copy_rows_sm90", *others}
     for one in chosen:
-        try:
-            names.add(fsa.explain(**on_device(one.problem))["kernel"])
-        except NotImplementedError:
-            continue
+        for backward in (False, True):
+            try:
+                names.add(fsa.explain(**on_device(one.problem), backward=backward)["kernel"])
+            except NotImplementedError:
+                continue
     for keys in (64, 128):
         names |= {f"gate_prepare_sm90_{keys}"}
         names |= {f"gate_bitmap_sm90_{mask}_{keys}" for mask in ("full", "causal", "window", "bands")}
@@ -141,13 +145,41 @@ class Outcome:
     guards: Tensor
     same_alone: bool  # without lse and map, through a fresh out: the same bits
     inputs_kept: bool
+    grad_out: Tensor | None
+    grad_lse: Tensor | None
+    grads: dict[str, Tensor]  # empty where backward is refused
+    refusal: str = ""
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(checks.bits(a), checks.bits(b))
 
 
-def compute(problem: Problem) -> Outcome:
+def poison(count: int) -> None:
+    """Fills memory that the allocator hands out next with NaN."""
+    torch.full((count,), math.nan, device="cuda")
+
+
+def differentiate(one: Named, out: Tensor, with_map: bool) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """grad_out, grad_lse, gradients, all on the CPU."""
+    grad_out, grad_lse = checks.draw_grads(one.problem, one.seed, one.grad_kind)
+    arguments = on_device(one.problem)
+    names = [n for n in oracle.GRADIENTS if n in one.problem.tensors]
+    for name in names:
+        arguments[name] = arguments[name].requires_grad_()
+    again, lse, *_ = fsa.attention(**arguments, return_lse=True, return_skip_map=with_map)
+    assert same_bits(again.detach().cpu(), out), "out depends on whether gradients are wanted"
+    outputs, given = [again], [to_device(grad_out)]
+    if one.lse_grad:
+        outputs, given = [again, lse], [*given, to_device(grad_lse)]
+    poison(max(1 << 20, 8 * again.numel()))
+    grads = torch.autograd.grad(outputs, [arguments[n] for n in names], given)
+    by_name = {n: g.cpu() for n, g in zip(names, grads, strict=True)}
+    return grad_out, grad_lse if one.lse_grad else None, by_name
+
+
+def compute(one: Named) -> Outcome:
+    problem = one.problem
     arguments = on_device(problem)
     query, value = arguments["query"], arguments["value"]
     shape = (*query.shape[:-1], value.shape[-1])
@@ -162,7 +194,19 @@ def compute(problem: Problem) -> Outcome:
     kept = all(same_bits(arguments[n].cpu(), t) for n, t in problem.tensors.items())
     guards = torch.cat([memory[:GUARD], memory[-GUARD:]]).cpu()
     skip_map = rest[0].cpu() if with_map else None
-    return Outcome(out.cpu(), lse.cpu(), skip_map, guards, same_bits(alone.cpu(), out.cpu()), kept)
+    same = same_bits(alone.cpu(), out.cpu())
+    try:
+        grad_out, grad_lse, grads = differentiate(one, out.cpu(), with_map)
+        refusal = ""
+    except NotImplementedError as error:
+        grad_out, grad_lse, grads, refusal = None, None, {}, reason_of(error)
+    return Outcome(out.cpu(), lse.cpu(), skip_map, guards, same, kept, grad_out, grad_lse, grads, refusal)
+
+
+def reason_of(error: NotImplementedError) -> str:
+    """What the CUDA backend says."""
+    reasons = [line for line in str(error).splitlines() if line.strip().startswith("cuda:")]
+    return (reasons or [str(error)])[0].strip()
 
 
 def lse_tolerance(problem: Problem) -> float:
@@ -182,15 +226,24 @@ def compare(problem: Problem, ours: Outcome) -> str:
         assert shape == oracle.skip_map_shape(problem), f"map {shape}"
         tiles = oracle.replay(problem, ours.skip_map, checks.tolerance_of_decisions(problem.dtype))
         kept = oracle.skip_map_bits(problem, ours.skip_map)
-    truth = oracle.attend(problem, kept=kept)
-    naive = checks.Naive(problem, truth, kept=kept)
-    checks.assert_within_twice("out", ours.out, truth, naive, 3.0 if problem.options.get("softcap") else 2.0)
+    same = {"grad_out": ours.grad_out, "grad_lse": ours.grad_lse, "kept": kept}
+    truth = oracle.attend(problem, **same)
+    naive = checks.Naive(problem, truth, **same)
+    rtol = 3.0 if problem.options.get("softcap") else 2.0
+    checks.assert_within_twice("out", ours.out, truth, naive, rtol)
+    for name, grad in ours.grads.items():
+        tensor = problem.tensors[name]
+        assert grad.dtype == tensor.dtype and grad.shape == tensor.shape, (
+            f"d{name}: {grad.dtype} {grad.shape}"
+        )
+        checks.assert_within_twice(name, grad, truth, naive, rtol)
     empty = truth.lse == -math.inf
     assert torch.equal(ours.lse == -math.inf, empty), "lse: -inf at other rows than those without a key"
     error = ((ours.lse.double() - truth.lse).abs() / truth.lse.abs().clamp(min=1))[~empty]
     worst = float(error.max()) if error.numel() else 0.0
     assert worst <= lse_tolerance(problem), f"lse: error {worst:.3g} of max(1, |lse|)"
-    return f"lse {worst:.1e}" + (f", kept {tiles.kept}/{tiles.visible}" if tiles else "")
+    words = f"lse {worst:.1e}" + (f", kept {tiles.kept}/{tiles.visible}" if tiles else "")
+    return words + (f", no backward: {ours.refusal}" if ours.refusal else f", {len(ours.grads)} gradients")
 
 
 def verify_all(chosen: list[Named]) -> list[dict[str, str]]:
@@ -202,11 +255,9 @@ def verify_all(chosen: list[Named]) -> list[dict[str, str]]:
         waiting = {}
         for index, one in enumerate(chosen):
             try:
-                waiting[pool.submit(compare, one.problem, compute(one.problem))] = index
+                waiting[pool.submit(compare, one.problem, compute(one))] = index
             except NotImplementedError as error:
-                reason = [line for line in str(error).splitlines() if line.strip().startswith("cuda:")]
-                detail = (reason or [str(error)])[0].strip()
-                results[index] = {"name": one.name, "result": "refused", "detail": detail}
+                results[index] = {"name": one.name, "result": "refused", "detail": reason_of(error)}
             except Exception as error:  # one problem must not hide the others
                 detail = f"{type(error).__name__}: {error}"[:500]
                 results[index] = {"name": one.name, "result": "failed", "detail": detail}

@@ -56,6 +56,7 @@ def main() -> int:
 
     import behaviour
     import flash_sparse_attention as fsa
+    import gradients  # noqa: F401  its tests join those of behaviour
     import problems
     import speed
     import torch

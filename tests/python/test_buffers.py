@@ -77,7 +77,8 @@ def test_every_output_is_written_whole_and_nothing_else(name, dtype):
     t = problem.tensors
     grads = {n: checks.Buffer(t[n].shape, t[n].dtype, gap=0 if n == "sink" else 2) for n in names if n in t}
     views = [grads[n].view if n in grads else None for n in names]
-    space, check_space = workspace(_C.workspace_size_backward(inputs, options, skip_map, grad_lse))
+    size = _C.workspace_size_backward(inputs, options, out.view, skip_map, grad_out, grad_lse)
+    space, check_space = workspace(size)
     _C.backward(inputs, options, out.view, lse.view, skip_map, grad_out, grad_lse, *views, space)
     check_space()
     for n, buffer in grads.items():
@@ -135,7 +136,7 @@ def test_workspace_is_linear_in_the_length():
         inputs, options = arguments_of(problem)
         skip_map = None
         return _C.workspace_size_forward(inputs, options), _C.workspace_size_backward(
-            inputs, options, skip_map, None
+            inputs, options, None, skip_map, None, None
         )
 
     for short, long in zip(sizes(4096), sizes(65536), strict=True):

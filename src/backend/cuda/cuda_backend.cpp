@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "backend/cuda/backward.h"
+#include "backend/cuda/backward_dispatch.h"
 #include "backend/cuda/dispatch.h"
 #include "backend/cuda/driver.h"
 #include "backend/cuda/forward.h"
@@ -44,7 +46,8 @@ class CudaBackend final : public Backend {
     }
     text +=
         "; driver " + std::to_string(info.version / 1000) + "." + std::to_string(info.version % 1000 / 10);
-    return {usable, usable ? text + "; forward on Hopper GPUs" : text + "; needs a Hopper GPU (sm_90)"};
+    return {usable,
+            usable ? text + "; forward and backward on Hopper GPUs" : text + "; needs a Hopper GPU (sm_90)"};
   }
 
   // Tensors on the CPU are answered without the driver, which takes long to initialise and does not
@@ -53,31 +56,35 @@ class CudaBackend final : public Backend {
     if (problem.device.kind == DeviceKind::cpu) return "takes no tensors on the CPU";
     if (std::string reason = reject_device(cuda::driver(), problem.device.index); !reason.empty())
       return reason;
-    if (problem.operation == Operation::backward)
-      return "has no backward in this version; compute where gradients are needed on the CPU";
     if (problem.operation == Operation::decode) return "has no decode in this version; use attention()";
-    return cuda::reject_forward(problem);
+    return is_backward(problem) ? cuda::reject_backward(problem) : cuda::reject_forward(problem);
   }
 
   std::string kernel(const Problem& problem) const override {
-    return cuda::name_of(cuda::forward_kernel(problem));
+    return cuda::name_of(is_backward(problem) ? cuda::backward_kernel(problem)
+                                              : cuda::forward_kernel(problem));
   }
 
   std::size_t workspace_bytes(const Problem& problem) const override {
-    return cuda::forward_workspace(problem).bytes;
+    return is_backward(problem) ? cuda::backward_workspace(problem).bytes
+                                : cuda::forward_workspace(problem).bytes;
   }
 
   void prefill(const Problem& problem, const Arguments& args) const override {
-    cuda::prefill_forward(problem, args);
+    is_backward(problem) ? cuda::prefill_backward(problem, args) : cuda::prefill_forward(problem, args);
   }
 
   bool merge(const MergeProblem&) const override { return false; }
 
   void run(const Problem& problem, const Arguments& args, Workspace workspace) const override {
-    if (problem.operation != Operation::forward)
+    if (problem.operation == Operation::decode)
       throw Error(ErrorCode::internal, "the CUDA backend was asked to run a problem that it rejects");
-    cuda::run_forward(problem, args, workspace);
+    is_backward(problem) ? cuda::run_backward(problem, args, workspace)
+                         : cuda::run_forward(problem, args, workspace);
   }
+
+ private:
+  static bool is_backward(const Problem& problem) { return problem.operation == Operation::backward; }
 };
 
 }  // namespace

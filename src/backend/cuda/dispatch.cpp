@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "backend/cuda/backward_dispatch.h"
+#include "backend/cuda/dispatch_parts.h"
 #include "core/skip_tile.h"
 #include "kernels/core/params.h"
 
@@ -45,8 +47,6 @@ constexpr std::int64_t kLongest = kernels::kOpenWindow - 1024;
 constexpr std::int64_t kMostWorkTiles = std::int64_t{1} << 30;
 constexpr std::int64_t kMostBlocksYz = 65535;  // of a grid's second and third extent
 
-constexpr std::int64_t kCounterBytes = 64;  // two counters, in a cache line of their own
-
 // Up to so many, one for each processor, there is nothing to balance: the call then needs no counters, and the
 // host saves clearing them and, mostly, a workspace.
 constexpr std::int64_t kFewWorkTiles = 132;
@@ -76,20 +76,6 @@ int row_of(const Problem& problem) {
   int row = 0;
   while (problem.head_dim > kDense[row].head_dim || problem.head_dim_v > kDense[row].head_dim_v) ++row;
   return row;
-}
-
-void set_mask(const Problem& problem, KernelConfig& config) {
-  if (problem.has_block_mask) {
-    config.mask = MaskKind::blocks;
-    return;
-  }
-  if (problem.has_window_sizes) {
-    config.mask = MaskKind::bands;
-    return;
-  }
-  config.window_left = problem.window_left >= 0;
-  // A left edge alone runs on the kernel with two: a third kind of mask would gain little and compile as long.
-  config.window_right = config.window_left || problem.causal || problem.window_right >= 0;
 }
 
 std::string reject_sizes(const Problem& p) {
@@ -134,24 +120,41 @@ std::string reject_features(const Problem& p) {
   return "";
 }
 
-class Carver {
- public:
-  std::size_t take(std::int64_t bytes) {
-    const std::size_t begin = used_;
-    used_ += static_cast<std::size_t>((bytes + 63) / 64 * 64);
-    return begin;
+}  // namespace
+
+void set_mask(const Problem& problem, KernelConfig& config) {
+  if (problem.has_block_mask) {
+    config.mask = MaskKind::blocks;
+    return;
   }
-  std::size_t used() const { return used_; }
-
- private:
-  std::size_t used_ = 0;
-};
-
-std::int64_t copy_bytes(std::int64_t rows, std::int64_t heads, std::int64_t dim) {
-  return rows * heads * ceil_div(dim, 8) * 16;
+  if (problem.has_window_sizes) {
+    config.mask = MaskKind::bands;
+    return;
+  }
+  config.window_left = problem.window_left >= 0;
+  // A left edge alone runs on the kernel with two: a third kind of mask would gain little and compile as long.
+  config.window_right = config.window_left || problem.causal || problem.window_right >= 0;
 }
 
-}  // namespace
+void take_inputs(const Problem& p, Carver& carver, InputCopies& copies) {
+  if (!p.aligned_query) copies.query = carver.take_copy(p.total_q, p.num_heads, p.head_dim);
+  if (!p.aligned_key) copies.key = carver.take_copy(p.total_k, p.num_kv_heads, p.head_dim);
+  if (!p.aligned_value) copies.value = carver.take_copy(p.total_k, p.num_kv_heads, p.head_dim_v);
+  if (p.contiguous_tables) return;
+  constexpr std::int64_t kEntry = sizeof(std::int32_t);
+  if (p.packed_q) copies.cu_seqlens_q = carver.take((p.batch + 1) * kEntry);
+  if (p.packed_k) copies.cu_seqlens_k = carver.take((p.batch + 1) * kEntry);
+  copies.seqused_q = carver.take(p.batch * kEntry);
+  copies.seqused_k = carver.take(p.batch * kEntry);
+  if (p.has_window_sizes) copies.window_sizes = carver.take(p.num_kv_heads * 4 * kEntry);
+}
+
+std::int64_t map_words(const Problem& p) {
+  const std::int64_t words = ceil_div(ceil_div(p.max_seqlen_k, skip_tile_keys(p.head_dim)), 32);
+  const std::int64_t row_tiles =
+      p.packed_q ? p.total_q / kSkipTileRows + p.batch : p.batch * ceil_div(p.max_seqlen_q, kSkipTileRows);
+  return p.num_heads * row_tiles * words;
+}
 
 std::string reject_forward(const Problem& problem) {
   if (problem.dtype != DType::bfloat16 && problem.dtype != DType::float16)
@@ -207,35 +210,22 @@ ForwardWorkspace forward_workspace(const Problem& p) {
   Carver carver;
   const std::int64_t tiles = ceil_div(p.max_seqlen_q, forward_kernel(p).tile.block_m) * p.batch * p.num_heads;
   if (tiles > kFewWorkTiles) parts.counters = carver.take(kCounterBytes);
-  if (!p.aligned_query) parts.query = carver.take(copy_bytes(p.total_q, p.num_heads, p.head_dim));
-  if (!p.aligned_key) parts.key = carver.take(copy_bytes(p.total_k, p.num_kv_heads, p.head_dim));
-  if (!p.aligned_value) parts.value = carver.take(copy_bytes(p.total_k, p.num_kv_heads, p.head_dim_v));
-  if (p.head_dim_v % 8 != 0) parts.out = carver.take(copy_bytes(p.total_q, p.num_heads, p.head_dim_v));
-  if (!p.contiguous_tables) {
-    constexpr std::int64_t kEntry = sizeof(std::int32_t);
-    if (p.packed_q) parts.cu_seqlens_q = carver.take((p.batch + 1) * kEntry);
-    if (p.packed_k) parts.cu_seqlens_k = carver.take((p.batch + 1) * kEntry);
-    parts.seqused_q = carver.take(p.batch * kEntry);
-    parts.seqused_k = carver.take(p.batch * kEntry);
-    if (p.has_window_sizes) parts.window_sizes = carver.take(p.num_kv_heads * 4 * kEntry);
-  }
+  take_inputs(p, carver, parts);
+  if (p.head_dim_v % 8 != 0) parts.out = carver.take_copy(p.total_q, p.num_heads, p.head_dim_v);
   if (p.has_block_mask && !p.has_partial_blocks) parts.no_blocks = carver.take(sizeof(std::int32_t));
   if (p.has_gate) {
     const std::int64_t tiles = gate_tiles(p) * p.num_kv_heads * (p.packed_k ? 1 : p.batch);
     parts.gate_delta = carver.take(tiles * skip_tile_keys(p.head_dim) * 4);
     parts.gate_extremes = carver.take(tiles * 2 * 4);
   }
-  if (p.gate_test) {
-    const std::int64_t words = ceil_div(ceil_div(p.max_seqlen_k, skip_tile_keys(p.head_dim)), 32);
-    const std::int64_t row_tiles =
-        p.packed_q ? p.total_q / kSkipTileRows + p.batch : p.batch * ceil_div(p.max_seqlen_q, kSkipTileRows);
-    parts.gate_bits = carver.take(p.num_heads * row_tiles * words * 4);
-  }
+  if (p.gate_test) parts.gate_bits = carver.take(map_words(p) * 4);
   parts.bytes = carver.used();
   return parts;
 }
 
-std::vector<KernelConfig> reachable_kernels() {
+namespace {
+
+std::vector<KernelConfig> reachable_forward_kernels() {
   std::vector<KernelConfig> found;
   Problem p;
   const auto add_forward = [&] {
@@ -295,9 +285,21 @@ std::vector<KernelConfig> reachable_kernels() {
   return found;
 }
 
+void append(std::vector<KernelConfig>& to, const std::vector<KernelConfig>& more) {
+  to.insert(to.end(), more.begin(), more.end());
+}
+
+}  // namespace
+
+std::vector<KernelConfig> reachable_kernels() {
+  std::vector<KernelConfig> found = reachable_forward_kernels();
+  append(found, reachable_backward_kernels());
+  return found;
+}
+
 std::vector<KernelConfig> shipped_kernels() {
   std::vector<KernelConfig> shipped;
-  for (const KernelConfig& c : reachable_kernels()) {
+  for (const KernelConfig& c : reachable_forward_kernels()) {
     const int features = (c.softcap != SoftcapKind::none) + (c.gate != GateKind::none) + c.alibi + c.sink +
                          (c.mask == MaskKind::bands);
     // Each feature once: on the commonest head_dim, causal unless it is a mask; and the gate beside a vote, which
@@ -311,6 +313,7 @@ std::vector<KernelConfig> shipped_kernels() {
                        !(c.threshold && c.window_left);
     if (c.kind != KernelKind::forward || plain || (features == 1 && sample)) shipped.push_back(c);
   }
+  append(shipped, shipped_backward_kernels());
   return shipped;
 }
 

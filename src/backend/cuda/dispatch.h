@@ -21,17 +21,20 @@ KernelConfig gate_prepare_kernel(const Problem& problem);
 KernelConfig gate_bitmap_kernel(const Problem& problem);
 KernelConfig copy_rows_kernel();
 
-// Parts of the workspace as byte offsets; kAbsent for what the problem does not need.
-struct ForwardWorkspace {
+// Parts of a workspace as byte offsets; kAbsent for what the problem does not need. These serve its inputs.
+struct InputCopies {
   static constexpr std::size_t kAbsent = ~std::size_t{0};
 
-  std::size_t counters = kAbsent;  // of the scheduler, when there are more tiles than processors
-  // Copies of tensors that the copy engine cannot read, and of an out that it cannot write: contiguous, with
-  // head_dim rounded up to a multiple of 8.
-  std::size_t query = kAbsent, key = kAbsent, value = kAbsent, out = kAbsent;
-  // Copies of tables with gaps between their entries.
+  std::size_t counters = kAbsent;  // of the scheduler
+  // Tensors that the copy engine cannot read: contiguous, with head_dim rounded up to a multiple of 8.
+  std::size_t query = kAbsent, key = kAbsent, value = kAbsent;
+  // Tables with gaps between their entries.
   std::size_t cu_seqlens_q = kAbsent, cu_seqlens_k = kAbsent, seqused_q = kAbsent, seqused_k = kAbsent;
   std::size_t window_sizes = kAbsent;
+};
+
+struct ForwardWorkspace : InputCopies {
+  std::size_t out = kAbsent;        // of which the copy engine cannot write the real one
   std::size_t no_blocks = kAbsent;  // a zero: the length of every list of partial blocks, when there are none
   std::size_t gate_delta = kAbsent, gate_extremes = kAbsent, gate_bits = kAbsent;
   std::size_t bytes = 0;

@@ -12,6 +12,7 @@ using kernels::ForwardTile;
 
 constexpr unsigned kBitmapThreads = 128;
 constexpr unsigned kCopyThreads = 256;
+constexpr unsigned kPrepareThreads = 256, kSumSinkThreads = 256, kColumnThreads = 128;
 
 std::ostringstream text_stream() {
   std::ostringstream text;
@@ -55,13 +56,26 @@ std::string logit_stages(const KernelConfig& config) {
   return stages;
 }
 
+const char* element_name(const KernelConfig& config) {
+  return config.element == ElementType::bf16 ? "bf16" : "fp16";
+}
+
+std::string dims_name(int head_dim, int head_dim_v) {
+  std::ostringstream text = text_stream();
+  text << "_d" << head_dim;
+  if (head_dim_v != head_dim) text << "x" << head_dim_v;
+  return text.str();
+}
+
+std::string gate_name(const KernelConfig& config) {
+  return config.gate == GateKind::none ? "" : config.gate == GateKind::linear ? "_gate" : "_loggate";
+}
+
 std::string forward_name(const KernelConfig& config) {
   const ForwardTile& t = config.tile;
   std::ostringstream name = text_stream();
-  name << "forward_sm90_" << (config.element == ElementType::bf16 ? "bf16" : "fp16") << "_d" << t.head_dim;
-  if (t.head_dim_v != t.head_dim) name << "x" << t.head_dim_v;
-  name << "_" << mask_name(config);
-  if (config.gate != GateKind::none) name << (config.gate == GateKind::linear ? "_gate" : "_loggate");
+  name << "forward_sm90_" << element_name(config) << dims_name(t.head_dim, t.head_dim_v);
+  name << "_" << mask_name(config) << gate_name(config);
   if (config.gate_bits) name << "_test";
   if (config.softcap != SoftcapKind::none) name << "_softcap";
   if (config.alibi) name << "_alibi";
@@ -69,6 +83,89 @@ std::string forward_name(const KernelConfig& config) {
   if (config.threshold) name << "_threshold";
   name << "_" << t.block_m << "x" << t.block_n;
   return name.str();
+}
+
+const char* backward_kind_name(KernelKind kind) {
+  switch (kind) {
+    case KernelKind::backward_prepare:
+      return "backward_prepare";
+    case KernelKind::backward_finish:
+      return "backward_finish";
+    case KernelKind::sum_sink:
+      return "sum_sink";
+    default:
+      return "backward";
+  }
+}
+
+// Of the main kernel and of those around it that know its tile.
+std::string backward_name(const KernelConfig& config) {
+  const kernels::BackwardTile& t = config.backward;
+  std::ostringstream name = text_stream();
+  name << backward_kind_name(config.kind) << "_sm90_" << element_name(config)
+       << dims_name(t.head_dim, t.head_dim_v);
+  if (config.kind == KernelKind::backward) name << "_" << mask_name(config);
+  name << gate_name(config);
+  if (config.gate_bits) name << "_bits";
+  if (config.softcap == SoftcapKind::fast) name << "_softcap";
+  if (config.softcap == SoftcapKind::exact) name << "_exactcap";
+  if (config.alibi) name << "_alibi";
+  if (config.sink) name << "_sink";
+  if (config.deterministic) name << "_deterministic";
+  name << "_" << t.block_m << "x" << t.block_n;
+  return name.str();
+}
+
+std::string backward_text(const KernelConfig& config) {
+  const kernels::BackwardTile& t = config.backward;
+  const std::string shape = std::to_string(t.block_m) + ", " + std::to_string(t.block_n) + ">";
+  std::string rows = config.mask == MaskKind::bands    ? "BandRows<" + shape
+                     : config.mask == MaskKind::blocks ? "ListRows<" + shape
+                                                       : "RangeRows<" + mask_type(config) + ", " + shape;
+  if (config.gate_bits) rows = "BitmapRows<" + rows + ", " + std::to_string(t.block_n) + ">";
+  std::ostringstream text = text_stream();
+  text << "#include \"common/backward_finish.cuh\"\n"
+       << "#include \"common/backward_prepare.cuh\"\n"
+       << "#include \"policy/row_tiles.cuh\"\n"
+       << "#include \"sm90/backward.cuh\"\n\n"
+       << "namespace fsa::kernels {\n"
+       << "struct Config {\n"
+       << "  static constexpr ElementType kElement = ElementType::" << element_name(config) << ";\n"
+       << "  static constexpr BackwardTile kTile = {.head_dim = " << t.head_dim
+       << ", .head_dim_v = " << t.head_dim_v << ", .block_m = " << t.block_m << ", .block_n = " << t.block_n
+       << ",\n    .query_stages = " << t.query_stages << ", .grad_out_stages = " << t.grad_out_stages
+       << ", .score_stages = " << t.score_stages << ",\n    .stage_grad_query = " << t.stage_grad_query
+       << ", .row_vectors = " << t.row_vectors << "};\n"
+       << "  static constexpr bool kDeterministic = " << boolean(config.deterministic) << ";\n"
+       << "  static constexpr bool kSink = " << boolean(config.sink) << ";\n"
+       << "  using Mask = " << mask_type(config) << ";\n"
+       << "  using RowIterator = " << rows << ";\n"
+       << "  using LogitChain = Logit<" << logit_stages(config) << ">;\n"
+       << "};\n"
+       << "using Types = sm90::BackwardTypes<Config>;\n"
+       << "}  // namespace fsa::kernels\n\n"
+       << "using namespace fsa::kernels;\n"
+       << "extern \"C\" __global__ void __launch_bounds__(" << threads_of(config) << ", 1)\n"
+       << "fsa_" << backward_kind_name(config.kind) << "(const __grid_constant__ BackwardParams params) {\n"
+       << (config.kind == KernelKind::backward
+               ? "  sm90::backward<Config>(params);\n"
+               : std::string("  ") + backward_kind_name(config.kind) + "<Types>(params);\n")
+       << "}\n";
+  return text.str();
+}
+
+// `function` of common/, which makes columns of rows with a warp for each piece.
+std::string columns_text(const KernelConfig& config, const char* function, const char* warps) {
+  std::ostringstream text = text_stream();
+  text << "#include \"common/" << function << ".cuh\"\n\n"
+       << "using namespace fsa::kernels;\n"
+       << "static_assert(32 * " << warps << " == " << threads_of(config)
+       << ", \"the host launches that many\");\n"
+       << "extern \"C\" __global__ void __launch_bounds__(" << threads_of(config) << ")\n"
+       << "fsa_" << function << "(const __grid_constant__ BackwardParams params) {\n"
+       << "  " << function << "<" << config.tile.block_n << ">(params);\n"
+       << "}\n";
+  return text.str();
 }
 
 std::string forward_text(const KernelConfig& config) {
@@ -82,8 +179,7 @@ std::string forward_text(const KernelConfig& config) {
   text << "#include \"sm90/forward.cuh\"\n\n"
        << "namespace fsa::kernels {\n"
        << "struct Config {\n"
-       << "  static constexpr ElementType kElement = ElementType::"
-       << (config.element == ElementType::bf16 ? "bf16" : "fp16") << ";\n"
+       << "  static constexpr ElementType kElement = ElementType::" << element_name(config) << ";\n"
        << "  static constexpr ForwardTile kTile = {.head_dim = " << t.head_dim
        << ", .head_dim_v = " << t.head_dim_v << ", .block_m = " << t.block_m << ", .block_n = " << t.block_n
        << ",\n    .query_stages = " << t.query_stages << ", .key_stages = " << t.key_stages
@@ -152,6 +248,15 @@ std::string name_of(const KernelConfig& config) {
       return "gate_bitmap_sm90_" + mask_name(config) + "_" + keys;
     case KernelKind::copy_rows:
       return "copy_rows_sm90";
+    case KernelKind::transpose_bits:
+      return "transpose_bits_sm90_" + keys;
+    case KernelKind::block_columns:
+      return "block_columns_sm90_" + keys;
+    case KernelKind::backward:
+    case KernelKind::backward_prepare:
+    case KernelKind::backward_finish:
+    case KernelKind::sum_sink:
+      return backward_name(config);
     case KernelKind::forward:
       break;
   }
@@ -167,6 +272,15 @@ jit::KernelSource source_of(const KernelConfig& config) {
       return {name, arch, "fsa_gate_bitmap", gate_bitmap_text(config)};
     case KernelKind::copy_rows:
       return {name, arch, "fsa_copy_rows", copy_rows_text(config)};
+    case KernelKind::transpose_bits:
+      return {name, arch, "fsa_transpose_bits", columns_text(config, "transpose_bits", "kTransposeWarps")};
+    case KernelKind::block_columns:
+      return {name, arch, "fsa_block_columns", columns_text(config, "block_columns", "kColumnWarps")};
+    case KernelKind::backward:
+    case KernelKind::backward_prepare:
+    case KernelKind::backward_finish:
+    case KernelKind::sum_sink:
+      return {name, arch, std::string("fsa_") + backward_kind_name(config.kind), backward_text(config)};
     case KernelKind::forward:
       break;
   }
@@ -181,6 +295,17 @@ unsigned threads_of(const KernelConfig& config) {
       return kBitmapThreads;
     case KernelKind::copy_rows:
       return kCopyThreads;
+    case KernelKind::transpose_bits:
+    case KernelKind::block_columns:
+      return kColumnThreads;
+    case KernelKind::backward:
+      return static_cast<unsigned>(kernels::kBackwardThreads);
+    case KernelKind::backward_prepare:
+      return kPrepareThreads;
+    case KernelKind::backward_finish:
+      return static_cast<unsigned>(2 * config.backward.block_m);
+    case KernelKind::sum_sink:
+      return kSumSinkThreads;
     case KernelKind::forward:
       break;
   }
@@ -188,6 +313,8 @@ unsigned threads_of(const KernelConfig& config) {
 }
 
 unsigned shared_bytes_of(const KernelConfig& config) {
+  if (config.kind == KernelKind::backward)
+    return static_cast<unsigned>(kernels::backward_shared_bytes(config.backward));
   if (config.kind != KernelKind::forward) return 0;
   return static_cast<unsigned>(kernels::forward_shared_bytes(config.tile));
 }

@@ -11,18 +11,30 @@
 
 #include "jit/hash.h"
 #include "jit/kernel_source.h"
-#include "kernels/core/config.h"
+#include "kernels/core/backward.h"
 
 namespace fsa::cuda {
 
-enum class KernelKind : std::uint8_t { forward, gate_prepare, gate_bitmap, copy_rows };
+enum class KernelKind : std::uint8_t {
+  forward,
+  gate_prepare,
+  gate_bitmap,
+  copy_rows,
+  backward,
+  backward_prepare,
+  backward_finish,
+  sum_sink,
+  transpose_bits,
+  block_columns
+};
 enum class MaskKind : std::uint8_t { window, bands, blocks };  // bands: window_sizes; blocks: a block mask
 enum class SoftcapKind : std::uint8_t { none, fast, exact };
 enum class GateKind : std::uint8_t { none, linear, log_sigmoid };
 
 // The key of the kernels in memory. A kind that does not use a field leaves it zero.
 struct KernelConfig {
-  kernels::ForwardTile tile = {};  // of the gate's kernels: block_n alone
+  kernels::ForwardTile tile = {};       // of the gate's kernels and transpose_bits: block_n alone
+  kernels::BackwardTile backward = {};  // of the backward's kernels
   KernelKind kind = KernelKind::forward;
   kernels::ElementType element = kernels::ElementType::bf16;
   MaskKind mask = MaskKind::window;
@@ -33,8 +45,9 @@ struct KernelConfig {
   bool gate_bits = false;  // tiles are taken from the bit map of the gate test
   bool alibi = false;
   bool sink = false;
-  bool threshold = false;  // tiles are voted on
-  std::uint8_t unused = 0;
+  bool threshold = false;      // tiles are voted on
+  bool deterministic = false;  // backward: key tiles add to dQ in turn
+  std::uint8_t unused[4] = {};
 
   friend bool operator==(const KernelConfig& a, const KernelConfig& b) {
     return std::memcmp(&a, &b, sizeof(KernelConfig)) == 0;

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which kernels compute a backward problem, and why none does. Pure: no driver, no GPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "backend/cuda/dispatch.h"
+
+namespace fsa::cuda {
+
+// Why no backward kernel computes the problem; empty when one does. As Backend::reject.
+std::string reject_backward(const Problem& problem);
+
+// The following are for problems that are not rejected.
+
+KernelConfig backward_kernel(const Problem& problem);
+KernelConfig backward_prepare_kernel(const Problem& problem);
+KernelConfig backward_finish_kernel(const Problem& problem);
+KernelConfig sum_sink_kernel(const Problem& problem);
+KernelConfig transpose_bits_kernel(const Problem& problem);
+KernelConfig block_columns_kernel(const Problem& problem);
+
+// Whether the row tiles come from a bit map: the skip map of the forward, or, where the order of deterministic
+// sums asks for one, a map of the visible tiles.
+bool walks_bits(const Problem& problem);
+
+struct BackwardWorkspace : InputCopies {
+  std::size_t out = kAbsent, grad_out = kAbsent;
+  // Gradients whose real rows cannot be written in units of 16 bytes.
+  std::size_t grad_query = kAbsent, grad_key = kAbsent, grad_value = kAbsent;
+  // BackwardParams says what they hold.
+  std::size_t row_vectors = kAbsent, grad_query_sum = kAbsent, grad_alpha_sum = kAbsent;
+  std::size_t grad_sink_sum = kAbsent, turns = kAbsent;
+  std::size_t visible_bits = kAbsent, column_bits = kAbsent;
+  std::size_t no_blocks = kAbsent, list_count = kAbsent, list_entries = kAbsent;
+  std::size_t bytes = 0;
+};
+// float32 dQ in whole row tiles, two or three floats a row, and the transposed map or lists; besides what
+// InputCopies names.
+BackwardWorkspace backward_workspace(const Problem& problem);
+
+// Batch entries of the column lists of a block mask.
+std::int64_t column_batch(const Problem& problem);
+
+// Words of a line of the transposed map: a bit per row tile of 64 rows.
+std::int64_t column_words(const Problem& problem);
+
+// Row tiles of one head: of a batched sequence, or of all packed ones.
+std::int64_t backward_row_tiles(const Problem& problem);
+
+// As the forward's.
+std::vector<KernelConfig> shipped_backward_kernels();
+std::vector<KernelConfig> reachable_backward_kernels();
+
+}  // namespace fsa::cuda
