@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-# src/backend/cpu/simd/{kernels,nsa_kernels}.cpp, once per instruction set. cpu_backend.cpp learns from FSA_HAS_<TARGET>
-# which ones this build holds and chooses between them at run time.
-set(fsa_simd_sources ${PROJECT_SOURCE_DIR}/src/backend/cpu/simd/kernels.cpp
-                     ${PROJECT_SOURCE_DIR}/src/backend/cpu/simd/nsa_kernels.cpp)
+# src/backend/cpu/simd/{kernels,nsa_kernels}.cpp, once per instruction set; avx512_amx adds amx_kernels.cpp to avx512.
+# cpu_backend.cpp learns from FSA_HAS_<TARGET> which ones this build holds and chooses between them at run time.
+set(fsa_simd_sources kernels.cpp nsa_kernels.cpp)
 
 string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" fsa_processor)
 if(fsa_processor MATCHES "^(x86_64|amd64)$")
-  set(fsa_simd_targets sse4 avx2 avx512)
+  set(fsa_simd_targets sse4 avx2 avx512 avx512_amx)
   set(fsa_simd_flags_sse4 -march=x86-64-v2 -maes -mpclmul)  # Highway's SSE4 counts AES and PCLMUL in.
   set(fsa_simd_flags_avx2 -march=haswell -maes -mpclmul)
   set(fsa_simd_flags_avx512 -march=skylake-avx512 -mprefer-vector-width=512)
+  set(fsa_simd_flags_avx512_amx ${fsa_simd_flags_avx512})
+  set(fsa_simd_sources_avx512_amx amx_kernels.cpp)
 elseif(fsa_processor MATCHES "^(aarch64|arm64)$")
   set(fsa_simd_targets neon)
 else()
@@ -24,6 +25,9 @@ endforeach()
 if(FSA_SIMD_TARGETS)
   set(fsa_simd_targets ${FSA_SIMD_TARGETS})
 endif()
+if("avx512_amx" IN_LIST fsa_simd_targets AND NOT "avx512" IN_LIST fsa_simd_targets)
+  message(FATAL_ERROR "FSA_SIMD_TARGETS: avx512_amx takes what is not bfloat16 from avx512; name that too")
+endif()
 
 # Appends the objects to the list `out`, and sets fsa_simd_definitions.
 function(fsa_add_simd_targets out)
@@ -37,7 +41,12 @@ function(fsa_add_simd_targets out)
     endif()
     foreach(name IN LISTS fsa_simd_targets)
       set(target fsa_simd_${name})
-      add_library(${target} OBJECT ${fsa_simd_sources})
+      set(sources ${fsa_simd_sources})
+      if(DEFINED fsa_simd_sources_${name})
+        set(sources ${fsa_simd_sources_${name}})
+      endif()
+      list(TRANSFORM sources PREPEND ${PROJECT_SOURCE_DIR}/src/backend/cpu/simd/)
+      add_library(${target} OBJECT ${sources})
       fsa_settings(${target})
       target_include_directories(${target} SYSTEM PRIVATE ${FSA_HIGHWAY_INCLUDE_DIR})
       # Headers only: one static target per compilation, and no HWY_DASSERT, whose failure path is in libhwy.

@@ -17,7 +17,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-HIGHWAY_NAMESPACE = {"sse4": "N_SSE4", "avx2": "N_AVX2", "avx512": "N_AVX3", "neon": "N_NEON"}
+HIGHWAY_NAMESPACE = {
+    "sse4": "N_SSE4",
+    "avx2": "N_AVX2",
+    "avx512": "N_AVX3",
+    "avx512_amx": "N_AVX3",  # the same flags
+    "neon": "N_NEON",
+}
 OBJECT_FOLDER = re.compile(r"fsa_simd_(\w+)\.dir$")
 WEAK = set("WVu")  # weak function, weak object, unique object; lower case w and v are undefined
 

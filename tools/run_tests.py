@@ -106,15 +106,15 @@ def cpp() -> Totals:
     return ctest("release")
 
 
-def best_instruction_set() -> str:
-    """The one that the CPU backend would take; empty where this does not know."""
+def best_instruction_sets() -> str:
+    """Those that the CPU backend would take, as FSA_SIMD_TARGETS; empty where this does not know."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
     except (OSError, IndexError):
         return ""
-    return (
-        "avx512" if {"avx512bw", "avx512dq", "avx512vl"} <= set(flags) else "avx2" if "avx2" in flags else ""
-    )
+    if not {"avx512bw", "avx512dq", "avx512vl"} <= set(flags):
+        return "avx2" if "avx2" in flags else ""
+    return "avx512;avx512_amx" if {"amx_tile", "amx_bf16"} <= set(flags) else "avx512"
 
 
 def sanitizers() -> Totals:
@@ -122,7 +122,7 @@ def sanitizers() -> Totals:
     # detect_stack_use_after_return would misalign AVX-512 variables: GCC bug 110027.
     return ctest(
         "asan",
-        f"-DFSA_SIMD_TARGETS={best_instruction_set()}",
+        f"-DFSA_SIMD_TARGETS={best_instruction_sets()}",
         ASAN_OPTIONS="detect_stack_use_after_return=0:strict_string_checks=1",
         UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
     )

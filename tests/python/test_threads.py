@@ -18,7 +18,7 @@ from flash_sparse_attention import _C
 NAMES = ("plain", "packed_seqused", "window_sizes_bands", "sink_softcap_alibi_window", "threshold_causal",
          "gate_and_threshold", "gqa_ratio_7", "head_dim_511_v_512")  # fmt: skip
 DECODE = ("decode_contiguous", "decode_threshold", "decode_gate_packed")
-TARGETS = ("sse4", "avx2", "avx512")
+TARGETS = ("sse4", "avx2", "avx512", "avx512_amx")
 
 
 def everything(names=NAMES, decode=DECODE, dtypes=("float32", "bfloat16")):

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "backend/cpu/amx.h"
 #include "backend/cpu/carver.h"
 #include "backend/cpu/merge.h"
 #include "backend/cpu/nsa_backend.h"
@@ -29,6 +30,8 @@ struct Target {
   const KernelTable* kernels;
   const NsaKernelTable* nsa_kernels;
   bool on_this_machine;
+  bool needs_amx =
+      false;  // the operating system grants tile registers, and is asked only for a set that fits
 };
 
 // Best first.
@@ -44,6 +47,9 @@ std::vector<Target> targets() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
+#endif
+#if defined(FSA_HAS_AVX512_AMX)
+  list.push_back({&avx512_amx_kernels(), &avx512_nsa_kernels(), avx512, true});
 #endif
 #if defined(FSA_HAS_AVX512)
   list.push_back({&avx512_kernels(), &avx512_nsa_kernels(), avx512});
@@ -70,14 +76,16 @@ struct Choice {
   std::string reason;
 };
 
+bool usable(const Target& target) { return target.on_this_machine && (!target.needs_amx || amx_granted()); }
+
 Choice find_kernels() {
   const std::string wanted(env::cpu_target());
+  for (const Target& target : targets())
+    if ((wanted.empty() || wanted == target.kernels->target) && usable(target))
+      return {target.kernels, target.nsa_kernels, ""};
   std::string have;
-  for (const Target& target : targets()) {
-    if (!target.on_this_machine) continue;
-    if (wanted.empty() || wanted == target.kernels->target) return {target.kernels, target.nsa_kernels, ""};
-    have += (have.empty() ? "" : ", ") + std::string(target.kernels->target);
-  }
+  for (const Target& target : targets())
+    if (usable(target)) have += (have.empty() ? "" : ", ") + std::string(target.kernels->target);
   return {nullptr, nullptr,
           wanted.empty() ? "this processor has none of the instruction sets that the library was built for"
                          : "FSA_CPU_TARGET: " + wanted + ", but this machine offers " +
@@ -145,7 +153,7 @@ BackwardBuffers backward_buffers(const Problem& p, Carver& memory) {
   b.lse_log2 = memory.take<float>(tiles * kSkipTileRows);
   b.lse_log2_low = memory.take<float>(tiles * kSkipTileRows);
   b.sink_partial = memory.take<double>(p.has_sink ? tiles : 0);
-  b.grad_query = memory.take<float>(b.segments * tiles * p.head_dim * kSkipTileRows);
+  b.grad_query = memory.take<float>(b.segments * tiles * grad_query_floats(p));
   b.grad_alpha = memory.take<float>(p.has_gate ? b.segments * tiles * kSkipTileRows : 0);
   b.touched = memory.take<std::uint8_t>(b.segments * tiles);
   return b;
@@ -229,7 +237,7 @@ std::vector<ForwardItem> forward_items(const Problem& p, const Arguments& args, 
   std::int64_t units = 0;
   for (std::int64_t b = 0; b < p.batch; ++b)
     units += ceil_div(sequence(p, args, b).seqlen_q, kSkipTileRows) * p.num_heads;
-  // Four row tiles share one packing of K and V; fewer when that would leave threads without work.
+  // Eight row tiles share one packing of K and V; fewer when that would leave threads without work.
   const std::int64_t per_item = std::clamp<std::int64_t>(units / (4 * num_threads()), 1, kMaxUnitsPerItem);
   std::vector<ForwardItem> items;
   items.reserve(static_cast<std::size_t>(units / per_item + p.batch * p.num_kv_heads));

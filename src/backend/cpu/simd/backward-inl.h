@@ -11,6 +11,9 @@
 //
 // Five products, one pass. dQ of an item goes to the buffer of its key segment; finish_rows adds the segments in order,
 // so the bits do not depend on which thread computed what. With a skip map only the kept tiles are visited.
+//
+// Policy Arithmetic: what the block and the row tile are packed to, and the five products. FloatBackward is below,
+// TileBackward in tile_backward-inl.h.
 #pragma once
 
 #include "backend/cpu/simd/block_mask-inl.h"
@@ -20,39 +23,29 @@
 
 namespace fsa::cpu::FSA_SIMD_TARGET {
 
-// Key tiles that share one packing of a row tile: as many as leave K, V, dK and dV in a 1 MB second-level cache.
-HWY_INLINE std::int64_t block_tiles(const Problem& p) {
-  const std::int64_t pitch = packed_pitch(p.head_dim) + packed_pitch(p.head_dim_v);
-  const std::int64_t bytes_per_tile = 2 * pitch * skip_tile_keys(p.head_dim) * 4;
-  return max_of<std::int64_t>(1, min_of<std::int64_t>(4, (1 << 20) / bytes_per_tile));
-}
-
+// Of the block and of the pair of tiles at hand.
+template <class Arithmetic>
 struct BackwardScratch {
+  Arithmetic arithmetic;
   std::int64_t key_pitch, value_pitch, block_keys;
-  float *key, *value, *grad_key, *grad_value, *delta, *grad_delta;  // of the block
-  float *query, *query_t, *grad_out, *grad_out_t;                   // of the row tile
+  float *grad_key, *grad_value, *delta, *grad_delta;  // of the block
   float *scores, *grad_scores, *tanh, *staging;
 
   HWY_INLINE std::size_t carve(const Problem& p, char* base) {
     Arena arena{base};
     const std::int64_t keys = skip_tile_keys(p.head_dim);
-    block_keys = block_tiles(p) * keys;
+    block_keys = Arithmetic::block_tiles(p) * keys;
     key_pitch = packed_pitch(p.head_dim);
     value_pitch = packed_pitch(p.head_dim_v);
-    key = arena.floats(block_keys * key_pitch);
-    value = arena.floats(block_keys * value_pitch);
     grad_key = arena.floats(block_keys * key_pitch);
     grad_value = arena.floats(block_keys * value_pitch);
     delta = arena.floats(block_keys);
     grad_delta = arena.floats(block_keys);
-    query = arena.floats(kRows * key_pitch);
-    query_t = arena.floats(round_up(p.head_dim, 4) * kRows);
-    grad_out = arena.floats(kRows * value_pitch);
-    grad_out_t = arena.floats(round_up(p.head_dim_v, 4) * kRows);
     scores = arena.floats(keys * kRows);
     grad_scores = arena.floats(keys * kRows);
     tanh = p.softcap > 0 ? arena.floats(keys * kRows) : nullptr;
     staging = arena.floats(kRows * round_up(max_of(p.head_dim, p.head_dim_v), 16));
+    arithmetic.carve(p, block_keys, arena);
     return arena.used;
   }
 };
@@ -181,44 +174,100 @@ HWY_INLINE void zero(float* data, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) data[i] = 0;
 }
 
-HWY_INLINE void backward_tile(const Problem& p, const LogitPolicies& logit, const Visibility& visibility,
-                              const BackwardScratch& s, BackwardRowTile& t, std::int64_t key_begin,
-                              std::int64_t keys, std::int64_t in_block, bool masked,
-                              const PartialTile* partial) {
-  const float* key = s.key + in_block * s.key_pitch;
-  const float* value = s.value + in_block * s.value_pitch;
-  gemm<Init::zero>(Gemm{s.query_t, kRows, key, s.key_pitch, 1, p.head_dim, s.scores, kRows}, keys,
-                   t.tile.lanes);
-  if (logit.any())
-    apply_logit(logit, t.tile, s.delta + in_block, visibility.offset, key_begin, keys, s.scores, s.tanh);
-  if (partial != nullptr)
-    apply_partial_tile(*partial, t.tile, keys, s.scores);
-  else if (masked)
-    apply_mask(visibility, t.tile, key_begin, keys, s.scores);
-  gemm<Init::zero>(Gemm{s.grad_out_t, kRows, value, s.value_pitch, 1, p.head_dim_v, s.grad_scores, kRows},
-                   keys, t.tile.lanes);
-  grad_scores_of(t, keys, s.tanh, s.scores, s.grad_scores);
-  if (logit.pair_gate)
-    add_gate_grads(logit, t, keys, s.delta + in_block, s.grad_scores, s.grad_delta + in_block);
-  gemm<Init::add>(Gemm{s.grad_out, s.value_pitch, s.scores, kRows, 1, t.tile.rows,
-                       s.grad_value + in_block * s.value_pitch, s.value_pitch},
-                  keys, p.head_dim_v);
-  gemm<Init::add>(Gemm{s.query, s.key_pitch, s.grad_scores, kRows, 1, t.tile.rows,
-                       s.grad_key + in_block * s.key_pitch, s.key_pitch},
-                  keys, p.head_dim);
-  const Gemm grad_query{s.grad_scores, kRows, key, 1, s.key_pitch, keys, t.grad_query, kRows};
-  if (t.touched)
-    gemm<Init::add>(grad_query, p.head_dim, t.tile.lanes);
-  else
-    gemm<Init::zero>(grad_query, p.head_dim, t.tile.lanes);
-  t.touched = true;
-}
+// Products in float.
+struct FloatBackward {
+  std::int64_t key_pitch, value_pitch;
+  float *key, *value;                              // of the block
+  float *query, *query_t, *grad_out, *grad_out_t;  // of the row tile
+
+  // Key tiles that share one packing of a row tile: as many as leave K, V, dK and dV in a 1 MB second-level cache.
+  static HWY_INLINE std::int64_t block_tiles(const Problem& p) {
+    const std::int64_t pitch = packed_pitch(p.head_dim) + packed_pitch(p.head_dim_v);
+    const std::int64_t bytes_per_tile = 2 * pitch * skip_tile_keys(p.head_dim) * 4;
+    return max_of<std::int64_t>(1, min_of<std::int64_t>(4, (1 << 20) / bytes_per_tile));
+  }
+
+  HWY_INLINE void carve(const Problem& p, std::int64_t block_keys, Arena& arena) {
+    key_pitch = packed_pitch(p.head_dim);
+    value_pitch = packed_pitch(p.head_dim_v);
+    key = arena.floats(block_keys * key_pitch);
+    value = arena.floats(block_keys * value_pitch);
+    query = arena.floats(kRows * key_pitch);
+    query_t = arena.floats(round_up(p.head_dim, 4) * kRows);
+    grad_out = arena.floats(kRows * value_pitch);
+    grad_out_t = arena.floats(round_up(p.head_dim_v, 4) * kRows);
+  }
+
+  HWY_INLINE void pack_block(const Problem& p, const RowSource& keys, const RowSource& values,
+                             std::int64_t begin, std::int64_t count) {
+    pack_rows(keys, begin, count, p.head_dim, key, key_pitch);
+    pack_rows(values, begin, count, p.head_dim_v, value, value_pitch);
+  }
+
+  template <class Scratch>
+  HWY_INLINE void pack_row_tile(const Problem& p, const Arguments& args, const LogitPolicies& logit,
+                                const Sequence& sequence, std::int64_t head, BackwardRowTile& t,
+                                const Scratch& s) {
+    const RowSource rows = row_source(args.query, sequence.batch, sequence.q_begin, head);
+    pack_rows(rows, t.tile.begin, t.tile.rows, p.head_dim, query, key_pitch);
+    pack_transposed(rows, t.tile.begin, t.tile.rows, p.head_dim, logit.pre_scale, s.staging, query_t);
+    for (std::int64_t r = 0; r < t.tile.rows; ++r) {
+      float* row = grad_out + r * value_pitch;
+      // A row without a key may carry any garbage in grad_out: its P is 0, and 0 times that must be 0.
+      if (t.lse_log2[r] == __builtin_inff())
+        zero(row, round_up(p.head_dim_v, kLanes));
+      else
+        load_grad_out_row(p, args, sequence, head, t.tile.begin + r, row);
+    }
+    RowSource packed_rows;
+    packed_rows.base = reinterpret_cast<const char*>(grad_out);
+    packed_rows.row_bytes = value_pitch * 4;
+    pack_transposed(packed_rows, 0, t.tile.rows, p.head_dim_v, 1.0f, s.staging, grad_out_t);
+  }
+
+  // One row tile and one key tile; `in_block`: where that one begins.
+  template <class Scratch>
+  HWY_INLINE void tile(const Problem& p, const LogitPolicies& logit, const Visibility& visibility,
+                       const Scratch& s, BackwardRowTile& t, std::int64_t key_begin, std::int64_t keys,
+                       std::int64_t in_block, bool masked, const PartialTile* partial) {
+    const float* tile_key = key + in_block * key_pitch;
+    const float* tile_value = value + in_block * value_pitch;
+    gemm<Init::zero>(Gemm{query_t, kRows, tile_key, key_pitch, 1, p.head_dim, s.scores, kRows}, keys,
+                     t.tile.lanes);
+    if (logit.any())
+      apply_logit(logit, t.tile, s.delta + in_block, visibility.offset, key_begin, keys, s.scores, s.tanh);
+    if (partial != nullptr)
+      apply_partial_tile(*partial, t.tile, keys, s.scores);
+    else if (masked)
+      apply_mask(visibility, t.tile, key_begin, keys, s.scores);
+    gemm<Init::zero>(Gemm{grad_out_t, kRows, tile_value, value_pitch, 1, p.head_dim_v, s.grad_scores, kRows},
+                     keys, t.tile.lanes);
+    grad_scores_of(t, keys, s.tanh, s.scores, s.grad_scores);
+    if (logit.pair_gate)
+      add_gate_grads(logit, t, keys, s.delta + in_block, s.grad_scores, s.grad_delta + in_block);
+    gemm<Init::add>(Gemm{grad_out, value_pitch, s.scores, kRows, 1, t.tile.rows,
+                         s.grad_value + in_block * value_pitch, value_pitch},
+                    keys, p.head_dim_v);
+    gemm<Init::add>(Gemm{query, key_pitch, s.grad_scores, kRows, 1, t.tile.rows,
+                         s.grad_key + in_block * key_pitch, key_pitch},
+                    keys, p.head_dim);
+    const Gemm grad_query{s.grad_scores, kRows, tile_key, 1, key_pitch, keys, t.grad_query, kRows};
+    if (t.touched)
+      gemm<Init::add>(grad_query, p.head_dim, t.tile.lanes);
+    else
+      gemm<Init::zero>(grad_query, p.head_dim, t.tile.lanes);
+  }
+
+  template <class Scratch>
+  HWY_INLINE void finish_block(const Problem&, const Scratch&) {}
+};
 
 // One row tile against the tiles of a block that it sees and kept.
+template <class Arithmetic>
 HWY_INLINE void backward_row_tile(const Problem& p, const Arguments& args, const BackwardBuffers& buffers,
                                   const BackwardItem& item, const LogitPolicies& logit,
                                   const Visibility& visibility, const KeyBlock& block, std::int64_t head,
-                                  std::int64_t m, const BackwardScratch& s) {
+                                  std::int64_t m, BackwardScratch<Arithmetic>& s) {
   const Sequence& sequence = item.sequence;
   const std::int64_t tile_keys = skip_tile_keys(p.head_dim);
   const std::int64_t row_begin = m * kRows, row_end = min_of(sequence.seqlen_q, row_begin + kRows);
@@ -250,35 +299,23 @@ HWY_INLINE void backward_row_tile(const Problem& p, const Arguments& args, const
       t.dots = buffers.out_dot_grad + slot * kRows;
       t.lse_log2 = buffers.lse_log2 + slot * kRows;
       t.lse_log2_low = buffers.lse_log2_low + slot * kRows;
-      t.grad_query = buffers.grad_query + segment_slot * p.head_dim * kRows;
+      t.grad_query = buffers.grad_query + segment_slot * grad_query_floats(p);
       t.grad_alpha = p.has_gate ? buffers.grad_alpha + segment_slot * kRows : nullptr;
       t.touched = buffers.touched[segment_slot] != 0;
       if (p.has_gate && !t.touched) zero(t.grad_alpha, kRows);
-      const RowSource query = row_source(args.query, sequence.batch, sequence.q_begin, head);
-      pack_rows(query, row_begin, t.tile.rows, p.head_dim, s.query, s.key_pitch);
-      pack_transposed(query, row_begin, t.tile.rows, p.head_dim, logit.pre_scale, s.staging, s.query_t);
-      for (std::int64_t r = 0; r < t.tile.rows; ++r) {
-        float* row = s.grad_out + r * s.value_pitch;
-        // A row without a key may carry any garbage in grad_out: its P is 0, and 0 times that must be 0.
-        if (t.lse_log2[r] == __builtin_inff())
-          zero(row, round_up(p.head_dim_v, kLanes));
-        else
-          load_grad_out_row(p, args, sequence, head, row_begin + r, row);
-      }
-      RowSource packed_rows;
-      packed_rows.base = reinterpret_cast<const char*>(s.grad_out);
-      packed_rows.row_bytes = s.value_pitch * 4;
-      pack_transposed(packed_rows, 0, t.tile.rows, p.head_dim_v, 1.0f, s.staging, s.grad_out_t);
+      s.arithmetic.pack_row_tile(p, args, logit, sequence, head, t, s);
       packed = true;
     }
-    backward_tile(p, logit, visibility, s, t, key_begin, keys, key_begin - block.begin,
-                  seen == TileVisibility::partial, code >= 0 ? &partial : nullptr);
+    s.arithmetic.tile(p, logit, visibility, s, t, key_begin, keys, key_begin - block.begin,
+                      seen == TileVisibility::partial, code >= 0 ? &partial : nullptr);
+    t.touched = true;
   }
   if (packed) buffers.touched[segment_slot] = 1;
 }
 
+template <class Arithmetic>
 HWY_INLINE void store_key_grads(const Problem& p, const Arguments& args, const BackwardItem& item,
-                                const KeyBlock& block, const BackwardScratch& s) {
+                                const KeyBlock& block, const BackwardScratch<Arithmetic>& s) {
   const Sequence& sequence = item.sequence;
   const auto store = [&](const Operand& operand, const float* grads, std::int64_t pitch, std::int64_t dim,
                          float factor) HWY_ATTR {
@@ -300,12 +337,13 @@ HWY_INLINE void store_key_grads(const Problem& p, const Arguments& args, const B
                  args.grad_delta.dtype, 0);
 }
 
+template <class Arithmetic>
 HWY_INLINE void backward(const Problem& p, const Arguments& args, const BackwardBuffers& buffers,
                          const BackwardItem& item, void* memory) {
   const Sequence& sequence = item.sequence;
   const LogitPolicies logit = logit_policies(p);
   const Visibility visibility = visibility_of(p, args, sequence, item.kv_head);
-  BackwardScratch s;
+  BackwardScratch<Arithmetic> s;
   s.carve(p, static_cast<char*>(memory));
   for (std::int64_t begin = item.key_begin; begin < item.key_end; begin += s.block_keys) {
     const KeyBlock block{begin, min_of(item.key_end, begin + s.block_keys)};
@@ -317,10 +355,9 @@ HWY_INLINE void backward(const Problem& p, const Arguments& args, const Backward
         min_of(block.end, sequence.seqlen_k);  // keys beyond it get zeros and are never read
     if (block.begin < used) {
       const KeyBlock in_use{block.begin, used};
-      pack_rows(row_source(args.key, sequence.batch, sequence.k_begin, item.kv_head), begin, used - begin,
-                p.head_dim, s.key, s.key_pitch);
-      pack_rows(row_source(args.value, sequence.batch, sequence.k_begin, item.kv_head), begin, used - begin,
-                p.head_dim_v, s.value, s.value_pitch);
+      s.arithmetic.pack_block(p, row_source(args.key, sequence.batch, sequence.k_begin, item.kv_head),
+                              row_source(args.value, sequence.batch, sequence.k_begin, item.kv_head), begin,
+                              used - begin);
       if (p.has_gate)
         pack_scalars(row_source(args.delta, sequence.batch, sequence.k_begin, item.kv_head), begin,
                      used - begin, s.delta);
@@ -330,6 +367,7 @@ HWY_INLINE void backward(const Problem& p, const Arguments& args, const Backward
           for (std::int64_t m = row_tiles.range[range].begin; m < row_tiles.range[range].end; ++m)
             backward_row_tile(p, args, buffers, item, logit, visibility, in_use,
                               item.kv_head * p.group_size + g, m, s);
+      s.arithmetic.finish_block(p, s);
     }
     store_key_grads(p, args, item, block, s);
   }
@@ -352,7 +390,7 @@ HWY_INLINE void finish_rows(const Problem& p, const Arguments& args, const Backw
   for (std::int64_t segment = 0; segment < buffers.segments; ++segment) {
     const std::int64_t segment_slot = segment * p.num_heads * buffers.tiles_per_head + slot;
     if (buffers.touched[segment_slot] == 0) continue;
-    const float* part = buffers.grad_query + segment_slot * size;
+    const float* part = buffers.grad_query + segment_slot * grad_query_floats(p);
     for (std::int64_t c = 0; c < p.head_dim; ++c)
       for (std::int64_t r = 0; r < round_up(rows, kLanes); r += kLanes) {
         const std::int64_t i = c * kRows + r;
@@ -376,8 +414,9 @@ HWY_INLINE void finish_rows(const Problem& p, const Arguments& args, const Backw
     store_scalar(grad_alpha[r] * scale, const_cast<char*>(alpha.row(begin + r)), args.grad_alpha.dtype, 0);
 }
 
+template <class Arithmetic>
 HWY_INLINE std::size_t backward_scratch(const Problem& p) {
-  BackwardScratch scratch;
+  BackwardScratch<Arithmetic> scratch;
   const std::size_t items = scratch.carve(p, nullptr);
   const std::size_t rows = static_cast<std::size_t>(
       max_of(2 * round_up(p.head_dim_v, 16), 2 * round_up(p.head_dim, 4) * kRows) * 4);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward: one item is up to four row tiles of one key head that walk their key tiles together, right to left.
+// Forward: one item is up to eight row tiles of one key head that walk their key tiles together, right to left.
 //
 //   for each key tile n, from the right-most that any row tile sees:
 //     for each row tile that sees n (bands, block mask):
@@ -12,6 +12,9 @@
 //
 // Everything of a row tile is kept transposed, one lane per row: Q^T, S, P, O^T. Every row tile computes the same bits
 // whichever item and thread it falls to.
+//
+// Policy Arithmetic: what K, V and P are packed to, and the two products. FloatForward is below, TileForward in
+// tile_forward-inl.h.
 #pragma once
 
 #include "backend/cpu/simd/block_mask-inl.h"
@@ -27,7 +30,7 @@ struct ForwardRowTile {
   TileCursor cursor;
   GateTest gate;
   bool started;  // O^T holds something
-  float* query;  // [head_dim][64], times pre_scale
+  float* query;  // Q^T as the arithmetic packs it
   float* out;    // [head_dim_v][64]
   std::int32_t* map;
   float row_max[kRows];
@@ -36,28 +39,26 @@ struct ForwardRowTile {
   float log2_thr[kRows];
 };
 
+template <class Arithmetic>
 struct ForwardScratch {
-  float *key, *value, *scores, *maxima, *factors, *delta, *staging;
-  std::int64_t key_pitch, value_pitch;
+  Arithmetic arithmetic;
+  float *scores, *maxima, *factors, *delta, *staging;
   float* query[kMaxUnitsPerItem];
   float* out[kMaxUnitsPerItem];
 
   HWY_INLINE std::size_t carve(const Problem& p, char* base) {
     Arena arena{base};
     const std::int64_t keys = skip_tile_keys(p.head_dim);
-    key_pitch = packed_pitch(p.head_dim);
-    value_pitch = packed_pitch(p.head_dim_v);
-    key = arena.floats(keys * key_pitch);
-    value = arena.floats(keys * value_pitch);
     scores = arena.floats(keys * kRows);
     maxima = arena.floats(kRows);
     factors = arena.floats(kRows);
     delta = arena.floats(keys);
     staging = arena.floats(kRows * round_up(max_of(p.head_dim, p.head_dim_v), 16));
     for (std::int64_t u = 0; u < kMaxUnitsPerItem; ++u) {
-      query[u] = arena.floats(round_up(p.head_dim, 4) * kRows);
-      out[u] = arena.floats(round_up(p.head_dim_v, 4) * kRows);
+      query[u] = arena.floats(Arithmetic::query_floats(p));
+      out[u] = arena.floats(round_up(p.head_dim_v, 16) * kRows);
     }
+    arithmetic.carve(p, arena);
     return arena.used;
   }
 };
@@ -96,19 +97,79 @@ HWY_INLINE void softmax_update(ForwardRowTile& t, std::int64_t keys, const float
   }
 }
 
+// Products in float: K and V widened, one row per key.
+struct FloatForward {
+  float *key, *value;
+  std::int64_t key_pitch, value_pitch;
+
+  static HWY_INLINE std::int64_t query_floats(const Problem& p) { return round_up(p.head_dim, 4) * kRows; }
+
+  HWY_INLINE void carve(const Problem& p, Arena& arena) {
+    const std::int64_t keys = skip_tile_keys(p.head_dim);
+    key_pitch = packed_pitch(p.head_dim);
+    value_pitch = packed_pitch(p.head_dim_v);
+    key = arena.floats(keys * key_pitch);
+    value = arena.floats(keys * value_pitch);
+  }
+
+  HWY_INLINE void pack_query(const Problem& p, const LogitPolicies& logit, const RowSource& source,
+                             const RowTile& tile, float* staging, float* query) const {
+    pack_transposed(source, tile.begin, tile.rows, p.head_dim, logit.pre_scale, staging, query);
+  }
+  HWY_INLINE void pack_keys(const Problem& p, const RowSource& source, std::int64_t begin,
+                            std::int64_t keys) const {
+    pack_rows(source, begin, keys, p.head_dim, key, key_pitch);
+  }
+  HWY_INLINE void pack_values(const Problem& p, const RowSource& source, std::int64_t begin,
+                              std::int64_t keys) const {
+    pack_rows(source, begin, keys, p.head_dim_v, value, value_pitch);
+  }
+
+  // scores = pre_scale * K Q^T. `plain`: neither logit policy nor mask will change them.
+  HWY_INLINE void scores(const Problem& p, const LogitPolicies&, const ForwardRowTile& t, std::int64_t keys,
+                         bool /*plain*/, float* scores) {
+    gemm<Init::zero>(Gemm{t.query, kRows, key, key_pitch, 1, p.head_dim, scores, kRows}, keys, t.tile.lanes);
+  }
+  // `masked`: some of them will be hidden.
+  HWY_INLINE void logits(const LogitPolicies& logit, const RowTile& tile, const float* delta,
+                         std::int64_t offset, std::int64_t key_begin, std::int64_t keys, bool /*masked*/,
+                         float* scores) const {
+    apply_logit(logit, tile, delta, offset, key_begin, keys, scores, nullptr);
+  }
+  // Whether attend() takes a plain tile whose scores nobody asks for.
+  HWY_INLINE bool fuses(const LogitPolicies&, std::int64_t) const { return false; }
+  HWY_INLINE void attend(const LogitPolicies&, ForwardRowTile&, std::int64_t, float*) {}
+  HWY_INLINE void maxima(const ForwardRowTile& t, std::int64_t keys, bool propagate_nan, float* scores,
+                         float* maxima) {
+    row_maxima(scores, keys, t.tile.lanes, maxima, propagate_nan);
+  }
+  // Softmax of a kept tile, and its share of O^T.
+  HWY_INLINE void accumulate(const Problem& p, ForwardRowTile& t, std::int64_t keys, const float* maxima,
+                             float* scores, float* factors) {
+    softmax_update(t, keys, maxima, scores, factors);
+    const Gemm product{scores, kRows, value, 1, value_pitch, keys, t.out, kRows};
+    if (t.started)
+      gemm<Init::scale>(product, p.head_dim_v, t.tile.lanes, factors);
+    else
+      gemm<Init::zero>(product, p.head_dim_v, t.tile.lanes);
+  }
+};
+
 HWY_INLINE void update_cut(ForwardRowTile& t) {
   for (std::int64_t r = 0; r < t.tile.rows; ++r)
     t.cut[r] = t.row_sum[r] > 0 ? t.row_max[r] + __builtin_log2f(t.row_sum[r]) + t.log2_thr[r] : kLowestCut;
 }
 
+template <class Arithmetic>
 HWY_INLINE void start_row_tile(const Problem& p, const Arguments& args, const Sequence& sequence,
-                               const Visibility& visibility, const LogitPolicies& logit, std::int64_t head,
-                               std::int64_t tile_index, float* staging, ForwardRowTile& t) {
+                               const Visibility& visibility, const LogitPolicies& logit,
+                               const Arithmetic& arithmetic, std::int64_t head, std::int64_t tile_index,
+                               float* staging, ForwardRowTile& t) {
   t.head = head;
   t.tile = make_row_tile(p, args, sequence, head, tile_index);
   t.started = false;
-  pack_transposed(row_source(args.query, sequence.batch, sequence.q_begin, head), t.tile.begin, t.tile.rows,
-                  p.head_dim, logit.pre_scale, staging, t.query);
+  arithmetic.pack_query(p, logit, row_source(args.query, sequence.batch, sequence.q_begin, head), t.tile,
+                        staging, t.query);
   t.gate = make_gate_test(p, sequence, t.tile.begin, t.tile.alpha, t.tile.rows);
   for (std::int64_t r = 0; r < kRows; ++r) {
     t.row_max[r] = kNegativeInfinity;
@@ -182,6 +243,7 @@ struct LoadedTile {
   Extremes delta_extremes;
 };
 
+template <class Arithmetic>
 HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardItem& item, void* memory) {
   const Sequence& sequence = item.sequence;
   const LogitPolicies logit = logit_policies(p);
@@ -193,8 +255,9 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
   RowSource delta_rows;
   if (p.has_gate) delta_rows = key_source(p, args, args.delta, sequence, item.kv_head);
 
-  ForwardScratch scratch;
+  ForwardScratch<Arithmetic> scratch;
   scratch.carve(p, static_cast<char*>(memory));
+  Arithmetic& arithmetic = scratch.arithmetic;
   ForwardRowTile tiles[kMaxUnitsPerItem];
   PartialTile partial;
   const std::int64_t count = item.unit_end - item.unit_begin;
@@ -202,8 +265,9 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
     const std::int64_t unit = item.unit_begin + u;
     tiles[u].query = scratch.query[u];
     tiles[u].out = scratch.out[u];
-    start_row_tile(p, args, sequence, visibility, logit, item.kv_head * p.group_size + unit % p.group_size,
-                   row_tiles - 1 - unit / p.group_size, scratch.staging, tiles[u]);
+    start_row_tile(p, args, sequence, visibility, logit, arithmetic,
+                   item.kv_head * p.group_size + unit % p.group_size, row_tiles - 1 - unit / p.group_size,
+                   scratch.staging, tiles[u]);
   }
 
   for (;;) {
@@ -235,43 +299,45 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
       }
       if (t.gate.on && !t.gate.open(loaded.delta_extremes)) continue;
       if (!loaded.key) {
-        pack_rows(key_rows, key_begin, keys, p.head_dim, scratch.key, scratch.key_pitch);
+        arithmetic.pack_keys(p, key_rows, key_begin, keys);
         loaded.key = true;
       }
-      gemm<Init::zero>(
-          Gemm{t.query, kRows, scratch.key, scratch.key_pitch, 1, p.head_dim, scratch.scores, kRows}, keys,
-          t.tile.lanes);
-      if (logit.any())
-        apply_logit(logit, t.tile, scratch.delta, visibility.offset, key_begin, keys, scratch.scores,
-                    nullptr);
-      if (block >= 0)
-        apply_partial_tile(partial, t.tile, keys, scratch.scores);
-      else if (seen == TileVisibility::partial)
-        apply_mask(visibility, t.tile, key_begin, keys, scratch.scores);
-      row_maxima(scratch.scores, keys, t.tile.lanes, scratch.maxima, p.threshold > 0);
-      if (p.threshold > 0 && !vote(scratch.maxima, t.cut, t.tile.rows)) continue;
+      const bool masked = block >= 0 || seen == TileVisibility::partial;
+      const bool plain = !logit.any() && !masked;
+      const bool fused = plain && !(p.threshold > 0) && arithmetic.fuses(logit, keys);
+      if (!fused) {
+        arithmetic.scores(p, logit, t, keys, plain, scratch.scores);
+        if (logit.any())
+          arithmetic.logits(logit, t.tile, scratch.delta, visibility.offset, key_begin, keys, masked,
+                            scratch.scores);
+        if (block >= 0)
+          apply_partial_tile(partial, t.tile, keys, scratch.scores);
+        else if (masked)
+          apply_mask(visibility, t.tile, key_begin, keys, scratch.scores);
+        arithmetic.maxima(t, keys, p.threshold > 0, scratch.scores, scratch.maxima);
+        if (p.threshold > 0 && !vote(scratch.maxima, t.cut, t.tile.rows)) continue;
+      }
       if (t.map != nullptr)
         t.map[n >> 5] = static_cast<std::int32_t>(static_cast<std::uint32_t>(t.map[n >> 5]) | 1u << (n & 31));
-      softmax_update(t, keys, scratch.maxima, scratch.scores, scratch.factors);
-      if (p.threshold > 0) update_cut(t);
       if (!loaded.value) {
-        pack_rows(value_rows, key_begin, keys, p.head_dim_v, scratch.value, scratch.value_pitch);
+        arithmetic.pack_values(p, value_rows, key_begin, keys);
         loaded.value = true;
       }
-      const Gemm product{scratch.scores, kRows, scratch.value, 1, scratch.value_pitch, keys, t.out, kRows};
-      if (t.started)
-        gemm<Init::scale>(product, p.head_dim_v, t.tile.lanes, scratch.factors);
+      if (fused)
+        arithmetic.attend(logit, t, keys, scratch.factors);
       else
-        gemm<Init::zero>(product, p.head_dim_v, t.tile.lanes);
+        arithmetic.accumulate(p, t, keys, scratch.maxima, scratch.scores, scratch.factors);
       t.started = true;
+      if (p.threshold > 0) update_cut(t);
     }
   }
   for (std::int64_t u = 0; u < count; ++u)
     finish_row_tile(p, args, sequence, tiles[u], scratch.staging, scratch.factors);
 }
 
+template <class Arithmetic>
 HWY_INLINE std::size_t forward_scratch(const Problem& problem) {
-  ForwardScratch scratch;
+  ForwardScratch<Arithmetic> scratch;
   return scratch.carve(problem, nullptr);
 }
 

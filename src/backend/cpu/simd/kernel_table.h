@@ -20,7 +20,7 @@ struct ForwardItem {
   const BlockCodes* blocks = nullptr;  // of the block mask; null: none
 };
 
-inline constexpr std::int64_t kMaxUnitsPerItem = 4;  // row tiles that share one packing of a key tile
+inline constexpr std::int64_t kMaxUnitsPerItem = 8;  // row tiles that share one packing of a key tile
 
 // Row tiles of all (sequence, head) pairs, numbered for the per-row buffers of backward: tile t of head h of the
 // sequence is (head_stride * h + tile_begin + t).
@@ -33,11 +33,14 @@ struct BackwardBuffers {
   float* lse_log2 = nullptr;
   float* lse_log2_low = nullptr;
   double* sink_partial = nullptr;      // [num_heads, tiles_per_head]
-  float* grad_query = nullptr;         // [segments, num_heads, tiles_per_head, head_dim, 64], unscaled
+  float* grad_query = nullptr;         // [segments, num_heads, tiles_per_head, grad_query_floats], unscaled
   float* grad_alpha = nullptr;         // [segments, num_heads, tiles_per_head, 64], unscaled
   std::uint8_t* touched = nullptr;     // [segments, num_heads, tiles_per_head]: the two above were written
   const BlockCodes* blocks = nullptr;  // of the block mask; null: none
 };
+
+// dQ of a row tile: [head_dim, 64], head_dim in whole tiles of 16.
+inline constexpr std::int64_t grad_query_floats(const Problem& p) { return (p.head_dim + 15) / 16 * 16 * 64; }
 
 struct RowTileItem {
   Sequence sequence;
@@ -101,6 +104,7 @@ struct KernelTable {
 const KernelTable& sse4_kernels();
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
+const KernelTable& avx512_amx_kernels();
 const KernelTable& neon_kernels();
 const KernelTable& generic_kernels();
 

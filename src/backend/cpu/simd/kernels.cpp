@@ -30,14 +30,17 @@ const KernelTable& FSA_JOIN(FSA_SIMD_TARGET, _kernels)() {
   static constexpr KernelTable table = {
       FSA_TEXT(FSA_SIMD_TARGET),
       FSA_SIMD_TARGET::kLanes,
-      [](const Problem& p) HWY_ATTR { return FSA_SIMD_TARGET::forward_scratch(p); },
+      [](const Problem& p)
+          HWY_ATTR { return FSA_SIMD_TARGET::forward_scratch<FSA_SIMD_TARGET::FloatForward>(p); },
       [](const Problem& p, const Arguments& a, const ForwardItem& item, void* scratch)
-          HWY_ATTR { FSA_SIMD_TARGET::forward(p, a, item, scratch); },
-      [](const Problem& p) HWY_ATTR { return FSA_SIMD_TARGET::backward_scratch(p); },
+          HWY_ATTR { FSA_SIMD_TARGET::forward<FSA_SIMD_TARGET::FloatForward>(p, a, item, scratch); },
+      [](const Problem& p)
+          HWY_ATTR { return FSA_SIMD_TARGET::backward_scratch<FSA_SIMD_TARGET::FloatBackward>(p); },
       [](const Problem& p, const Arguments& a, const BackwardBuffers& b, const RowTileItem& item,
          void* scratch) HWY_ATTR { FSA_SIMD_TARGET::row_statistics(p, a, b, item, scratch); },
       [](const Problem& p, const Arguments& a, const BackwardBuffers& b, const BackwardItem& item,
-         void* scratch) HWY_ATTR { FSA_SIMD_TARGET::backward(p, a, b, item, scratch); },
+         void* scratch)
+          HWY_ATTR { FSA_SIMD_TARGET::backward<FSA_SIMD_TARGET::FloatBackward>(p, a, b, item, scratch); },
       [](const Problem& p, const Arguments& a, const BackwardBuffers& b, const RowTileItem& item,
          void* scratch) HWY_ATTR { FSA_SIMD_TARGET::finish_rows(p, a, b, item, scratch); },
       [](const Problem& p) HWY_ATTR { return FSA_SIMD_TARGET::decode_scratch(p); },

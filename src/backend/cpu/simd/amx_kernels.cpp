@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// The set "avx512_amx": bfloat16 prefill and backward on AMX tiles, all else as in "avx512". Compiled once, with the
+// flags of that set.
+#include "backend/cpu/simd/kernel_table.h"
+#include "backend/cpu/simd/tile_backward-inl.h"
+#include "backend/cpu/simd/tile_forward-inl.h"
+
+namespace fsa::cpu {
+namespace {
+
+using namespace avx512_amx;
+
+bool on_tiles(const Problem& p) { return p.dtype == DType::bfloat16; }
+
+std::size_t forward_scratch_bytes(const Problem& p) {
+  return on_tiles(p) ? forward_scratch<TileForward>(p) : avx512_kernels().forward_scratch(p);
+}
+
+void run_forward(const Problem& p, const Arguments& a, const ForwardItem& item, void* scratch) {
+  if (!on_tiles(p)) return avx512_kernels().forward(p, a, item, scratch);
+  const TileSession session;
+  forward<TileForward>(p, a, item, scratch);
+}
+
+std::size_t backward_scratch_bytes(const Problem& p) {
+  return on_tiles(p) ? backward_scratch<TileBackward>(p) : avx512_kernels().backward_scratch(p);
+}
+
+void run_backward(const Problem& p, const Arguments& a, const BackwardBuffers& b, const BackwardItem& item,
+                  void* scratch) {
+  if (!on_tiles(p)) return avx512_kernels().backward(p, a, b, item, scratch);
+  const TileSession session;
+  backward<TileBackward>(p, a, b, item, scratch);
+}
+
+}  // namespace
+
+const KernelTable& avx512_amx_kernels() {
+  static const KernelTable table = [] {
+    KernelTable t = avx512_kernels();
+    t.target = "avx512_amx";
+    t.forward_scratch = forward_scratch_bytes;
+    t.forward = run_forward;
+    t.backward_scratch = backward_scratch_bytes;
+    t.backward = run_backward;
+    return t;
+  }();
+  return table;
+}
+
+}  // namespace fsa::cpu
