@@ -30,7 +30,11 @@ POSIX = [
 ]
 CONTRACT = ['"backend/backend.h"', '"backend/registry.h"']
 CPU = ["<cpuid.h>", "<immintrin.h>", "<arm_neon.h>"]
-SHARED = ['"kernels/core/config.h"', '"kernels/core/params.h"']  # read by both compilers
+SHARED = [  # read by both compilers
+    '"kernels/core/config.h"',
+    '"kernels/core/params.h"',
+    '"kernels/core/backward.h"',
+]
 DEVICE = ['"core/*"', '"ptx/*"', '"tile/*"', '"policy/*"']
 
 # (name, files, what they may include). The order matters: first match.
