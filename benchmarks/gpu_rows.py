@@ -17,7 +17,7 @@ sys.path.append(
 import speed  # noqa: E402
 
 LEGEND = """\
-GPU rows: forward, bfloat16, through the Python call; medians of times taken in turn. TF: TFLOP/s of useful work.
+GPU rows: forward and backward alone, bfloat16, through the Python call; medians of times taken in turn. TF: TFLOP/s of useful work.
 ratio: to cuDNN in the same run, how many times faster than our own dense kernel, or (windows, blocks, documents) the
 share of its rate."""
 
@@ -32,7 +32,11 @@ def names(pattern: str) -> list[str]:
     """gpu/<row> of the rows that match."""
     if not available():
         return []
-    return [f"gpu/{row.name}" for row in speed.rows() if re.search(pattern, f"gpu/{row.name}")]
+    return [
+        f"gpu/{row.name}"
+        for row in speed.rows() + speed.backward_rows()
+        if re.search(pattern, f"gpu/{row.name}")
+    ]
 
 
 def run(pattern: str) -> list[dict[str, Any]]:

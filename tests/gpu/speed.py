@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rates of the forward kernels beside cuDNN's, or beside our own dense kernel, in the same minute; host times.
+"""Rates of the forward and backward beside cuDNN's, or beside our own dense kernel, in the same minute; host times.
 
 speed.py           host times, as JSON
 speed.py table     the table; needs the library's package on PYTHONPATH
@@ -39,6 +39,16 @@ DENSE = {
     (256, True, 2048): 1.06, (256, True, 8192): 1.16, (256, True, 16384): 1.15,
 }  # fmt: skip
 LOOP_LIMIT = {(128, True, 16384): 1.27, (128, True, 32768): 1.27}
+# The same for the backward; at head_dim 256 peers are weak and the aim is known.
+DENSE_BACKWARD = {
+    (64, False, 2048): 1.17, (64, False, 8192): 1.20, (64, False, 16384): 1.17,
+    (64, True, 2048): 1.21, (64, True, 8192): 1.23, (64, True, 16384): 1.24,
+    (128, False, 2048): 1.21, (128, False, 8192): 1.14, (128, False, 16384): 1.14,
+    (128, True, 2048): 1.12, (128, True, 8192): 1.15, (128, True, 16384): 1.17, (128, True, 32768): 1.15,
+    (256, False, 2048): 1.00, (256, False, 8192): 1.05, (256, False, 16384): 1.06,
+    (256, True, 2048): 1.00, (256, True, 8192): 1.00, (256, True, 16384): 1.00,
+}  # fmt: skip
+AIM_256_BACKWARD = 1.20
 
 
 class Call:
@@ -50,8 +60,10 @@ class Call:
     def __call__(self) -> Any:
         return fsa.attention(*self.tensors, **self.options)
 
-    def kernel(self) -> str:
-        return fsa.explain(*self.tensors, **self.options)["kernel"]
+    def kernel(self, **changes: Any) -> str:
+        options = {**self.options, **changes}
+        options.pop("return_skip_map", None)
+        return fsa.explain(*self.tensors, **options)["kernel"]
 
     def kept(self) -> float:
         """Share of the causal tiles that a sparse call keeps."""
@@ -60,12 +72,44 @@ class Call:
         return fsa.kept_fraction(skip_map, seqlen_q=seqlen, seqlen_k=seqlen, head_dim=dim, causal=True)
 
 
+class Cudnn:
+    """The same by cuDNN; tensors [batch, seqlen, heads, head_dim]."""
+
+    def __init__(self, *tensors: Tensor, causal: bool) -> None:
+        self.tensors, self.causal = tensors, causal
+
+    def __call__(self) -> Tensor:
+        heads_first = [tensor.transpose(1, 2) for tensor in self.tensors]
+        return scaled_dot_product_attention(*heads_first, is_causal=self.causal)
+
+
+class Gradient:
+    """The backward alone of a call, whose forward runs here."""
+
+    def __init__(self, call: Call | Cudnn, **options: Any) -> None:
+        self.leaves = [tensor.detach().requires_grad_() for tensor in call.tensors]
+        with torch.enable_grad():
+            if isinstance(call, Cudnn):
+                self.out = Cudnn(*self.leaves, causal=call.causal)()
+            else:
+                options = {**call.options, **options}
+                for name in ("alpha", "delta"):
+                    if name in options:
+                        options[name] = options[name].detach().requires_grad_()
+                        self.leaves.append(options[name])
+                self.out = fsa.attention(*self.leaves[:3], **options)
+        self.grad_out = torch.randn_like(self.out)
+
+    def __call__(self) -> Any:
+        return torch.autograd.grad(self.out, self.leaves, self.grad_out, retain_graph=True)
+
+
 @dataclass
 class Pair:
     """What is timed side by side, and the useful FLOP of each; of a sparse call those of the tiles that it keeps."""
 
     ours: Call
-    base: Callable[[], Any]
+    base: Call | Cudnn
     flop: float
     base_flop: float
     sparse: bool = False
@@ -82,6 +126,8 @@ class Row:
     aim: float | None
     # Whether the ratio is of rates, of useful work each (a share of the yardstick's), or of times (times faster).
     of_rates: bool = False
+    backward: bool = False
+    deterministic: bool = False  # backward: against the default one of the same call
 
 
 def _best_us(function: Callable[[], Any]) -> float:
@@ -151,13 +197,8 @@ def dense(dim: int, causal: bool, seqlen: int) -> Pair:
     """Random normal, 16k tokens in all (one sequence at least), hidden size 2048."""
     batch, heads = max(1, TOKENS // seqlen), HIDDEN // dim
     tensors = [normal(batch, seqlen, heads, dim) for _ in range(3)]
-    transposed = [tensor.transpose(1, 2) for tensor in tensors]
     work = flop(batch, seqlen, heads, dim, causal)
-
-    def cudnn() -> None:
-        scaled_dot_product_attention(*transposed, is_causal=causal)
-
-    return Pair(Call(*tensors, causal=causal), cudnn, work, work)
+    return Pair(Call(*tensors, causal=causal), Cudnn(*tensors, causal=causal), work, work)
 
 
 def window(keys: int) -> Pair:
@@ -279,19 +320,55 @@ def rows() -> list[Row]:
     ]
 
 
+def backward_rows() -> list[Row]:
+    found = []
+    for (dim, causal, seqlen), best in DENSE_BACKWARD.items():
+        aim = AIM_256_BACKWARD if dim == 256 else round(1.05 * best, 3)
+        name = f"backward d{dim} {'causal' if causal else 'full'} {seqlen}"
+        make = partial(dense, dim, causal, seqlen)
+        found.append(Row(name, "cuDNN", make, round(0.9 * best, 3), aim, backward=True))
+        found.append(
+            Row(f"{name} deterministic", "default", make, 0.88, 0.95, backward=True, deterministic=True)
+        )
+    for keys, floor, aim in ((1024, 0.71, 0.88), (512, 0.56, 0.75)):
+        make = partial(window, keys)
+        found.append(Row(f"backward window {keys}", "causal", make, floor, aim, True, backward=True))
+    for density, floor, aim in ((0.5, 0.92, 0.95), (0.25, 0.89, 0.95), (0.1, 0.81, 0.90), (0.05, 0.65, 0.80)):
+        make = partial(blocks, density)
+        found.append(Row(f"backward blocks {density}", "full", make, floor, aim, True, backward=True))
+    for seqlen in (16384, 32768):
+        make = partial(threshold, seqlen, 1.0)
+        found.append(Row(f"backward threshold 1, {seqlen}", "causal", make, 4.0, 6.0, backward=True))
+    make = partial(gated, TOKENS)
+    found.append(Row("backward gated, a tenth kept", "causal", make, 5.0, 7.0, backward=True))
+    return found
+
+
 def kernel_names() -> set[str]:
     """Kernels of the table, so that they can be compiled side by side beforehand."""
-    pairs = (row.make() for row in rows())
-    return {call.kernel() for pair in pairs for call in (pair.ours, pair.base) if isinstance(call, Call)}
+    names = set()
+    for row in rows() + backward_rows():
+        pair = row.make()
+        for call in (pair.ours, pair.base):
+            if isinstance(call, Call):
+                names.add(call.kernel())
+                if row.backward:
+                    names.add(call.kernel(backward=True, deterministic=row.deterministic))
+    return names
 
 
 def measure(row: Row) -> dict[str, Any]:
     torch.manual_seed(0)
     pair = row.make()
+    ours, base, scale = pair.ours, pair.base, 1.0
     with torch.no_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        our_ms, base_ms = interleaved_ms([pair.ours, pair.base])
+        if row.deterministic:
+            ours, base, scale = Gradient(pair.ours, deterministic=True), Gradient(pair.ours), 2.5
+        elif row.backward:
+            ours, base, scale = Gradient(pair.ours), Gradient(pair.base), 2.5
+        our_ms, base_ms = interleaved_ms([ours, base])
     share = pair.ours.kept() if pair.sparse else 1.0
-    rate, base_rate = pair.flop * share / our_ms, pair.base_flop / base_ms
+    rate, base_rate = scale * pair.flop * share / our_ms, scale * pair.base_flop / base_ms
     return {
         "row": row.name, "ms": round(our_ms, 4), "tflops": round(rate / 1e9, 1), "kept": round(share, 3),
         "against": row.against, "against_ms": round(base_ms, 4),
@@ -304,7 +381,7 @@ def line(found: dict[str, Any]) -> str:
     floor, aim = ("-" if found[n] is None else f"{found[n]:.3g}" for n in ("floor", "aim"))
     held = "" if found["floor"] is None else "holds" if found["ratio"] >= found["floor"] else "BELOW"
     return (
-        f"{found['row']:<28}{found['ms']:>9.3f} ms {found['tflops']:>7.1f} TF  x {found['against']:<12}"
+        f"{found['row']:<40}{found['ms']:>9.3f} ms {found['tflops']:>7.1f} TF  x {found['against']:<12}"
         f"{found['ratio']:>7.3f}  floor {floor:>6}  aim {aim:>6}  {held}"
     )
 
@@ -312,7 +389,7 @@ def line(found: dict[str, Any]) -> str:
 def table(wanted: Callable[[str], bool] = lambda name: True) -> list[dict[str, Any]]:
     """The rows whose name is wanted, printed as they come. bfloat16 but for one, random normal data but for topics."""
     found = []
-    for row in rows():
+    for row in rows() + backward_rows():
         if not wanted(row.name):
             continue
         found.append(measure(row))
