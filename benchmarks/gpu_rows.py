@@ -17,9 +17,9 @@ sys.path.append(
 import speed  # noqa: E402
 
 LEGEND = """\
-GPU rows: forward and backward alone, bfloat16, through the Python call; medians of times taken in turn. TF: TFLOP/s of useful work.
-ratio: to cuDNN in the same run, how many times faster than our own dense kernel, or (windows, blocks, documents) the
-share of its rate."""
+GPU rows: forward and backward alone, bfloat16, through the Python call; medians of times taken in turn. TF: TFLOP/s
+of useful work. ratio: to cuDNN in the same run, how many times faster than our own dense kernel, or (windows, blocks,
+documents) the share of its rate."""
 
 
 def available() -> bool:
