@@ -198,7 +198,6 @@ class BackwardCall : KernelCall {
 }  // namespace
 
 void run_backward(const Problem& problem, const Arguments& args, Workspace workspace) {
-  if (problem.total_q == 0 && problem.total_k == 0) return;
   const DeviceGuard guard(problem.device.index);
   BackwardCall(problem, args, workspace).run();
 }
