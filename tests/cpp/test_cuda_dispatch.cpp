@@ -32,6 +32,23 @@ Problem problem(std::int64_t head_dim = 128, std::int64_t head_dim_v = 128) {
   return p;
 }
 
+// Each bit of `features` below 2048 is one that a call may have.
+Problem problem_with(std::int64_t head_dim, std::int64_t head_dim_v, int features) {
+  Problem p = problem(head_dim, head_dim_v);
+  p.causal = features & 1;
+  p.window_left = features & 2 ? 5 : -1;
+  p.softcap = features & 4 ? 3 : 0;
+  p.has_alibi = features & 8;
+  p.has_sink = features & 16;
+  p.threshold = features & 32 ? 1 : 0;
+  p.has_gate = features & 64;
+  p.gate_test = p.has_gate && features & 128;
+  p.has_block_mask = features & 256;
+  p.has_window_sizes = features & 512;
+  p.deterministic = features & 1024;
+  return p;
+}
+
 TEST(CudaDispatch, EveryKernelHasItsNameAndSource) {
   std::set<std::string> names;
   std::set<std::uint64_t> identities;
@@ -51,17 +68,8 @@ TEST(CudaDispatch, EveryChoiceIsReachable) {
   for (const KernelConfig& config : reachable_kernels()) names.insert(name_of(config));
   for (std::int64_t head_dim = 1; head_dim <= 256; head_dim += 17)
     for (std::int64_t head_dim_v = 1; head_dim_v <= 256; head_dim_v += 15)
-      for (int features = 0; features < 512; ++features) {
-        Problem p = problem(head_dim, head_dim_v);
-        p.causal = features & 1;
-        p.window_left = features & 2 ? 5 : -1;
-        p.softcap = features & 4 ? 3 : 0;
-        p.has_alibi = features & 8;
-        p.has_sink = features & 16;
-        p.threshold = features & 32 ? 1 : 0;
-        p.has_gate = features & 64;
-        p.gate_test = p.has_gate && features & 128;
-        p.has_block_mask = features & 256;
+      for (int features = 0; features < 1024; ++features) {
+        const Problem p = problem_with(head_dim, head_dim_v, features);
         if (!reject_forward(p).empty()) continue;
         const KernelConfig config = forward_kernel(p);
         ASSERT_TRUE(names.contains(name_of(config))) << name_of(config);
@@ -83,25 +91,16 @@ TEST(CudaDispatch, EveryBackwardChoiceIsReachable) {
   };
   for (std::int64_t head_dim = 1; head_dim <= 256; head_dim += 17)
     for (std::int64_t head_dim_v = 1; head_dim_v <= 256; head_dim_v += 15)
-      for (int features = 0; features < 1024; ++features) {
-        Problem p = problem(head_dim, head_dim_v);
+      for (int features = 0; features < 2048; ++features) {
+        Problem p = problem_with(head_dim, head_dim_v, features);
         p.operation = Operation::backward;
-        p.causal = features & 1;
-        p.window_left = features & 2 ? 5 : -1;
-        p.softcap = features & 4 ? 3 : 0;
-        p.has_alibi = features & 8;
-        p.has_sink = features & 16;
-        p.threshold = features & 32 ? 1 : 0;
-        p.has_gate = features & 64;
-        p.gate_test = p.has_gate && features & 128;
-        p.deterministic = features & 256;
-        p.has_window_sizes = features & 512;
         if (!reject_backward(p).empty()) continue;
         const KernelConfig config = backward_kernel(p);
         expect_reachable(config);
         expect_reachable(backward_prepare_kernel(p));
         expect_reachable(backward_finish_kernel(p));
         if (p.has_sink) expect_reachable(sum_sink_kernel(p));
+        if (p.has_block_mask) expect_reachable(block_columns_kernel(p));
         ASSERT_GE(config.backward.head_dim, head_dim);
         ASSERT_GE(config.backward.head_dim_v, head_dim_v);
         if (!config.gate_bits) continue;
