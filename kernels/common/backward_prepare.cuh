@@ -29,13 +29,31 @@ FSA_DEVICE float dot_units(uint4 a, uint4 b) {
   return sum;
 }
 
+// Minus that, times any scale, is an exponent whose power is 0; the sum of three bfloat16 is finite.
+inline constexpr float kNeverExponent = 1e38f;
+
+// Each as three bfloat16: 8 of its 24 bits, 8 of the rest, and the rest of that.
+FSA_DEVICE uint4 folded_row(float lse, float out_dot_grad) {
+  constexpr ElementType kBf16 = ElementType::bf16;
+  uint32 parts[3];
+#pragma unroll
+  for (int32 i = 0; i < 3; ++i) {
+    parts[i] = ptx::pack<kBf16>(lse, out_dot_grad);
+    const float2 part = ptx::unpack<kBf16>(parts[i]);
+    lse -= part.x;
+    out_dot_grad -= part.y;
+  }
+  return {parts[0] & 0xffffu | parts[1] << 16, parts[2] & 0xffffu | parts[0] & 0xffff0000u,
+          parts[1] >> 16 | parts[2] & 0xffff0000u, 0};
+}
+
 template <class Types>
 FSA_DEVICE void backward_prepare(const BackwardParams& params) {
   constexpr int32 kBlockM = Types::kBlockM, kVectors = Types::kTile.row_vectors;
   constexpr int32 kLanes = min_of(Types::kDimV / 8, kWarpThreads);  // of a row
   constexpr int32 kRowsAtOnce = kPrepareThreads / kLanes;
   const ForwardParams& p = params.forward;
-  __shared__ float vectors[kVectors][kBlockM];
+  alignas(16) __shared__ float vectors[kVectors][kBlockM];
   __shared__ float sink_terms[kBlockM];
   const int32 tile = static_cast<int32>(blockIdx.x), head = static_cast<int32>(blockIdx.y);
   const int32 thread = static_cast<int32>(threadIdx.x);
@@ -80,19 +98,25 @@ FSA_DEVICE void backward_prepare(const BackwardParams& params) {
                                head * params.grad_lse_stride_head + position * params.grad_lse_stride_row];
     }
     // A row without a key, or beyond the used length: p = 2^(s - inf) = 0.
-    const int32 at = row_vector_position(in_tile);
-    vectors[0][at] = lse == -kInfinity ? kInfinity : lse * kLog2e;
-    vectors[1][at] = lse == -kInfinity ? 0.0f : sum;
-    if constexpr (kVectors > 2)
-      vectors[2][at] = used ? load_scalar(p.alpha, work.q_map_batch, position, head) : 0.0f;
+    const bool empty = lse == -kInfinity;
+    if constexpr (Types::kFolded) {
+      reinterpret_cast<uint4*>(&vectors[0][0])[in_tile] =
+          folded_row(empty ? -kNeverExponent : -lse * kLog2e / p.softmax_scale_log2, empty ? 0.0f : -sum);
+    } else {
+      const int32 at = row_vector_position(in_tile);
+      vectors[0][at] = empty ? kInfinity : lse * kLog2e;
+      vectors[1][at] = empty ? 0.0f : sum;
+      if constexpr (Types::kPairGate)
+        vectors[2][at] = used ? load_scalar(p.alpha, work.q_map_batch, position, head) : 0.0f;
+    }
     if constexpr (Types::kSink)
-      sink_terms[in_tile] = lse == -kInfinity ? 0.0f : -sum * ptx::exp2_approx((sink - lse) * kLog2e);
+      sink_terms[in_tile] = empty ? 0.0f : -sum * ptx::exp2_approx((sink - lse) * kLog2e);
   }
   __syncthreads();
 
   for (int32 i = thread; i < kVectors * kBlockM; i += kPrepareThreads)
     params.row_vectors[number * (kVectors * kBlockM) + i] = vectors[i / kBlockM][i % kBlockM];
-  if constexpr (kVectors > 2)
+  if constexpr (Types::kPairGate)
     if (thread < kBlockM) params.grad_alpha_sum[number * kBlockM + thread] = 0;
   if constexpr (Types::kSink) {
     if (thread < kWarpThreads) {

@@ -17,15 +17,20 @@ struct BackwardTile {
   int32 grad_out_stages;
   int32 score_stages;      // of dS
   int32 stage_grad_query;  // 1: dQ is added by the copy engine, from shared memory of its own
-  int32 row_vectors;  // floats per query row that travel with Q: lse, out_dot_grad, alpha of the pair gate
+  // Floats per query row that travel with Q. 2 or 3: lse, out_dot_grad, alpha of the pair gate, a vector each.
+  // kFoldedVectors: -lse / scale and -out_dot_grad, which start the sums of S and dP.
+  int32 row_vectors;
 };
 
 inline constexpr int32 kBackwardConsumers = 2;
 inline constexpr int32 kBackwardWarps = 4 * kBackwardConsumers;  // of the consumers
 inline constexpr int32 kBackwardThreads = 128 * (kBackwardConsumers + 1);
 inline constexpr int32 kKeyWorkBytes = 160;
-inline constexpr int32 kRowTileInfoBytes = 24;
+inline constexpr int32 kRowTileInfoBytes = 32;
 inline constexpr int32 kProducerBytes = 64;  // what the producer keeps in shared memory
+
+// Both as three bfloat16 whose sum is the float, to 2^-24, and two zeros: an operand of one more multiply.
+inline constexpr int32 kFoldedVectors = 4;
 
 // Where P does not stay in registers it is in shared memory beside dS.
 constexpr int32 backward_shared_operands(const BackwardTile& t) { return t.block_n == 64 ? 2 : 1; }
@@ -43,7 +48,7 @@ constexpr int32 backward_shared_bytes(const BackwardTile& t) {
   const int32 infos =
       kWorkSlots * kKeyWorkBytes + (2 * t.query_stages + 1) * kRowTileInfoBytes + kProducerBytes;
   const int32 barriers = 8 * (3 + 2 * (t.score_stages + t.query_stages + t.grad_out_stages + kWorkSlots));
-  const int32 alpha = t.row_vectors > 2 ? t.score_stages * (t.block_n / 16) * t.block_m * 4 : 0;
+  const int32 alpha = t.row_vectors == 3 ? t.score_stages * (t.block_n / 16) * t.block_m * 4 : 0;
   return round_up(keys + queries + grad_out + grad_query + t.score_stages * backward_score_bytes(t) + alpha +
                       infos + barriers,
                   kSharedAlignment);

@@ -28,6 +28,7 @@ FSA_DEVICE int32 warp_uniform(int32 value) { return __shfl_sync(0xffffffffu, val
 
 #ifdef FSA_EMULATED  // tests/emulator
 FSA_DEVICE int32 thread_id() { return static_cast<int32>(threadIdx.x); }
+FSA_DEVICE int32 opaque(int32 value) { return value; }
 FSA_DEVICE uint8* dynamic_shared() { return emulator::shared_memory; }
 #else
 // Read anew each time: what is derived from it then stays local, where the compiler would otherwise compute
@@ -36,6 +37,11 @@ FSA_DEVICE int32 thread_id() {
   int32 id;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
   return id;
+}
+// A value that the compiler knows nothing about: what is derived from it inside a loop stays there.
+FSA_DEVICE int32 opaque(int32 value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 FSA_DEVICE uint8* dynamic_shared() {
   extern __shared__ uint8 shared[];

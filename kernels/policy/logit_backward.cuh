@@ -157,6 +157,7 @@ struct LogitBackward<PairGate<kLogSigmoid>> {
 template <>
 struct LogitBackward<Logit<>> {
   static constexpr bool kNeedsValue = false;
+  static constexpr bool kPlain = true;  // the value is q k
   float scale_out;
 
   FSA_DEVICE LogitBackward(const BackwardParams&, const KeyWork&, int32, float scale_in)
@@ -173,6 +174,7 @@ template <class First, class... Rest>
 struct LogitBackward<Logit<First, Rest...>> {
   static constexpr bool kNeedsValue =
       LogitBackward<First>::kNeedsValue || LogitBackward<Logit<Rest...>>::kNeedsValue;
+  static constexpr bool kPlain = false;
   LogitBackward<First> first;
   LogitBackward<Logit<Rest...>> rest;
 

@@ -58,7 +58,7 @@ class RowSegmentWalk {
       remaining_ = segment.count;
       masked_ = segment.masked;
     }
-    info = {tile_++, head_, masked_ ? RowTileInfo::kMasked : 0, 0, -1, 0};
+    info.set(tile_++, head_, masked_ != 0);
     --remaining_;
     return true;
   }
@@ -161,7 +161,7 @@ struct BitmapRows {
         const int32 found = open == 0 ? (word_ + 1) * 32 : word_ * 32 + __ffs(static_cast<int32>(open)) - 1;
         tile_ = min_of(found, end_);
         if (open == 0 || found >= end_) continue;
-        info = {tile_++, head_, masked_ ? RowTileInfo::kMasked : 0, 0, -1, 0};
+        info.set(tile_++, head_, masked_ != 0);
         return true;
       }
     }
@@ -231,12 +231,10 @@ struct ListRows {
         if (tile * kBlockM >= work.seqlen_q) continue;
         const int32 to_right =
             tiles_in_block(params, work) - 1 - work.n_begin % params.forward.blocks.block_keys / kBlockN;
-        info = {tile,
-                head_,
-                current_.bits >= 0 || work.partial(kBlockN) ? RowTileInfo::kMasked : 0,
-                current_.rank + to_right,
-                current_.bits,
-                in_block * kBlockM};
+        info.set(tile, head_, current_.bits >= 0 || work.partial(kBlockN));
+        info.rank = current_.rank + to_right;
+        info.block = current_.bits;
+        info.block_row = in_block * kBlockM;
         return true;
       }
     }

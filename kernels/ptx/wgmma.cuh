@@ -90,9 +90,12 @@ FSA_DEVICE void settle(uint32 (&registers)[kCount]) {
                : "l"(a), "l"(b), "r"(accumulate)                                                  \
                : "memory")
 
-#define FSA_WGMMA_REGISTERS(N, TYPE, A0, A1, A2, A3, B)                                           \
+#define FSA_WGMMA_REGISTERS(N, TYPE, A0, A1, A2, A3, B) \
+  FSA_WGMMA_REGISTERS_AS(N, TYPE, A0, A1, A2, A3, B, "1", "1")
+
+#define FSA_WGMMA_REGISTERS_AS(N, TYPE, A0, A1, A2, A3, B, ACCUMULATE, ROWS)                      \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FSA_TEXT_N##N \
-               "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", 1, 1, 1, 1;\n"                        \
+               "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", " ACCUMULATE ", 1, 1, " ROWS ";\n"    \
                : FSA_LIST_N##N(d)                                                                 \
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b)                                       \
                : "memory")
@@ -215,6 +218,21 @@ FSA_DEVICE void multiply_registers(float (&d)[kN / 2], uint32 a0, uint32 a1, uin
   }
 }
 
+// D = A B with A in registers, B in shared memory with the 16 inner values contiguous.
+template <ElementType kElement, int32 kN>
+FSA_DEVICE void multiply_registers_columns(float (&d)[kN / 2], uint32 a0, uint32 a1, uint32 a2, uint32 a3,
+                                           uint64 b) {
+  static_assert(kElement == ElementType::bf16, "add float16 to ptx/wgmma.cuh");
+  if constexpr (kN == 32)
+    FSA_WGMMA_REGISTERS_AS(32, "bf16", "%16", "%17", "%18", "%19", "%20", "0", "0");
+  else if constexpr (kN == 64)
+    FSA_WGMMA_REGISTERS_AS(64, "bf16", "%32", "%33", "%34", "%35", "%36", "0", "0");
+  else if constexpr (kN == 128)
+    FSA_WGMMA_REGISTERS_AS(128, "bf16", "%64", "%65", "%66", "%67", "%68", "0", "0");
+  else
+    static_assert(kN == 0, "add this width to ptx/wgmma.cuh");
+}
+
 #undef FSA_TEXT_0
 #undef FSA_TEXT_1
 #undef FSA_TEXT_2
@@ -256,5 +274,6 @@ FSA_DEVICE void multiply_registers(float (&d)[kN / 2], uint32 a0, uint32 a1, uin
 #undef FSA_WGMMA_SHARED_AS
 #undef FSA_WGMMA_SHARED_ROWS
 #undef FSA_WGMMA_REGISTERS
+#undef FSA_WGMMA_REGISTERS_AS
 
 }  // namespace fsa::kernels::ptx

@@ -32,14 +32,21 @@ struct BackwardConsumer {
   // 64 rows) it serialises every multiply instead (C7511).
   static constexpr bool kQuerySharesProducts = kQueryCount == kScoreCount;
   using GradQuery = float[kQueryCount];
+  static_assert(!Types::kFolded || Logits::kPlain, "lse is folded into S only where S is the logit");
   static constexpr int32 kConsumerWarps = Types::kConsumerThreads / kWarpThreads;
 
   const BackwardParams& params;
   BackwardStorage<Types>& storage;
 
-  const int32 index;  // which consumer
-  uint32 tiles = 0;   // row tiles before this one: its place in all three rings
-  int32 turn = -1;    // to be passed on; deterministic
+  const int32 index;   // which consumer
+  int32 thread;        // of the warpgroup
+  uint32 tiles = 0;    // row tiles before this one: its place in all three rings
+  int32 turn = -1;     // to be passed on; deterministic
+  RowTileBrief brief;  // of the tile whose S was issued last
+  int32 number = 0;    // row_tile_number of the tile before it
+
+  // Of the row vector that is wanted next, read while multiplies run.
+  float4 ahead[Types::kUnitsAhead];  // not where they are folded
 
   float rS[kScoreCount];                                   // S, then P
   float rD[kScoreCount];                                   // dP, then dS, then dQ
@@ -50,7 +57,10 @@ struct BackwardConsumer {
   float rV[Types::kGradDimV / 2];
 
   FSA_DEVICE BackwardConsumer(const BackwardParams& params_, BackwardStorage<Types>& storage_, int32 index_)
-      : params(params_), storage(storage_), index(index_ & 1) {}  // known not to be negative
+      : params(params_),
+        storage(storage_),
+        index(index_ & 1),  // known not to be negative
+        thread(own_thread()) {}
 
   FSA_DEVICE GradQuery& grad_query() {
     if constexpr (kQuerySharesProducts)
@@ -69,46 +79,76 @@ struct BackwardConsumer {
   FSA_DEVICE static uint32 score_phase(uint32 tile) { return tile / Types::kScoreStages & 1; }
   FSA_DEVICE const RowTileInfo& info(uint32 tile) const { return storage.info[tile % Types::kInfoStages]; }
 
-  FSA_DEVICE static void release(ptx::Mbarrier& empty) {
-    if (own_lane() == 0) ptx::arrive(empty);
+  FSA_DEVICE int32 lane() const { return static_cast<int32>(static_cast<uint32>(thread) % kWarpThreads); }
+  FSA_DEVICE int32 warp() const {
+    return index * 4 + static_cast<int32>(static_cast<uint32>(thread) / kWarpThreads);
+  }
+  FSA_DEVICE void release(ptx::Mbarrier& empty) const {
+    if (lane() == 0) ptx::arrive(empty);
   }
   FSA_DEVICE static void sync_consumers() { ptx::barrier_sync(kConsumersBarrier, Types::kConsumerThreads); }
   FSA_DEVICE void sync_warpgroup() const {
     ptx::barrier_sync(kBackwardGroupBarrier + index, kWarpgroupThreads);
   }
-  FSA_DEVICE int32 consumer_thread() const { return index * kWarpgroupThreads + own_thread(); }
+  FSA_DEVICE int32 consumer_thread() const { return index * kWarpgroupThreads + thread; }
   // Warps with other query rows share a line of sums.
   FSA_DEVICE int32 alpha_line() const {
-    return (kSplitKeys ? consumer_thread() : own_thread()) / kWarpThreads;
+    return (kSplitKeys ? consumer_thread() : thread) / kWarpThreads;
   }
 
   // ---- Multiplies ----
 
+  // Descriptors of K and V do not change, but kept over the loop they take ten registers.
+  FSA_DEVICE static uint32 opaque_address(uint32 address) {
+    return static_cast<uint32>(opaque(static_cast<int32>(address)));
+  }
+
+  // Minus lse / scale, or minus the sum, of its query row to each element: ones times their three parts. Read
+  // by the threads instead, the two take 32 bytes a thread and 16 rows, 9 % of what shared memory delivers at
+  // head_dim 128. Ones meet inner values 0, 1, 2, or 3, 4, 5.
+  FSA_DEVICE void issue_row_values(float (&r)[kScoreCount], uint32 tile, bool sums) {
+    constexpr uint32 kOne = 0x3f80, kOnes = kOne << 16 | kOne;
+    const int32 pair = lane() % 4;
+    const uint32 ones = sums ? (pair == 1   ? kOne << 16
+                                : pair == 2 ? kOnes
+                                            : 0)
+                             : (pair == 0   ? kOnes
+                                : pair == 1 ? kOne
+                                            : 0);
+    const uint64 b = repeated_rows(
+        shared_address(reinterpret_cast<const uint4*>(storage.row_vectors[query(tile).stage()]) + first_row()));
+    ptx::multiply_registers_columns<ElementType::bf16, Types::kScoreRows>(r, ones, ones, 0, 0, b);
+  }
+
   // S^T = K Q^T
   FSA_DEVICE void issue_scores(uint32 tile) {
     ptx::wgmma_fence();
-    const uint64 a = KeyRows::inner_columns(shared_address(storage.key) + first_key() * kLineBytes);
+    if constexpr (Types::kFolded) issue_row_values(rS, tile, false);
+    const uint64 a =
+        KeyRows::inner_columns(opaque_address(shared_address(storage.key) + first_key() * kLineBytes));
     const uint64 b = QueryRows::inner_columns(shared_address(storage.query[query(tile).stage()]) +
                                               first_row() * kLineBytes);
 #pragma unroll
     for (int32 step = 0; step < Types::kDim / 16; ++step)
       ptx::multiply_shared<kElement, Types::kScoreRows>(
           rS, KeyRows::advance(a, KeyRows::inner_columns_offset(step)),
-          QueryRows::advance(b, QueryRows::inner_columns_offset(step)), step != 0);
+          QueryRows::advance(b, QueryRows::inner_columns_offset(step)), Types::kFolded || step != 0);
     ptx::wgmma_commit();
   }
 
   // dP^T = V dO^T
   FSA_DEVICE void issue_products(uint32 tile) {
     ptx::wgmma_fence();
-    const uint64 a = ValueRows::inner_columns(shared_address(storage.value) + first_key() * kLineBytes);
+    if constexpr (Types::kFolded) issue_row_values(rD, tile, true);
+    const uint64 a =
+        ValueRows::inner_columns(opaque_address(shared_address(storage.value) + first_key() * kLineBytes));
     const uint64 b = GradOutRows::inner_columns(shared_address(storage.grad_out[grad_out(tile).stage()]) +
                                                 first_row() * kLineBytes);
 #pragma unroll
     for (int32 step = 0; step < Types::kDimV / 16; ++step)
       ptx::multiply_shared<kElement, Types::kScoreRows>(
           rD, ValueRows::advance(a, ValueRows::inner_columns_offset(step)),
-          GradOutRows::advance(b, GradOutRows::inner_columns_offset(step)), step != 0);
+          GradOutRows::advance(b, GradOutRows::inner_columns_offset(step)), Types::kFolded || step != 0);
     ptx::wgmma_commit();
   }
 
@@ -159,15 +199,23 @@ struct BackwardConsumer {
 
   // The thread's values of a row vector: four of every 16 query rows.
   FSA_DEVICE const float* row_vector(int32 stage, int32 vector) const {
-    return storage.row_vectors[stage][vector] + first_row() + own_lane() % 4 * 4;
+    return storage.row_vectors[stage][vector] + first_row() + lane() % 4 * 4;
+  }
+  FSA_DEVICE static const float4& unit(const float* vector, int32 i) {
+    return *reinterpret_cast<const float4*>(vector + 16 * i);
+  }
+  FSA_DEVICE void read_ahead(int32 stage, int32 vector) {
+    const float* const from = row_vector(stage, vector);
+#pragma unroll
+    for (int32 i = 0; i < Types::kUnitsAhead; ++i) ahead[i] = unit(from, i);
   }
 
-  // f(value, value of its query row) for each element.
-  template <class Function>
-  FSA_DEVICE static void with_rows(float (&r)[kScoreCount], const float* vector, Function f) {
+  // f(value, value of its query row) for each element; the first kAhead units have been read.
+  template <int32 kAhead, class Function>
+  FSA_DEVICE void with_rows(float (&r)[kScoreCount], const float* vector, Function f) const {
 #pragma unroll
     for (int32 i = 0; i < kScoreCount; i += 8) {
-      const float4 v = *reinterpret_cast<const float4*>(vector + 2 * i);
+      const float4 v = i / 8 < kAhead ? ahead[min_of(i / 8, Types::kUnitsAhead - 1)] : unit(vector, i / 8);
       r[i] = f(i, r[i], v.x);
       r[i + 1] = f(i + 1, r[i + 1], v.y);
       r[i + 2] = f(i + 2, r[i + 2], v.x);
@@ -180,37 +228,51 @@ struct BackwardConsumer {
   }
 
   FSA_DEVICE LogitRows logit_rows(const KeyWork& work, const RowTileInfo& info, int32 stage) const {
-    const int32 row = info.tile * Types::kBlockM + first_row() + fragment_column(own_lane(), 0);
-    const int32 key = work.n_begin + first_key() + fragment_row(own_thread(), 0);
+    const int32 row = info.tile * Types::kBlockM + first_row() + fragment_column(lane(), 0);
+    const int32 key = work.n_begin + first_key() + fragment_row(thread, 0);
     return {work.sequence, info.head, row + work.offset() - key,
             Types::kPairGate ? row_vector(stage, 2) : nullptr};
   }
 
   // S becomes P.
-  FSA_DEVICE void exponentiate(const KeyWork& work, const RowTileInfo& info, const Logits& logits,
-                               int32 stage) {
-    logits.apply(params, logit_rows(work, info, stage), rS);
-    if (info.masked())
-      Types::Mask::apply(params, work, info, rS, work.n_begin + first_key() + fragment_row(own_thread(), 0),
-                         info.tile * Types::kBlockM + first_row());
-    const float scale = logits.scale();
-    with_rows(rS, row_vector(stage, 0),
-              [&](int32, float s, float lse) { return ptx::exp2_approx(s * scale - lse); });
+  FSA_DEVICE void exponentiate(const KeyWork& work, const Logits& logits, int32 stage) {
+    logits.apply(params, logit_rows(work, info(tiles), stage), rS);
+    if (brief.masked())
+      Types::Mask::apply(params, work, info(tiles), rS, work.n_begin + first_key() + fragment_row(thread, 0),
+                         brief.tile * Types::kBlockM + first_row());
+    if constexpr (Types::kFolded) {
+      const float scale = logits.scale();
+#pragma unroll
+      for (int32 i = 0; i < kScoreCount; ++i) rS[i] = ptx::exp2_approx(rS[i] * scale);
+    } else {
+      const float scale = logits.scale();
+      with_rows<Types::kUnitsAhead>(rS, row_vector(stage, 0),
+                                    [&](int32, float s, float lse) { return s * scale - lse; });
+      read_ahead(stage, 1);
+#pragma unroll
+      for (int32 i = 0; i < kScoreCount; ++i) rS[i] = ptx::exp2_approx(rS[i]);
+    }
   }
 
   // dP becomes dS, and P is used up.
-  FSA_DEVICE void differentiate(const KeyWork& work, const RowTileInfo& info, Logits& logits, int32 stage) {
-    with_rows(rD, row_vector(stage, 1), [&](int32 i, float d, float mean) { return rS[i] * (d - mean); });
+  FSA_DEVICE void differentiate(const KeyWork& work, Logits& logits, int32 stage) {
+    if constexpr (Types::kFolded) {
+#pragma unroll
+      for (int32 i = 0; i < kScoreCount; ++i) rD[i] *= rS[i];
+    } else {
+      with_rows<Types::kUnitsAhead>(rD, row_vector(stage, 1),
+                                    [&](int32 i, float d, float mean) { return rS[i] * (d - mean); });
+    }
 #pragma unroll
     for (int32 i = 0; i < kScoreCount / 2; ++i) rP[i] = ptx::pack<kElement>(rS[2 * i], rS[2 * i + 1]);
     if constexpr (Logits::kNeedsValue) {
       const float inverse = 1 / logits.scale();
-      with_rows(rS, row_vector(stage, 0),
-                [&](int32, float p, float lse) { return (ptx::log2_approx(p) + lse) * inverse; });
+      with_rows<0>(rS, row_vector(stage, 0),
+                   [&](int32, float p, float lse) { return (ptx::log2_approx(p) + lse) * inverse; });
     }
-    logits.derive(params, logit_rows(work, info, stage), rS, rD);
+    logits.derive(params, logit_rows(work, info(tiles), stage), rS, rD);
     if constexpr (Types::kPairGate)
-      logits.first.sum(logit_rows(work, info, stage), rD,
+      logits.first.sum(logit_rows(work, info(tiles), stage), rD,
                        storage.alpha_sums.line(score_stage(tiles), alpha_line()) + first_row());
 #pragma unroll
     for (int32 i = 0; i < kScoreCount / 2; ++i) rdS[i] = ptx::pack<kElement>(rD[2 * i], rD[2 * i + 1]);
@@ -218,100 +280,106 @@ struct BackwardConsumer {
 
   // The warpgroup's share of P^T or dS^T, a line per key.
   FSA_DEVICE void store_scores(const uint32 (&r)[kScoreCount / 2], uint8* scores) {
-    const int32 thread = own_thread();
-    const int32 lane = thread % kWarpThreads, key = first_key() + thread / kWarpThreads * 16 + lane % 16;
+    const int32 key = first_key() + thread / kWarpThreads * 16 + lane() % 16;
     const uint32 base = shared_address(scores);
 #pragma unroll
     for (int32 i = 0; i < kScoreCount / 2; i += 4)
-      ptx::store_matrices(base + ScoreTile::unit_offset(key, first_row() / 8 + i / 2 + lane / 16), r[i],
+      ptx::store_matrices(base + ScoreTile::unit_offset(key, first_row() / 8 + i / 2 + lane() / 16), r[i],
                           r[i + 1], r[i + 2], r[i + 3]);
   }
 
   // Sums of dQ lie in the order in which warps hold them: for each warp kQueryCount / 4 times 32 lanes by four
   // floats. Staged in shared memory, a warp's share is one addition of the copy engine; 16 bytes a lane at a
   // time straight from the registers cost 20 % (H200, head_dim 128), but need no room.
-  FSA_DEVICE void add_grad_query(const KeyWork& work, uint32 number) {
-    constexpr int32 kWarpFloats = kQueryCount * kWarpThreads;
+  static constexpr int32 kWarpFloats = kQueryCount * kWarpThreads;
+
+  FSA_DEVICE float* grad_query_sum(int32 tile_number) const {
+    return params.grad_query_sum + (static_cast<int64>(tile_number) * kConsumerWarps + warp()) * kWarpFloats;
+  }
+
+  // Room for it: finish_addition. After this its registers are free.
+  FSA_DEVICE void stage_grad_query() {
     const GradQuery& rQ = grad_query();
-    const int32 warp = index * 4 + own_thread() / kWarpThreads;
-    const RowTileInfo& of = info(number);
-    const int64 tile = row_tile_number<Types::kBlockM>(params, work, of.head, of.tile);
-    float* const to = params.grad_query_sum + (tile * kConsumerWarps + warp) * kWarpFloats;
-    if constexpr (Types::kStagedGradQuery) {
-      if constexpr (!Types::kDeterministic) {
-        finish_addition();
-        __syncwarp();
-      }
-      float4* const staged = reinterpret_cast<float4*>(storage.grad_query.of_warp(warp)) + own_lane();
+    float4* const staged = reinterpret_cast<float4*>(storage.grad_query.of_warp(warp())) + lane();
 #pragma unroll
-      for (int32 i = 0; i < kQueryCount; i += 4)
-        staged[i / 4 * kWarpThreads] = make_float4(rQ[i], rQ[i + 1], rQ[i + 2], rQ[i + 3]);
-      ptx::fence_shared_for_async();
-      __syncwarp();
-      if (own_lane() == 0) {
-        ptx::add_bytes(to, staged, kWarpFloats * 4);
-        ptx::commit_stores();
-      }
-    } else {
-      if constexpr (Types::kDeterministic) {
-        if (own_lane() == 0) wait_turn(tile * kConsumerWarps + warp, of.rank);
-        __syncwarp();
-      }
-#pragma unroll
-      for (int32 i = 0; i < kQueryCount; i += 4)
-        ptx::add_four(to + i * kWarpThreads + own_lane() * 4, rQ[i], rQ[i + 1], rQ[i + 2], rQ[i + 3]);
+    for (int32 i = 0; i < kQueryCount; i += 4)
+      staged[i / 4 * kWarpThreads] = make_float4(rQ[i], rQ[i + 1], rQ[i + 2], rQ[i + 3]);
+  }
+
+  // What has been staged, of the row tile that was number `tile` of this CTA.
+  FSA_DEVICE void add_staged(uint32 tile, int32 tile_number) {
+    ptx::fence_shared_for_async();
+    __syncwarp();
+    if (lane() == 0) {
+      ptx::add_bytes(grad_query_sum(tile_number), storage.grad_query.of_warp(warp()), kWarpFloats * 4);
+      ptx::commit_stores();
     }
-    if constexpr (Types::kPairGate) {
-      add_grad_alpha(tile, score_stage(number));
-      if constexpr (Types::kDeterministic) ptx::fence_global();
+    if constexpr (Types::kPairGate) add_grad_alpha(tile_number, score_stage(tile));
+  }
+
+  FSA_DEVICE void add_from_registers(uint32 tile, int32 tile_number) {
+    const GradQuery& rQ = grad_query();
+    const int64 counter = static_cast<int64>(tile_number) * kConsumerWarps + warp();
+    if constexpr (Types::kDeterministic) {
+      if (lane() == 0) wait_turn(counter, info(tile).rank);
       __syncwarp();
     }
-    if constexpr (Types::kDeterministic && !Types::kStagedGradQuery) {
+    float* const to = grad_query_sum(tile_number);
+#pragma unroll
+    for (int32 i = 0; i < kQueryCount; i += 4)
+      ptx::add_four(to + i * kWarpThreads + lane() * 4, rQ[i], rQ[i + 1], rQ[i + 2], rQ[i + 3]);
+    if constexpr (Types::kPairGate) add_grad_alpha(tile_number, score_stage(tile));
+    if constexpr (Types::kDeterministic) {
       ptx::fence_global();
       __syncwarp();
-      if (own_lane() == 0) ptx::add_release(params.turns + tile * kConsumerWarps + warp, 1);
+      if (lane() == 0) ptx::add_release(params.turns + counter, 1);
     }
   }
 
   // Until the staged sums of the tile before have been read; deterministic: until they have been added.
   FSA_DEVICE void finish_addition() {
     if constexpr (Types::kStagedGradQuery) {
-      if (own_lane() != 0) return;
-      if constexpr (Types::kDeterministic) {
-        ptx::wait_stores();
-        ptx::fence_async_global();
-        if (turn >= 0) ptx::add_release(params.turns + turn, 1);
-        turn = -1;
-      } else {
-        ptx::wait_stores_read();
+      if (lane() == 0) {
+        if constexpr (Types::kDeterministic) {
+          ptx::wait_stores();
+          ptx::fence_async_global();
+          if (turn >= 0) ptx::add_release(params.turns + turn, 1);
+          turn = -1;
+        } else {
+          ptx::wait_stores_read();
+        }
       }
+      __syncwarp();
     }
   }
 
-  // Deterministic: passes on the turn of the addition before and waits for that of `number`. Two times the way
-  // to the L2 and back, so while multiplies are in flight.
-  FSA_DEVICE void take_turn(const KeyWork& work, uint32 number) {
+  // Room for the sums of row tile `tile`; deterministic: passes on the turn of the addition before and waits
+  // for its own, two times the way to the L2 and back. So while multiplies are in flight.
+  FSA_DEVICE void prepare_addition(uint32 tile, int32 tile_number) {
     finish_addition();
-    const RowTileInfo& of = info(number);
-    const int64 tile = row_tile_number<Types::kBlockM>(params, work, of.head, of.tile);
-    if (own_lane() == 0) wait_turn(tile * kConsumerWarps + index * 4 + own_thread() / kWarpThreads, of.rank);
-    __syncwarp();
+    if constexpr (Types::kStagedGradQuery && Types::kDeterministic) {
+      if (lane() == 0) wait_turn(static_cast<int64>(tile_number) * kConsumerWarps + warp(), info(tile).rank);
+      __syncwarp();
+    }
   }
 
   // Key tiles add to a row tile in the order in which they were issued.
-  FSA_DEVICE void wait_turn(int64 number, int32 rank) {
-    ptx::wait_until_equal(params.turns + number, rank);
-    turn = static_cast<int32>(number);
+  FSA_DEVICE void wait_turn(int64 counter, int32 rank) {
+    ptx::wait_until_equal(params.turns + counter, rank);
+    turn = static_cast<int32>(counter);
   }
 
   // By the first warpgroup: what both have summed over their keys.
-  FSA_DEVICE void add_grad_alpha(int64 tile, int32 stage) {
+  FSA_DEVICE void add_grad_alpha(int32 tile_number, int32 stage) {
     const int32 row = consumer_thread();
-    if (row >= Types::kBlockM) return;
-    float sum = 0;
+    if (row < Types::kBlockM) {
+      float sum = 0;
 #pragma unroll
-    for (int32 line = 0; line < kAlphaLines<Types>; ++line) sum += storage.alpha_sums.line(stage, line)[row];
-    atomicAdd(params.grad_alpha_sum + tile * Types::kBlockM + row, sum);
+      for (int32 line = 0; line < kAlphaLines<Types>; ++line) sum += storage.alpha_sums.line(stage, line)[row];
+      atomicAdd(params.grad_alpha_sum + static_cast<int64>(tile_number) * Types::kBlockM + row, sum);
+    }
+    if constexpr (Types::kDeterministic) ptx::fence_global();
+    __syncwarp();
   }
 
   // Through the lines of alpha's sums, which nobody reads any more.
@@ -319,7 +387,7 @@ struct BackwardConsumer {
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
       const float sum = reduce_row(logits.first.delta_sum[slot], [](float a, float b) { return a + b; });
-      if (own_lane() % 4 == 0) storage.alpha_sums.line(0, index)[fragment_row(own_thread(), slot)] = sum;
+      if (lane() % 4 == 0) storage.alpha_sums.line(0, index)[fragment_row(thread, slot)] = sum;
     }
     sync_consumers();
     const int32 in_tile = consumer_thread(), key = work.n_begin + in_tile;
@@ -335,31 +403,32 @@ struct BackwardConsumer {
   template <class Rows, int32 kRows>
   FSA_DEVICE void clear_rows(uint8* shared, int32 used) {
     constexpr int32 kUnits = Rows::kChunks * (kLineBytes / kUnitBytes);
+#pragma unroll 1
     for (int32 item = consumer_thread(); item < (kRows - used) * kUnits; item += Types::kConsumerThreads)
       *reinterpret_cast<uint4*>(shared + Rows::unit_offset(used + item / kUnits, item % kUnits)) =
           make_uint4(0, 0, 0, 0);
     ptx::fence_shared_for_async();
     sync_consumers();
   }
-  FSA_DEVICE int32 used_rows(const KeyWork& work, const RowTileInfo& info) const {
-    return work.seqlen_q - info.tile * Types::kBlockM;
+  // The row tile after `tile`, as soon as its Q is there.
+  FSA_DEVICE RowTileBrief find(uint32 tile) {
+    ptx::wait(storage.query_full[query(tile).stage()], query(tile).phase());
+    return info(tile);
   }
 
-  // Once Q of tile number `tile` is there.
-  FSA_DEVICE void start_scores(const KeyWork& work, uint32 tile) {
+  // S of a tile that has been found, and its lse.
+  FSA_DEVICE void start_scores(uint32 tile, const RowTileBrief& of) {
     const int32 stage = query(tile).stage();
-    ptx::wait(storage.query_full[stage], query(tile).phase());
-    const int32 used = used_rows(work, info(tile));
-    if (used < Types::kBlockM) clear_rows<QueryRows, Types::kBlockM>(storage.query[stage], used);
+    if (of.used < Types::kBlockM) clear_rows<QueryRows, Types::kBlockM>(storage.query[stage], of.used);
     issue_scores(tile);
+    if constexpr (!Types::kFolded) read_ahead(stage, 0);
   }
 
   // Once dO is there.
-  FSA_DEVICE void start_products(const KeyWork& work, uint32 tile) {
+  FSA_DEVICE void start_products(uint32 tile, const RowTileBrief& of) {
     const int32 stage = grad_out(tile).stage();
     ptx::wait(storage.grad_out_full[stage], grad_out(tile).phase());
-    const int32 used = used_rows(work, info(tile));
-    if (used < Types::kBlockM) clear_rows<GradOutRows, Types::kBlockM>(storage.grad_out[stage], used);
+    if (of.used < Types::kBlockM) clear_rows<GradOutRows, Types::kBlockM>(storage.grad_out[stage], of.used);
     issue_products(tile);
   }
 
@@ -369,30 +438,33 @@ struct BackwardConsumer {
   // flight along straight lines, not round a loop.
   template <bool kLast>
   FSA_DEVICE void step(const KeyWork& work, Logits& logits, bool first) {
-    const int32 stage = query(tiles).stage();
-    const int32 grad_out_stage = grad_out(tiles).stage();
-    uint8* const scores = storage.scores[score_stage(tiles)][0];
+    thread = opaque(thread);
     if constexpr (kSplitKeys) ptx::wait(storage.scores_empty[score_stage(tiles)], score_phase(tiles) ^ 1);
-    differentiate(work, info(tiles), logits, stage);
-    store_scores(rdS, scores);
-    if constexpr (!kSplitKeys) store_scores(rP, scores + ScoreTile::kBytes);
-    ptx::fence_shared_for_async();
+    differentiate(work, logits, query(tiles).stage());
     if constexpr (kSplitKeys)
-      multiply_split_keys<kLast>(work, stage, grad_out_stage, first);
+      multiply_split_keys<kLast>(first);
     else
-      multiply_split_columns<kLast>(work, stage, grad_out_stage);
+      multiply_split_columns<kLast>();
     if constexpr (!kLast) finish_products(work, logits);
   }
 
   // dV and dK need nothing of the other warpgroup; dQ needs its dS, and follows a tile behind. So the two can
-  // be up to a tile apart, and one's multiplies run beside the other's arithmetic.
+  // be up to a tile apart, and one's multiplies run beside the other's arithmetic. Whatever waits, for memory
+  // or for others, does so while this warpgroup's multiplies run.
   template <bool kLast>
-  FSA_DEVICE void multiply_split_keys(const KeyWork& work, int32 stage, int32 grad_out_stage, bool first) {
-    __syncwarp();
-    release(storage.scores_full[score_stage(tiles)]);
+  FSA_DEVICE void multiply_split_keys(bool first) {
+    const int32 stage = query(tiles).stage(), grad_out_stage = grad_out(tiles).stage();
+    store_scores(rdS, storage.scores[score_stage(tiles)][0]);
     issue_gradient<GradOutRows, Types::kGradDimV>(rV, rP, nullptr, storage.grad_out[grad_out_stage]);
     issue_gradient<QueryRows, Types::kGradDim>(rK, rdS, nullptr, storage.query[stage]);
-    if (Types::kDeterministic && !first) take_turn(work, tiles - 1);
+    ptx::fence_shared_for_async();
+    __syncwarp();
+    release(storage.scores_full[score_stage(tiles)]);
+    RowTileBrief next;
+    if (!first) {
+      prepare_addition(tiles - 1, number);
+      ptx::wait(storage.scores_full[score_stage(tiles - 1)], score_phase(tiles - 1));
+    }
     ptx::wgmma_wait<0>();  // frees the registers of P and dS
     ptx::settle(rV);
     ptx::settle(rP);
@@ -400,56 +472,77 @@ struct BackwardConsumer {
     ptx::settle(rdS);
     release(storage.grad_out_empty[grad_out_stage]);
     release(storage.query_empty[stage]);
-    if (!first) ptx::wait(storage.scores_full[score_stage(tiles - 1)], score_phase(tiles - 1));
     issue_grad_query(tiles - 1);  // of the first tile something that nobody will look at
+    if constexpr (!kLast) next = find(tiles + 1);  // sooner, it waits for a Q that has just been asked for
     if constexpr (kLast) {
       ptx::wgmma_wait<0>();
     } else {
-      start_scores(work, tiles + 1);
+      start_scores(tiles + 1, next);
       ptx::wgmma_wait<1>();
     }
     ptx::settle(grad_query());
-    if (!first) finish_grad_query(work, tiles - 1);
-    ++tiles;
+    if (!first) take_grad_query(tiles - 1, number);
     if constexpr (kLast) {
-      ptx::wait(storage.scores_full[score_stage(tiles - 1)], score_phase(tiles - 1));
-      issue_grad_query(tiles - 1);
-      if constexpr (Types::kDeterministic) take_turn(work, tiles - 1);
+      if (!first) add_grad_query(tiles - 1, number);
+      number = brief.number;
+      ptx::wait(storage.scores_full[score_stage(tiles)], score_phase(tiles));
+      issue_grad_query(tiles);
+      prepare_addition(tiles, number);
       ptx::wgmma_wait<0>();
       ptx::settle(grad_query());
-      finish_grad_query(work, tiles - 1);
+      take_grad_query(tiles, number);
+      add_grad_query(tiles, number);
+      ++tiles;
     } else {
-      start_products(work, tiles);
+      start_products(tiles + 1, next);
+      if (!first) add_grad_query(tiles - 1, number);
+      number = brief.number;
+      brief = next;
+      ++tiles;
       ptx::wgmma_wait<1>();
       ptx::settle(rS);
     }
   }
 
-  FSA_DEVICE void finish_grad_query(const KeyWork& work, uint32 tile) {
-    add_grad_query(work, tile);
+  // dQ in two parts. The first frees its registers, which dP may be waiting for; the second waits for memory.
+  FSA_DEVICE void take_grad_query(uint32 tile, int32 tile_number) {
+    if constexpr (Types::kStagedGradQuery)
+      stage_grad_query();
+    else
+      add_from_registers(tile, tile_number);
+  }
+  FSA_DEVICE void add_grad_query(uint32 tile, int32 tile_number) {
+    if constexpr (Types::kStagedGradQuery) add_staged(tile, tile_number);
     release(storage.scores_empty[score_stage(tile)]);
   }
 
   // All three products need the other warpgroup's half of P and dS.
   template <bool kLast>
-  FSA_DEVICE void multiply_split_columns(const KeyWork& work, int32 stage, int32 grad_out_stage) {
-    const uint8* const scores = storage.scores[score_stage(tiles)][0];
+  FSA_DEVICE void multiply_split_columns() {
+    const int32 stage = query(tiles).stage(), grad_out_stage = grad_out(tiles).stage();
+    uint8* const scores = storage.scores[score_stage(tiles)][0];
+    store_scores(rdS, scores);
+    store_scores(rP, scores + ScoreTile::kBytes);
+    ptx::fence_shared_for_async();
     sync_consumers();
     issue_gradient<GradOutRows, Types::kGradDimV>(rV, rP, scores + ScoreTile::kBytes,
                                                   storage.grad_out[grad_out_stage]);
     issue_grad_query(tiles);
     issue_gradient<QueryRows, Types::kGradDim>(rK, rdS, scores, storage.query[stage]);
+    RowTileBrief next;
+    if constexpr (!kLast) next = find(tiles + 1);
     ptx::wgmma_wait<1>();
     ptx::settle(rV);
     ptx::settle(grad_query());
     release(storage.grad_out_empty[grad_out_stage]);
-    add_grad_query(work, tiles);
+    add_from_registers(tiles, brief.number);
     ++tiles;
     if constexpr (kLast) {
       ptx::wgmma_wait<0>();
     } else {
-      start_scores(work, tiles);
-      start_products(work, tiles);
+      brief = next;
+      start_scores(tiles, brief);
+      start_products(tiles, brief);
       ptx::wgmma_wait<1>();
       ptx::settle(rS);
     }
@@ -459,8 +552,11 @@ struct BackwardConsumer {
 
   // S is complete and dP in flight.
   FSA_DEVICE void finish_products(const KeyWork& work, const Logits& logits) {
-    const int32 stage = query(tiles).stage();
-    exponentiate(work, info(tiles), logits, stage);
+    exponentiate(work, logits, query(tiles).stage());
+    ptx::settle(rS);
+    // Behind the exponentials, not before them: ptxas moves a wait up through straight-line code, but not
+    // across a branch. All take it.
+    if (params.forward.batch > 0) ptx::wgmma_wait<0>();
     ptx::wgmma_wait<0>();
     ptx::settle(rD);
   }
@@ -472,22 +568,23 @@ struct BackwardConsumer {
     for (int32 i = 0; i < Types::kGradDim / 2; ++i) rK[i] = 0;
 #pragma unroll
     for (int32 i = 0; i < Types::kGradDimV / 2; ++i) rV[i] = 0;
-    Logits logits(params, work, work.n_begin + first_key() + fragment_row(own_thread(), 0),
+    Logits logits(params, work, work.n_begin + first_key() + fragment_row(thread, 0),
                   params.forward.softmax_scale_log2);
     ptx::wait(storage.key_full, work.loads & 1);
     if (work.partial(Types::kBlockN))
       clear_rows<KeyRows, Types::kBlockN>(storage.key, work.seqlen_k - work.n_begin);
-    start_scores(work, tiles);
+    brief = find(tiles);
+    start_scores(tiles, brief);
     ptx::wait(storage.value_full, work.loads & 1);
     if (work.partial(Types::kBlockN))
       clear_rows<ValueRows, Types::kBlockN>(storage.value, work.seqlen_k - work.n_begin);
-    start_products(work, tiles);
+    start_products(tiles, brief);
     ptx::wgmma_wait<1>();
     ptx::settle(rS);
     finish_products(work, logits);
 
     bool first = true;
-    for (; !info(tiles).last(); first = false) step<false>(work, logits, first);
+    for (; !brief.last(); first = false) step<false>(work, logits, first);
     step<true>(work, logits, first);
     if constexpr (Types::kDeterministic) finish_addition();
     sync_consumers();  // the other warpgroup, too, has finished with K and V
@@ -515,7 +612,7 @@ struct BackwardConsumer {
     }
     ptx::fence_shared_for_async();
     sync_warpgroup();
-    if (own_thread() == 0) {
+    if (thread == 0) {
       ptx::commit_stores();
       ptx::wait_stores_read();
       ptx::arrive(storage.keys_empty);

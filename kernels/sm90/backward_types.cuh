@@ -31,6 +31,7 @@ struct BackwardTypes {
   using Schedule = KeySchedule<kBlockN, kDeterministic>;
   using Logits = LogitBackward<typename Config::LogitChain>;
   static constexpr bool kPairGate = Config::LogitChain::kKeyScalars;
+  static constexpr bool kFolded = kTile.row_vectors == kFoldedVectors;
 
   // Two ways to share a tile between two warpgroups. With 128 keys each has 64: P and dS stay in its registers
   // for dV and dK, and only dS goes to shared memory, for dQ. With 64 keys (head_dim 256, where gradients of 64
@@ -42,6 +43,8 @@ struct BackwardTypes {
   static constexpr int32 kGradDimV = kSplitKeys ? kDimV : kDimV / 2;       // and of its dV
   // dQ: 64 rows of the tile each, or half of the columns.
   static constexpr int32 kQueryColumns = kBlockM == 128 ? kDim : kDim / 2;
+  // Units of four query rows whose lse, or sum, is read ahead.
+  static constexpr int32 kUnitsAhead = kScoreRows / 16;
   static constexpr bool kStagedGradQuery = kTile.stage_grad_query != 0;
 
   using KeyRows = SwizzledTile<kBlockN, kDim>;
@@ -59,7 +62,8 @@ struct BackwardTypes {
   static_assert(kDim % kChunkColumns == 0 && kDimV % kChunkColumns == 0,
                 "pad head dimensions to whole chunks");
   static_assert(kSplitKeys || (kDim % 128 == 0 && kDimV % 128 == 0), "half of the columns are whole chunks");
-  static_assert(kTile.row_vectors == (kPairGate ? 3 : 2), "lse, out_dot_grad, and alpha for the pair gate");
+  static_assert(kFolded ? !kPairGate : kTile.row_vectors == (kPairGate ? 3 : 2),
+                "lse, out_dot_grad, and alpha for the pair gate");
 };
 
 // Sums of alpha's gradient over the keys of a warp, per stage of dS: a line of block_m floats for each warp,
@@ -101,7 +105,7 @@ struct alignas(kSharedAlignment) BackwardStorage {
   uint8 grad_out[Types::kGradOutStages][Types::GradOutRows::kBytes];
   uint8 scores[Types::kScoreStages][backward_shared_operands(Types::kTile)][Types::Scores::kBytes];  // dS; P
   [[no_unique_address]] StagedGradQuery<Types::kStagedGradQuery ? Types::kQueryColumns * 64 : 0> grad_query;
-  float row_vectors[Types::kQueryStages][Types::kTile.row_vectors][Types::kBlockM];
+  alignas(128) float row_vectors[Types::kQueryStages][Types::kTile.row_vectors][Types::kBlockM];
   [[no_unique_address]] AlphaSums<Types::kPairGate ? Types::kScoreStages : 0, kAlphaLines<Types>,
                                   Types::kBlockM> alpha_sums;
   KeyWork work[kWorkSlots];

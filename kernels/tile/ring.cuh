@@ -12,8 +12,6 @@ namespace fsa::kernels {
 // One register: the producer has few.
 template <int32 kStages>
 struct Ring {
-  static_assert((kStages & (kStages - 1)) == 0, "the number of stages is a power of two");
-
   uint32 position = 0;
 
   FSA_DEVICE int32 stage() const { return static_cast<int32>(position % kStages); }

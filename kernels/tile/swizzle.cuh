@@ -56,4 +56,11 @@ struct SwizzledTile {
   }
 };
 
+// Rows of eight 2-byte elements one behind the other, as B: both halves of the sixteen inner values are the same
+// eight.
+FSA_DEVICE uint64 repeated_rows(uint32 address) {
+  constexpr uint64 kRowGroupStride = uint64{kSwizzleRows * kUnitBytes >> 4} << 32;
+  return kRowGroupStride | static_cast<uint64>((address & 0x3ffff) >> 4);
+}
+
 }  // namespace fsa::kernels

@@ -26,12 +26,13 @@ using Causal = WindowMask<false, true>;
 using Full = WindowMask<false, false>;
 
 // Tiles as tools/gpu/backward.py and docs/kernels/backward_sm90.md have them.
-constexpr BackwardTile kTile64 = {64, 64, 128, 128, 2, 2, 3, 1, 2};
-constexpr BackwardTile kTile64Sparse = {64, 64, 64, 128, 4, 2, 4, 1, 2};
-constexpr BackwardTile kTile128 = {128, 128, 64, 128, 2, 2, 4, 1, 2};
+constexpr BackwardTile kTile64 = {64, 64, 128, 128, 2, 2, 2, 1, kFoldedVectors};
+constexpr BackwardTile kTile64Sparse = {64, 64, 64, 128, 4, 2, 4, 1, kFoldedVectors};
+constexpr BackwardTile kTile128 = {128, 128, 64, 128, 2, 2, 3, 1, kFoldedVectors};
+constexpr BackwardTile kTile128Logit = {128, 128, 64, 128, 2, 2, 3, 1, 2};
 constexpr BackwardTile kTile128Gate = {128, 128, 64, 128, 2, 2, 3, 1, 3};
-constexpr BackwardTile kTile256 = {256, 256, 64, 64, 2, 2, 2, 0, 2};
-constexpr BackwardTile kTile256x128 = {256, 128, 64, 64, 2, 2, 2, 0, 2};
+constexpr BackwardTile kTile256 = {256, 256, 64, 64, 2, 2, 2, 0, kFoldedVectors};
+constexpr BackwardTile kTile256x128 = {256, 128, 64, 64, 2, 2, 2, 0, kFoldedVectors};
 
 template <BackwardTile kShape, class MaskType, class Rows, class Chain, bool kInTurn, bool kWithSink = false>
 struct Config {
@@ -297,7 +298,7 @@ void check(const Problem& problem) {
   Tensor<float> grad_sink(1, 1, p.heads, 1, nan);
   const int32 row_tiles = ceil_div(p.seqlen_q, kM);
   const std::size_t tiles = static_cast<std::size_t>(p.batch) * p.heads * row_tiles;
-  std::vector<float4> vectors(tiles * 3 * kM / 4, float4{nan, nan, nan, nan});
+  std::vector<float4> vectors(tiles * kFoldedVectors * kM / 4, float4{nan, nan, nan, nan});
   std::vector<float4> sums(tiles * kM * Types::kDim / 4, float4{nan, nan, nan, nan});
   std::vector<float> alpha_sums(tiles * kM, nan), sink_sums(tiles, nan);
   std::vector<int32> turns(tiles * kBackwardWarps, 1 << 20), used_q(p.batch), used_k(p.batch);
@@ -450,7 +451,7 @@ TEST(BackwardKernel, SoftcapAlibiSink) {
   Problem problem = {1, 100, 200, 2, 1, 128, 128, 100, 200, true};
   problem.alibi = problem.sink = true;
   problem.softcap = 5;
-  check<Config<kTile128, Causal, RangeRows<Causal, 64, 128>, Logit<Softcap, Alibi>, false, true>>(problem);
+  check<Config<kTile128Logit, Causal, RangeRows<Causal, 64, 128>, Logit<Softcap, Alibi>, false, true>>(problem);
 }
 
 TEST(BackwardKernel, BlockMasks) {

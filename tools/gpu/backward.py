@@ -37,7 +37,7 @@ from nvrtc import Compiled, ForwardConfig, compile_config, disassemble, with_che
 
 # (head_dim, head_dim_v) -> block_m, block_n, stages of query, grad_out and dS, dQ staged. TILED: where one bit is
 # one tile.
-DENSE = {(64, 64): (128, 128, 2, 2, 3, True), (128, 128): (64, 128, 2, 2, 4, True),
+DENSE = {(64, 64): (128, 128, 2, 2, 2, True), (128, 128): (64, 128, 2, 2, 3, True),
          (256, 128): (64, 64, 2, 2, 2, False), (256, 256): (64, 64, 2, 2, 2, False)}  # fmt: skip
 TILED = {**DENSE, (64, 64): (64, 128, 4, 2, 4, True)}
 L2_BUDGET_BYTES = 40 << 20
@@ -85,7 +85,7 @@ class BackwardConfig:
 
     @property
     def row_vectors(self) -> int:
-        return 3 if self.pair_gate else 2
+        return 3 if self.pair_gate else 2 if self.logit else 4
 
     @property
     def shared_bytes(self) -> int:
@@ -96,7 +96,7 @@ class BackwardConfig:
         scores = self.score_stages * operands * self.block_m * self.block_n * 2
         grad_query = self.stage_grad_query * self.block_m * self.head_dim * 4
         alpha = self.score_stages * self.block_n // 16 * self.block_m * 4 if self.pair_gate else 0
-        infos = 2 * 160 + (2 * self.query_stages + 1) * 24 + 64
+        infos = 2 * 160 + (2 * self.query_stages + 1) * 32 + 64
         barriers = 8 * (3 + 2 * (self.score_stages + self.query_stages + self.grad_out_stages + 2))
         return -(-(keys + queries + grad_out + grad_query + scores + alpha + infos + barriers) // 1024) * 1024
 

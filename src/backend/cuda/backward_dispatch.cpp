@@ -11,20 +11,21 @@ namespace {
 
 using kernels::BackwardTile;
 using kernels::ElementType;
+using kernels::kFoldedVectors;
 
 // As in dispatch.cpp: padded head dimensions, by cost; docs/kernels/backward_sm90.md says why these. The second
 // table is for kernels with more to hold in registers: bits, lists, logit policies.
 constexpr std::array<BackwardTile, 4> kDense = {{
-    {64, 64, 128, 128, 2, 2, 3, 1, 2},
-    {128, 128, 64, 128, 2, 2, 4, 1, 2},
-    {256, 128, 64, 64, 2, 2, 2, 0, 2},
-    {256, 256, 64, 64, 2, 2, 2, 0, 2},
+    {64, 64, 128, 128, 2, 2, 2, 1, kFoldedVectors},
+    {128, 128, 64, 128, 2, 2, 3, 1, kFoldedVectors},
+    {256, 128, 64, 64, 2, 2, 2, 0, kFoldedVectors},
+    {256, 256, 64, 64, 2, 2, 2, 0, kFoldedVectors},
 }};
 constexpr std::array<BackwardTile, 4> kTiled = {{
-    {64, 64, 64, 128, 4, 2, 4, 1, 2},
-    {128, 128, 64, 128, 2, 2, 4, 1, 2},
-    {256, 128, 64, 64, 2, 2, 2, 0, 2},
-    {256, 256, 64, 64, 2, 2, 2, 0, 2},
+    {64, 64, 64, 128, 4, 2, 4, 1, kFoldedVectors},
+    {128, 128, 64, 128, 2, 2, 3, 1, kFoldedVectors},
+    {256, 128, 64, 64, 2, 2, 2, 0, kFoldedVectors},
+    {256, 256, 64, 64, 2, 2, 2, 0, kFoldedVectors},
 }};
 
 int logits(const KernelConfig& config) {
@@ -34,6 +35,7 @@ int logits(const KernelConfig& config) {
 BackwardTile tile_of(const KernelConfig& config, std::size_t row) {
   const bool tiled = config.gate_bits || config.mask == MaskKind::blocks || logits(config) > 0;
   BackwardTile tile = (tiled ? kTiled : kDense)[row];
+  if (logits(config) > 0) tile.row_vectors = 2;
   if (config.gate != GateKind::none) {
     tile.row_vectors = 3;
     if (tile.head_dim == 128) tile.score_stages = 3;  // where shared memory is full

@@ -40,6 +40,22 @@ struct SharedOperand {
   }
 };
 
+// Lines of eight elements, the same for both halves of the inner values.
+struct RepeatedRows {
+  int64 start, group_stride;
+
+  explicit RepeatedRows(uint64 descriptor)
+      : start(static_cast<int64>(descriptor & 0x3fff) << 4),
+        group_stride(static_cast<int64>(descriptor >> 32 & 0x3fff) << 4) {}
+
+  float operator()(int32 outer, int32 inner) const {
+    uint16 bits;
+    std::memcpy(&bits,
+                emulator::shared_memory + start + outer / 8 * group_stride + outer % 8 * 16 + inner % 8 * 2, 2);
+    return float_of_bf16(bits);
+  }
+};
+
 template <int32 kN, class A, class B>
 void multiply(float (&d)[kN / 2], bool accumulate, A a, B b) {
   const int32 thread = warpgroup_thread();
@@ -62,8 +78,8 @@ void multiply_shared_rows(float (&d)[kN / 2], uint64 a, uint64 b, uint32 accumul
 }
 
 // A row of A is in the registers of the four lanes of a quad.
-template <ElementType kElement, int32 kN>
-void multiply_registers(float (&d)[kN / 2], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint64 b) {
+template <int32 kN, class B>
+void multiply_quads(float (&d)[kN / 2], bool accumulate, uint32 a0, uint32 a1, uint32 a2, uint32 a3, B b) {
   emulator::Warp& warp = emulator::warp();
   const uint32 mine[4] = {a0, a1, a2, a3};
   for (int i = 0; i < 4; ++i) warp.registers[i][emulator::lane()] = mine[i];
@@ -72,8 +88,18 @@ void multiply_registers(float (&d)[kN / 2], uint32 a0, uint32 a1, uint32 a2, uin
     const uint32 pair = warp.registers[row % 16 / 8 + inner / 8 * 2][row % 8 * 4 + inner % 8 / 2];
     return float_of_bf16(inner % 2 == 0 ? pair & 0xffff : pair >> 16);
   };
-  multiply<kN>(d, true, a, SharedOperand(b, true));
+  multiply<kN>(d, accumulate, a, b);
   emulator::sync_warp();
+}
+
+template <ElementType kElement, int32 kN>
+void multiply_registers(float (&d)[kN / 2], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint64 b) {
+  multiply_quads<kN>(d, true, a0, a1, a2, a3, SharedOperand(b, true));
+}
+
+template <ElementType kElement, int32 kN>
+void multiply_registers_columns(float (&d)[kN / 2], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint64 b) {
+  multiply_quads<kN>(d, false, a0, a1, a2, a3, RepeatedRows(b));
 }
 
 }  // namespace fsa::kernels::ptx
