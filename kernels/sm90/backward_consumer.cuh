@@ -210,11 +210,11 @@ struct BackwardConsumer {
     for (int32 i = 0; i < Types::kUnitsAhead; ++i) ahead[i] = unit(from, i);
   }
 
-  // f(value, value of its query row) for each element; the first kAhead units have been read.
-  template <int32 kAhead, class Function>
+  // f(value, value of its query row) for elements [kBegin, kEnd); the first kAhead units have been read.
+  template <int32 kAhead, int32 kBegin = 0, int32 kEnd = kScoreCount, class Function>
   FSA_DEVICE void with_rows(float (&r)[kScoreCount], const float* vector, Function f) const {
 #pragma unroll
-    for (int32 i = 0; i < kScoreCount; i += 8) {
+    for (int32 i = kBegin; i < kEnd; i += 8) {
       const float4 v = i / 8 < kAhead ? ahead[min_of(i / 8, Types::kUnitsAhead - 1)] : unit(vector, i / 8);
       r[i] = f(i, r[i], v.x);
       r[i + 1] = f(i + 1, r[i + 1], v.y);
@@ -234,24 +234,31 @@ struct BackwardConsumer {
             Types::kPairGate ? row_vector(stage, 2) : nullptr};
   }
 
-  // S becomes P.
-  FSA_DEVICE void exponentiate(const KeyWork& work, const Logits& logits, int32 stage) {
-    logits.apply(params, logit_rows(work, info(tiles), stage), rS);
+  // S becomes the logits.
+  FSA_DEVICE void apply_logits(const KeyWork& work, const Logits& logits) {
+    logits.apply(params, logit_rows(work, info(tiles), query(tiles).stage()), rS);
     if (brief.masked())
       Types::Mask::apply(params, work, info(tiles), rS, work.n_begin + first_key() + fragment_row(thread, 0),
                          brief.tile * Types::kBlockM + first_row());
+  }
+
+  // Logits become P, in two halves.
+  static constexpr int32 kHalf = kScoreCount / 2;
+
+  template <int32 kBegin>
+  FSA_DEVICE void exponentiate(const Logits& logits) {
+    const float scale = logits.scale();
     if constexpr (Types::kFolded) {
-      const float scale = logits.scale();
 #pragma unroll
-      for (int32 i = 0; i < kScoreCount; ++i) rS[i] = ptx::exp2_approx(rS[i] * scale);
+      for (int32 i = kBegin; i < kBegin + kHalf; ++i) rS[i] *= scale;
     } else {
-      const float scale = logits.scale();
-      with_rows<Types::kUnitsAhead>(rS, row_vector(stage, 0),
-                                    [&](int32, float s, float lse) { return s * scale - lse; });
-      read_ahead(stage, 1);
-#pragma unroll
-      for (int32 i = 0; i < kScoreCount; ++i) rS[i] = ptx::exp2_approx(rS[i]);
+      const int32 stage = query(tiles).stage();
+      with_rows<Types::kUnitsAhead, kBegin, kBegin + kHalf>(
+          rS, row_vector(stage, 0), [&](int32, float s, float lse) { return s * scale - lse; });
+      if constexpr (kBegin != 0) read_ahead(stage, 1);
     }
+#pragma unroll
+    for (int32 i = kBegin; i < kBegin + kHalf; ++i) rS[i] = ptx::exp2_approx(rS[i]);
   }
 
   // dP becomes dS, and P is used up.
@@ -442,17 +449,17 @@ struct BackwardConsumer {
     if constexpr (kSplitKeys) ptx::wait(storage.scores_empty[score_stage(tiles)], score_phase(tiles) ^ 1);
     differentiate(work, logits, query(tiles).stage());
     if constexpr (kSplitKeys)
-      multiply_split_keys<kLast>(first);
+      multiply_split_keys<kLast>(work, logits, first);
     else
-      multiply_split_columns<kLast>();
-    if constexpr (!kLast) finish_products(work, logits);
+      multiply_split_columns<kLast>(work, logits);
+    if constexpr (!kLast) finish_products();
   }
 
   // dV and dK need nothing of the other warpgroup; dQ needs its dS, and follows a tile behind. So the two can
   // be up to a tile apart, and one's multiplies run beside the other's arithmetic. Whatever waits, for memory
   // or for others, does so while this warpgroup's multiplies run.
   template <bool kLast>
-  FSA_DEVICE void multiply_split_keys(bool first) {
+  FSA_DEVICE void multiply_split_keys(const KeyWork& work, const Logits& logits, bool first) {
     const int32 stage = query(tiles).stage(), grad_out_stage = grad_out(tiles).stage();
     store_scores(rdS, storage.scores[score_stage(tiles)][0]);
     issue_gradient<GradOutRows, Types::kGradDimV>(rV, rP, nullptr, storage.grad_out[grad_out_stage]);
@@ -494,14 +501,27 @@ struct BackwardConsumer {
       add_grad_query(tiles, number);
       ++tiles;
     } else {
-      start_products(tiles + 1, next);
-      if (!first) add_grad_query(tiles - 1, number);
+      // dP has to wait until dQ has left its registers, which takes longer than S.
+      const int32 added = number;
       number = brief.number;
       brief = next;
       ++tiles;
-      ptx::wgmma_wait<1>();
+      ptx::wgmma_wait<0>();
       ptx::settle(rS);
+      apply_logits(work, logits);
+      exponentiate<0>(logits);
+      settle_half<0>();
+      start_products(tiles, brief);
+      exponentiate<kHalf>(logits);
+      settle_half<kHalf>();
+      if (!first) add_grad_query(tiles - 2, added);
     }
+  }
+
+  // Keeps exponentials where they are.
+  template <int32 kBegin>
+  FSA_DEVICE void settle_half() {
+    ptx::settle(reinterpret_cast<float (&)[kHalf]>(rS[kBegin]));
   }
 
   // dQ in two parts. The first frees its registers, which dP may be waiting for; the second waits for memory.
@@ -518,7 +538,7 @@ struct BackwardConsumer {
 
   // All three products need the other warpgroup's half of P and dS.
   template <bool kLast>
-  FSA_DEVICE void multiply_split_columns() {
+  FSA_DEVICE void multiply_split_columns(const KeyWork& work, const Logits& logits) {
     const int32 stage = query(tiles).stage(), grad_out_stage = grad_out(tiles).stage();
     uint8* const scores = storage.scores[score_stage(tiles)][0];
     store_scores(rdS, scores);
@@ -548,11 +568,15 @@ struct BackwardConsumer {
     }
     ptx::settle(rK);
     release(storage.query_empty[stage]);
+    if constexpr (!kLast) {
+      apply_logits(work, logits);
+      exponentiate<0>(logits);
+      exponentiate<kHalf>(logits);
+    }
   }
 
-  // S is complete and dP in flight.
-  FSA_DEVICE void finish_products(const KeyWork& work, const Logits& logits) {
-    exponentiate(work, logits, query(tiles).stage());
+  // S has become P and dP is in flight.
+  FSA_DEVICE void finish_products() {
     ptx::settle(rS);
     // Behind the exponentials, not before them: ptxas moves a wait up through straight-line code, but not
     // across a branch. All take it.
@@ -581,7 +605,10 @@ struct BackwardConsumer {
     start_products(tiles, brief);
     ptx::wgmma_wait<1>();
     ptx::settle(rS);
-    finish_products(work, logits);
+    apply_logits(work, logits);
+    exponentiate<0>(logits);
+    exponentiate<kHalf>(logits);
+    finish_products();
 
     bool first = true;
     for (; !brief.last(); first = false) step<false>(work, logits, first);
