@@ -27,6 +27,7 @@ inline constexpr int32 kBackwardWarps = 4 * kBackwardConsumers;  // of the consu
 inline constexpr int32 kBackwardThreads = 128 * (kBackwardConsumers + 1);
 inline constexpr int32 kKeyWorkBytes = 160;
 inline constexpr int32 kRowTileInfoBytes = 32;
+inline constexpr int32 kStagedSumsBytes = 16;
 inline constexpr int32 kProducerBytes = 64;  // what the producer keeps in shared memory
 
 // Both as three bfloat16 whose sum is the float, to 2^-24, and two zeros: an operand of one more multiply.
@@ -39,18 +40,30 @@ constexpr int32 backward_score_bytes(const BackwardTile& t) {
   return backward_shared_operands(t) * t.block_m * t.block_n * kElementBytes;
 }
 
+// Where keys are split, gradients of keys and values leave through the stages of dS, so that the next keys can
+// be loaded meanwhile; the pair gate has no room for that at head_dim 128.
+constexpr bool backward_stages_in_scores(const BackwardTile& t) {
+  return t.block_n == 128 && (t.head_dim <= 64 || t.row_vectors != 3);
+}
+constexpr int32 backward_score_slots(const BackwardTile& t) {
+  const int32 gradients = t.block_n * (t.head_dim + t.head_dim_v) * kElementBytes;
+  const int32 slots = (gradients - 1) / backward_score_bytes(t) + 1;
+  return backward_stages_in_scores(t) && slots > t.score_stages ? slots : t.score_stages;
+}
+
 // Dynamic shared memory; the kernel asserts that its SharedStorage has this size.
 constexpr int32 backward_shared_bytes(const BackwardTile& t) {
   const int32 keys = t.block_n * (t.head_dim + t.head_dim_v) * kElementBytes;
   const int32 queries = t.query_stages * t.block_m * (t.head_dim * kElementBytes + t.row_vectors * 4);
   const int32 grad_out = t.grad_out_stages * t.block_m * t.head_dim_v * kElementBytes;
   const int32 grad_query = t.stage_grad_query * t.block_m * t.head_dim * 4;
-  const int32 infos =
-      kWorkSlots * kKeyWorkBytes + (2 * t.query_stages + 1) * kRowTileInfoBytes + kProducerBytes;
-  const int32 barriers = 8 * (3 + 2 * (t.score_stages + t.query_stages + t.grad_out_stages + kWorkSlots));
+  const int32 infos = kWorkSlots * kKeyWorkBytes + (2 * t.query_stages + 1) * kRowTileInfoBytes +
+                      kProducerBytes + kBackwardConsumers * kStagedSumsBytes;
+  const int32 barriers =
+      8 * (3 + 2 * (t.score_stages + t.query_stages + t.grad_out_stages + kWorkSlots + kBackwardConsumers));
   const int32 alpha = t.row_vectors == 3 ? t.score_stages * (t.block_n / 16) * t.block_m * 4 : 0;
-  return round_up(keys + queries + grad_out + grad_query + t.score_stages * backward_score_bytes(t) + alpha +
-                      infos + barriers,
+  return round_up(keys + queries + grad_out + grad_query + backward_score_slots(t) * backward_score_bytes(t) +
+                      alpha + infos + barriers,
                   kSharedAlignment);
 }
 
@@ -94,7 +107,8 @@ struct BackwardParams {
   float* grad_query_sum;  // [row tiles, block_m * head_dim]: [8 warps, columns / 8, 32 lanes, 4], fragments
   float* grad_alpha_sum;  // [row tiles, block_m]; pair gate
   float* grad_sink_sum;   // [row tiles]; learnable sink
-  int32* turns;           // [row tiles, 8 warps]: how many key tiles have been added; deterministic
+  int32* turns;  // [row tiles, 8 warps]: how many key tiles have been added; deterministic. Staged sums
+                 // use the first of each four
   int64 row_tiles;
 
   TileBits column_bits;       // BitmapRows: [.., key tiles, words of row tiles]; made by transpose_bits

@@ -29,21 +29,24 @@ static_assert(sizeof(KeyWork) == kKeyWorkBytes, "backward.h must know the size o
 // memory takes some 150 clocks.
 struct alignas(16) RowTileBrief {
   int32 tile;
-  int32 flags;
+  int32 flags;   // and from kRankShift on the rank
   int32 used;    // rows from the tile's first on, to the end of the sequence: a full tile has block_m or more
   int32 number;  // row_tile_number
 
   static constexpr int32 kMasked = 1;  // some element is invisible
   static constexpr int32 kLast = 2;    // of the work
+  static constexpr int32 kRankShift = 2;
 
   FSA_DEVICE bool masked() const { return (flags & kMasked) != 0; }
   FSA_DEVICE bool last() const { return (flags & kLast) != 0; }
+  // Of this key tile among those of the row tile; deterministic.
+  FSA_DEVICE int32 rank() const { return flags >> kRankShift; }
 };
 
 // One row tile of one head. It travels with the stage that holds its Q.
 struct RowTileInfo : RowTileBrief {
   int32 head;
-  int32 rank;       // of this key tile among those of the row tile: deterministic
+  int32 list_rank;  // of a key tile in a list
   int32 block;      // of a block mask's bits, -1: none
   int32 block_row;  // the tile's first row, from the start of that block
 
@@ -51,7 +54,7 @@ struct RowTileInfo : RowTileBrief {
     tile = tile_;
     head = head_;
     flags = masked ? kMasked : 0;
-    rank = block_row = 0;
+    list_rank = block_row = 0;
     block = -1;
   }
 };

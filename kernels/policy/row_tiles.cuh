@@ -232,7 +232,7 @@ struct ListRows {
         const int32 to_right =
             tiles_in_block(params, work) - 1 - work.n_begin % params.forward.blocks.block_keys / kBlockN;
         info.set(tile, head_, current_.bits >= 0 || work.partial(kBlockN));
-        info.rank = current_.rank + to_right;
+        info.list_rank = current_.rank + to_right;
         info.block = current_.bits;
         info.block_row = in_block * kBlockM;
         return true;
@@ -261,7 +261,7 @@ struct ListRows {
   };
 
   FSA_DEVICE static int32 rank(const BackwardParams&, const KeyWork&, const RowTileInfo& info) {
-    return info.rank;
+    return info.list_rank;
   }
 };
 

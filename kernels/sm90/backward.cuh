@@ -20,14 +20,17 @@
 //
 // Invariants. Stage s of Q is free when every consumer warp has arrived on query_empty[s], which it does once
 // its dK is complete; dO likewise once dV is. A stage of dS is full when the warps of both warpgroups have
-// stored their share and empty when both have their dQ of it. K and V are free when their gradients, staged
-// in the same shared memory, have been read out of it. Warpgroups that share every multiply (64 keys) meet at
+// stored their share and empty when both have their dQ of it. dQ is staged in shared memory, a warpgroup's share
+// at a time, and added by a warp of the producer's warpgroup, which may have to wait for its turn. K and V are
+// free when both warpgroups have their last dQ; gradients of keys and values leave through the stages of dS,
+// where these are large enough, and else through those of K and V. Warpgroups that share every multiply (64 keys) meet at
 // a named barrier once a tile instead; two stages of P and dS keep the faster one from overwriting what the
 // other reads.
 #pragma once
 
 #include "ptx/mbarrier.cuh"
 #include "ptx/sync.cuh"
+#include "sm90/backward_adder.cuh"
 #include "sm90/backward_consumer.cuh"
 #include "sm90/backward_types.cuh"
 #include "tile/ring.cuh"
@@ -39,7 +42,7 @@ FSA_DEVICE void init_barriers(BackwardStorage<Types>& storage) {
   constexpr int32 kWarps = Types::kConsumerThreads / kWarpThreads;
   ptx::init(storage.key_full, 1);
   ptx::init(storage.value_full, 1);
-  ptx::init(storage.keys_empty, kBackwardConsumers);
+  ptx::init(storage.keys_empty, Types::kStageInScores ? kWarps : kBackwardConsumers);
   for (int32 i = 0; i < Types::kQueryStages; ++i) {
     ptx::init(storage.query_full[i], 1);
     ptx::init(storage.query_empty[i], kWarps);
@@ -50,7 +53,11 @@ FSA_DEVICE void init_barriers(BackwardStorage<Types>& storage) {
   }
   for (int32 i = 0; i < Types::kScoreStages; ++i) {
     ptx::init(storage.scores_full[i], kWarps);
-    ptx::init(storage.scores_empty[i], kWarps);
+    ptx::init(storage.scores_empty[i], kWarps + (kAdderReadsAlpha<Types> ? 1 : 0));
+  }
+  for (int32 i = 0; i < kBackwardConsumers; ++i) {
+    ptx::init(storage.sums_full[i], kWarps / kBackwardConsumers);
+    ptx::init(storage.sums_empty[i], 1);
   }
   for (int32 i = 0; i < kWorkSlots; ++i) {
     ptx::init(storage.work_full[i], 1);
@@ -118,7 +125,8 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       const int64 number = row_tile_number<Types::kBlockM>(params, work, head, info.tile);
       info.used = work.seqlen_q - info.tile * Types::kBlockM;
       info.number = static_cast<int32>(number);
-      if constexpr (Types::kDeterministic) info.rank = Types::Rows::rank(params, work, info);
+      if constexpr (Types::kDeterministic)
+        info.flags |= Types::Rows::rank(params, work, info) << RowTileBrief::kRankShift;
       const float* const vectors = params.row_vectors + number * (Types::kRowVectorBytes / 4);
       const int32 batch = work.q_map_batch;
 
@@ -134,9 +142,8 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       ptx::wait(storage.grad_out_empty[grad_out.stage()], grad_out.phase() ^ 1);
       ptx::Mbarrier& grad_out_full = storage.grad_out_full[grad_out.stage()];
       ptx::arrive_expect_bytes(grad_out_full, Types::GradOutRows::kBytes);
-      load_rows<typename Types::GradOutRows, Types::kBlockM>(params.grad_out_map, row, head, batch,
-                                                             storage.grad_out[grad_out.stage()],
-                                                             grad_out_full);
+      load_rows<typename Types::GradOutRows, Types::kBlockM>(
+          params.grad_out_map, row, head, batch, storage.grad_out[grad_out.stage()], grad_out_full);
     }
   }
   Types::Schedule::finish(params);
@@ -162,8 +169,11 @@ FSA_DEVICE void backward(const BackwardParams& params) {
 
   if (warpgroup == 0) {
     ptx::shrink_registers<Types::kProducerRegisters>();
+    const int32 warp = static_cast<int32>(threadIdx.x) / kWarpThreads;
     if (threadIdx.x == 0) produce<Types>(params, storage);
-    if (threadIdx.x / kWarpThreads == 1) {
+    if constexpr (Types::kStagedGradQuery)
+      if (warp == 1 || warp == 2) add_staged_sums<Types>(params, storage, warp - 1);
+    if (warp == 3) {
       clear_gradient_tail(params, grad_key_rows(params));
       clear_gradient_tail(params, grad_value_rows(params));
       if constexpr (Types::kPairGate) clear_grad_delta_tail(params);

@@ -6,6 +6,7 @@
 #include "policy/store_gradient.cuh"
 #include "ptx/reduce.cuh"
 #include "ptx/sync.cuh"
+#include "sm90/backward_adder.cuh"
 #include "sm90/backward_types.cuh"
 #include "tile/fragment.cuh"
 #include "tile/ring.cuh"
@@ -38,12 +39,11 @@ struct BackwardConsumer {
   const BackwardParams& params;
   BackwardStorage<Types>& storage;
 
-  const int32 index;   // which consumer
-  int32 thread;        // of the warpgroup
-  uint32 tiles = 0;    // row tiles before this one: its place in all three rings
-  int32 turn = -1;     // to be passed on; deterministic
-  RowTileBrief brief;  // of the tile whose S was issued last
-  int32 number = 0;    // row_tile_number of the tile before it
+  const int32 index;    // which consumer
+  int32 thread;         // of the warpgroup
+  uint32 tiles = 0;     // row tiles before this one: its place in all three rings
+  RowTileBrief brief;   // of the tile whose S was issued last
+  RowTileBrief before;  // of the one before it
 
   // Of the row vector that is wanted next, read while multiplies run.
   float4 ahead[Types::kUnitsAhead];  // not where they are folded
@@ -92,9 +92,7 @@ struct BackwardConsumer {
   }
   FSA_DEVICE int32 consumer_thread() const { return index * kWarpgroupThreads + thread; }
   // Warps with other query rows share a line of sums.
-  FSA_DEVICE int32 alpha_line() const {
-    return (kSplitKeys ? consumer_thread() : thread) / kWarpThreads;
-  }
+  FSA_DEVICE int32 alpha_line() const { return (kSplitKeys ? consumer_thread() : thread) / kWarpThreads; }
 
   // ---- Multiplies ----
 
@@ -115,8 +113,8 @@ struct BackwardConsumer {
                              : (pair == 0   ? kOnes
                                 : pair == 1 ? kOne
                                             : 0);
-    const uint64 b = repeated_rows(
-        shared_address(reinterpret_cast<const uint4*>(storage.row_vectors[query(tile).stage()]) + first_row()));
+    const uint64 b = repeated_rows(shared_address(
+        reinterpret_cast<const uint4*>(storage.row_vectors[query(tile).stage()]) + first_row()));
     ptx::multiply_registers_columns<ElementType::bf16, Types::kScoreRows>(r, ones, ones, 0, 0, b);
   }
 
@@ -296,15 +294,16 @@ struct BackwardConsumer {
   }
 
   // Sums of dQ lie in the order in which warps hold them: for each warp kQueryCount / 4 times 32 lanes by four
-  // floats. Staged in shared memory, a warp's share is one addition of the copy engine; 16 bytes a lane at a
-  // time straight from the registers cost 20 % (H200, head_dim 128), but need no room.
+  // floats. Staged in shared memory they are added by the copy engine; 16 bytes a lane at a time straight from
+  // the registers cost 20 % (H200, head_dim 128), but need no room.
   static constexpr int32 kWarpFloats = kQueryCount * kWarpThreads;
 
-  FSA_DEVICE float* grad_query_sum(int32 tile_number) const {
-    return params.grad_query_sum + (static_cast<int64>(tile_number) * kConsumerWarps + warp()) * kWarpFloats;
+  // Room for the sums of this CTA's row tile number `tile`; wait for it while multiplies are in flight.
+  FSA_DEVICE void wait_room(uint32 tile) {
+    if constexpr (Types::kStagedGradQuery) ptx::wait(storage.sums_empty[index], (tile & 1) ^ 1);
   }
 
-  // Room for it: finish_addition. After this its registers are free.
+  // After this the registers of dQ are free.
   FSA_DEVICE void stage_grad_query() {
     const GradQuery& rQ = grad_query();
     float4* const staged = reinterpret_cast<float4*>(storage.grad_query.of_warp(warp())) + lane();
@@ -313,80 +312,41 @@ struct BackwardConsumer {
       staged[i / 4 * kWarpThreads] = make_float4(rQ[i], rQ[i + 1], rQ[i + 2], rQ[i + 3]);
   }
 
-  // What has been staged, of the row tile that was number `tile` of this CTA.
-  FSA_DEVICE void add_staged(uint32 tile, int32 tile_number) {
+  // What has been staged. The adder's alone until it says so.
+  FSA_DEVICE void hand_over(const StagedSums& sums) {
     ptx::fence_shared_for_async();
+    if (thread == 0) storage.sums[index] = sums;
     __syncwarp();
-    if (lane() == 0) {
-      ptx::add_bytes(grad_query_sum(tile_number), storage.grad_query.of_warp(warp()), kWarpFloats * 4);
-      ptx::commit_stores();
-    }
-    if constexpr (Types::kPairGate) add_grad_alpha(tile_number, score_stage(tile));
+    release(storage.sums_full[index]);
   }
 
-  FSA_DEVICE void add_from_registers(uint32 tile, int32 tile_number) {
-    const GradQuery& rQ = grad_query();
-    const int64 counter = static_cast<int64>(tile_number) * kConsumerWarps + warp();
+  FSA_DEVICE int64 turn_of(int32 number) const {
+    return static_cast<int64>(number) * kConsumerWarps + warp();
+  }
+  // Deterministic: key tiles add to a row tile in the order in which they were issued.
+  FSA_DEVICE void wait_turn() {
     if constexpr (Types::kDeterministic) {
-      if (lane() == 0) wait_turn(counter, info(tile).rank);
+      if (lane() == 0) ptx::wait_until_equal(params.turns + turn_of(brief.number), brief.rank());
       __syncwarp();
     }
-    float* const to = grad_query_sum(tile_number);
+  }
+  FSA_DEVICE void add_from_registers() {
+    const GradQuery& rQ = grad_query();
+    float* const to = params.grad_query_sum + turn_of(brief.number) * kWarpFloats;
 #pragma unroll
     for (int32 i = 0; i < kQueryCount; i += 4)
       ptx::add_four(to + i * kWarpThreads + lane() * 4, rQ[i], rQ[i + 1], rQ[i + 2], rQ[i + 3]);
-    if constexpr (Types::kPairGate) add_grad_alpha(tile_number, score_stage(tile));
+    if constexpr (Types::kPairGate)
+      add_grad_alpha<Types, Types::kConsumerThreads>(params, storage, brief.number, score_stage(tiles),
+                                                     consumer_thread());
+  }
+  // Once all lanes' additions can be seen, which takes the way to the L2 and back.
+  FSA_DEVICE void pass_turn(int32 number) {
     if constexpr (Types::kDeterministic) {
       ptx::fence_global();
       __syncwarp();
-      if (lane() == 0) ptx::add_release(params.turns + counter, 1);
+      if (lane() == 0) ptx::add_release(params.turns + turn_of(number), 1);
     }
-  }
-
-  // Until the staged sums of the tile before have been read; deterministic: until they have been added.
-  FSA_DEVICE void finish_addition() {
-    if constexpr (Types::kStagedGradQuery) {
-      if (lane() == 0) {
-        if constexpr (Types::kDeterministic) {
-          ptx::wait_stores();
-          ptx::fence_async_global();
-          if (turn >= 0) ptx::add_release(params.turns + turn, 1);
-          turn = -1;
-        } else {
-          ptx::wait_stores_read();
-        }
-      }
-      __syncwarp();
-    }
-  }
-
-  // Room for the sums of row tile `tile`; deterministic: passes on the turn of the addition before and waits
-  // for its own, two times the way to the L2 and back. So while multiplies are in flight.
-  FSA_DEVICE void prepare_addition(uint32 tile, int32 tile_number) {
-    finish_addition();
-    if constexpr (Types::kStagedGradQuery && Types::kDeterministic) {
-      if (lane() == 0) wait_turn(static_cast<int64>(tile_number) * kConsumerWarps + warp(), info(tile).rank);
-      __syncwarp();
-    }
-  }
-
-  // Key tiles add to a row tile in the order in which they were issued.
-  FSA_DEVICE void wait_turn(int64 counter, int32 rank) {
-    ptx::wait_until_equal(params.turns + counter, rank);
-    turn = static_cast<int32>(counter);
-  }
-
-  // By the first warpgroup: what both have summed over their keys.
-  FSA_DEVICE void add_grad_alpha(int32 tile_number, int32 stage) {
-    const int32 row = consumer_thread();
-    if (row < Types::kBlockM) {
-      float sum = 0;
-#pragma unroll
-      for (int32 line = 0; line < kAlphaLines<Types>; ++line) sum += storage.alpha_sums.line(stage, line)[row];
-      atomicAdd(params.grad_alpha_sum + static_cast<int64>(tile_number) * Types::kBlockM + row, sum);
-    }
-    if constexpr (Types::kDeterministic) ptx::fence_global();
-    __syncwarp();
   }
 
   // Through the lines of alpha's sums, which nobody reads any more.
@@ -398,12 +358,14 @@ struct BackwardConsumer {
     }
     sync_consumers();
     const int32 in_tile = consumer_thread(), key = work.n_begin + in_tile;
-    if (in_tile >= Types::kBlockN || key >= work.keys) return;
-    const float sum =
-        kSplitKeys ? storage.alpha_sums.line(0, in_tile / kRowsPerWarpgroup)[in_tile % kRowsPerWarpgroup]
-                   : storage.alpha_sums.line(0, 0)[in_tile] + storage.alpha_sums.line(0, 1)[in_tile];
-    store_scalar(params.grad_delta, work.k_map_batch, static_cast<int64>(work.k_begin) + key, work.kv_head,
-                 key < work.seqlen_k ? sum * params.softmax_scale : 0.0f);
+    if (in_tile < Types::kBlockN && key < work.keys) {
+      const float sum =
+          kSplitKeys ? storage.alpha_sums.line(0, in_tile / kRowsPerWarpgroup)[in_tile % kRowsPerWarpgroup]
+                     : storage.alpha_sums.line(0, 0)[in_tile] + storage.alpha_sums.line(0, 1)[in_tile];
+      store_scalar(params.grad_delta, work.k_map_batch, static_cast<int64>(work.k_begin) + key, work.kv_head,
+                   key < work.seqlen_k ? sum * params.softmax_scale : 0.0f);
+    }
+    sync_consumers();  // the next keys' sums go to the same lines
   }
 
   // Rows beyond the used length would meet factors of 0, but 0 * NaN is NaN. All consumers call it.
@@ -469,7 +431,7 @@ struct BackwardConsumer {
     release(storage.scores_full[score_stage(tiles)]);
     RowTileBrief next;
     if (!first) {
-      prepare_addition(tiles - 1, number);
+      wait_room(tiles - 1);
       ptx::wait(storage.scores_full[score_stage(tiles - 1)], score_phase(tiles - 1));
     }
     ptx::wgmma_wait<0>();  // frees the registers of P and dS
@@ -480,30 +442,31 @@ struct BackwardConsumer {
     release(storage.grad_out_empty[grad_out_stage]);
     release(storage.query_empty[stage]);
     issue_grad_query(tiles - 1);  // of the first tile something that nobody will look at
-    if constexpr (!kLast) next = find(tiles + 1);  // sooner, it waits for a Q that has just been asked for
     if constexpr (kLast) {
       ptx::wgmma_wait<0>();
     } else {
+      next = find(tiles + 1);  // sooner, it waits for a Q that has just been asked for
       start_scores(tiles + 1, next);
       ptx::wgmma_wait<1>();
     }
     ptx::settle(grad_query());
-    if (!first) take_grad_query(tiles - 1, number);
+    if (!first) stage_grad_query();
     if constexpr (kLast) {
-      if (!first) add_grad_query(tiles - 1, number);
-      number = brief.number;
+      if (!first) finish_grad_query(tiles - 1, before);
+      before = brief;
       ptx::wait(storage.scores_full[score_stage(tiles)], score_phase(tiles));
       issue_grad_query(tiles);
-      prepare_addition(tiles, number);
+      wait_room(tiles);
       ptx::wgmma_wait<0>();
       ptx::settle(grad_query());
-      take_grad_query(tiles, number);
-      add_grad_query(tiles, number);
+      if constexpr (Types::kStageInScores) release(storage.keys_empty);
+      stage_grad_query();
+      finish_grad_query(tiles, before);
       ++tiles;
     } else {
       // dP has to wait until dQ has left its registers, which takes longer than S.
-      const int32 added = number;
-      number = brief.number;
+      const RowTileBrief added = before;
+      before = brief;
       brief = next;
       ++tiles;
       ptx::wgmma_wait<0>();
@@ -514,7 +477,7 @@ struct BackwardConsumer {
       start_products(tiles, brief);
       exponentiate<kHalf>(logits);
       settle_half<kHalf>();
-      if (!first) add_grad_query(tiles - 2, added);
+      if (!first) finish_grad_query(tiles - 2, added);
     }
   }
 
@@ -524,15 +487,8 @@ struct BackwardConsumer {
     ptx::settle(reinterpret_cast<float (&)[kHalf]>(rS[kBegin]));
   }
 
-  // dQ in two parts. The first frees its registers, which dP may be waiting for; the second waits for memory.
-  FSA_DEVICE void take_grad_query(uint32 tile, int32 tile_number) {
-    if constexpr (Types::kStagedGradQuery)
-      stage_grad_query();
-    else
-      add_from_registers(tile, tile_number);
-  }
-  FSA_DEVICE void add_grad_query(uint32 tile, int32 tile_number) {
-    if constexpr (Types::kStagedGradQuery) add_staged(tile, tile_number);
+  FSA_DEVICE void finish_grad_query(uint32 tile, const RowTileBrief& of) {
+    hand_over({of.number, of.rank(), score_stage(tile), 0});
     release(storage.scores_empty[score_stage(tile)]);
   }
 
@@ -551,11 +507,13 @@ struct BackwardConsumer {
     issue_gradient<QueryRows, Types::kGradDim>(rK, rdS, scores, storage.query[stage]);
     RowTileBrief next;
     if constexpr (!kLast) next = find(tiles + 1);
+    wait_turn();
     ptx::wgmma_wait<1>();
     ptx::settle(rV);
     ptx::settle(grad_query());
     release(storage.grad_out_empty[grad_out_stage]);
-    add_from_registers(tiles, brief.number);
+    add_from_registers();
+    const int32 added = brief.number;
     ++tiles;
     if constexpr (kLast) {
       ptx::wgmma_wait<0>();
@@ -568,6 +526,7 @@ struct BackwardConsumer {
     }
     ptx::settle(rK);
     release(storage.query_empty[stage]);
+    pass_turn(added);
     if constexpr (!kLast) {
       apply_logits(work, logits);
       exponentiate<0>(logits);
@@ -609,22 +568,26 @@ struct BackwardConsumer {
     exponentiate<0>(logits);
     exponentiate<kHalf>(logits);
     finish_products();
+    if constexpr (Types::kStageInScores) finish_store();  // of the work before
 
     bool first = true;
     for (; !brief.last(); first = false) step<false>(work, logits, first);
     step<true>(work, logits, first);
-    if constexpr (Types::kDeterministic) finish_addition();
-    sync_consumers();  // the other warpgroup, too, has finished with K and V
+    sync_consumers();  // the other warpgroup, too, has finished with K, V and dS
+    if constexpr (kAdderReadsAlpha<Types>)
+      ptx::wait(storage.scores_empty[score_stage(tiles - 1)], score_phase(tiles - 1));
     if constexpr (Types::kPairGate) store_grad_delta(work, logits);
     store(work);
   }
 
-  // Gradients leave through the shared memory of K and V.
+  // Gradients leave through shared memory: the warpgroup's own lines of the stages of dS, or of K and V.
   FSA_DEVICE void store(const KeyWork& work) {
     const int32 half = kSplitKeys ? 0 : index;  // of the columns
-    uint8* const shared_key = storage.key + first_key() * kLineBytes +
-                              half * (Types::kGradDim / kChunkColumns) * KeyRows::kChunkBytes;
-    uint8* const shared_value = storage.value + first_key() * kLineBytes +
+    uint8* const keys = Types::kStageInScores ? storage.scores[0][0] : storage.key;
+    uint8* const values = Types::kStageInScores ? keys + KeyRows::kBytes : storage.value;
+    uint8* const shared_key =
+        keys + first_key() * kLineBytes + half * (Types::kGradDim / kChunkColumns) * KeyRows::kChunkBytes;
+    uint8* const shared_value = values + first_key() * kLineBytes +
                                 half * (Types::kGradDimV / kChunkColumns) * ValueRows::kChunkBytes;
     stage_gradient<kElement, Types::kBlockN, Types::kGradDim>(shared_key, rK, params.softmax_scale);
     stage_gradient<kElement, Types::kBlockN, Types::kGradDimV>(shared_value, rV, 1.0f);
@@ -637,13 +600,18 @@ struct BackwardConsumer {
       store_gradient<Types::kBlockN, Types::kGradDimV>(grad_value_rows(params), work, key,
                                                        half * Types::kGradDimV, shared_value);
     }
-    ptx::fence_shared_for_async();
-    sync_warpgroup();
-    if (thread == 0) {
-      ptx::commit_stores();
-      ptx::wait_stores_read();
-      ptx::arrive(storage.keys_empty);
+    if (thread == 0) ptx::commit_stores();
+    if constexpr (!Types::kStageInScores) {
+      ptx::fence_shared_for_async();
+      finish_store();
+      if (thread == 0) ptx::arrive(storage.keys_empty);
     }
+  }
+
+  // The shared memory that gradients left through is free.
+  FSA_DEVICE void finish_store() {
+    if (thread == 0) ptx::wait_stores_read();
+    sync_warpgroup();
   }
 
   FSA_DEVICE void run() {
@@ -668,7 +636,11 @@ struct BackwardConsumer {
       __syncwarp();
       release(storage.work_empty[unit % kWorkSlots ^ 1]);
     }
-    finish_addition();  // shared memory must outlive the stores that read it
+    if (thread == 0) ptx::wait_stores_read();  // shared memory must outlive the stores that read it
+    if constexpr (Types::kStagedGradQuery) {
+      wait_room(tiles);
+      hand_over({-1, 0, 0, 0});
+    }
   }
 };
 

@@ -46,6 +46,7 @@ struct BackwardTypes {
   // Units of four query rows whose lse, or sum, is read ahead.
   static constexpr int32 kUnitsAhead = kScoreRows / 16;
   static constexpr bool kStagedGradQuery = kTile.stage_grad_query != 0;
+  static constexpr bool kStageInScores = backward_stages_in_scores(kTile);
 
   using KeyRows = SwizzledTile<kBlockN, kDim>;
   using ValueRows = SwizzledTile<kBlockN, kDimV>;
@@ -88,6 +89,15 @@ struct StagedGradQuery {
 template <>
 struct StagedGradQuery<0> {};
 
+// Which row tile a warpgroup's staged sums belong to.
+struct StagedSums {
+  int32 number;  // row_tile_number, -1: there are no more
+  int32 rank;    // deterministic
+  int32 stage;   // of dS
+  int32 reserved;
+};
+static_assert(sizeof(StagedSums) == kStagedSumsBytes, "backward.h must know the size of a StagedSums");
+
 // In shared memory, because the producer has 24 registers.
 template <class Types>
 struct ProducerState {
@@ -103,7 +113,8 @@ struct alignas(kSharedAlignment) BackwardStorage {
   uint8 value[Types::ValueRows::kBytes];
   uint8 query[Types::kQueryStages][Types::QueryRows::kBytes];
   uint8 grad_out[Types::kGradOutStages][Types::GradOutRows::kBytes];
-  uint8 scores[Types::kScoreStages][backward_shared_operands(Types::kTile)][Types::Scores::kBytes];  // dS; P
+  uint8 scores[backward_score_slots(Types::kTile)][backward_shared_operands(Types::kTile)]
+              [Types::Scores::kBytes];  // dS; P
   [[no_unique_address]] StagedGradQuery<Types::kStagedGradQuery ? Types::kQueryColumns * 64 : 0> grad_query;
   alignas(128) float row_vectors[Types::kQueryStages][Types::kTile.row_vectors][Types::kBlockM];
   [[no_unique_address]] AlphaSums<Types::kPairGate ? Types::kScoreStages : 0, kAlphaLines<Types>,
@@ -111,6 +122,7 @@ struct alignas(kSharedAlignment) BackwardStorage {
   KeyWork work[kWorkSlots];
   RowTileInfo info[Types::kInfoStages];
   RowTileInfo next;  // of the producer alone
+  StagedSums sums[kBackwardConsumers];
   union {
     ProducerState<Types> producer;
     uint64 producer_bytes[kProducerBytes / 8];
@@ -124,6 +136,8 @@ struct alignas(kSharedAlignment) BackwardStorage {
   ptx::Mbarrier grad_out_empty[Types::kGradOutStages];
   ptx::Mbarrier scores_full[Types::kScoreStages];  // the stages of dS, where keys are split
   ptx::Mbarrier scores_empty[Types::kScoreStages];
+  ptx::Mbarrier sums_full[kBackwardConsumers];  // dQ of a warpgroup
+  ptx::Mbarrier sums_empty[kBackwardConsumers];
   ptx::Mbarrier work_full[kWorkSlots];
   ptx::Mbarrier work_empty[kWorkSlots];
 };

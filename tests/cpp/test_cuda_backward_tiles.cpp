@@ -43,14 +43,14 @@ std::vector<Visit> walk(const BackwardParams& params, Shape shape) {
     walk.start(params, work);
     for (RowTileInfo info; work.num_segments > 0 && walk.next(params, work, info);) {
       EXPECT_LE(work.num_segments, kMaxSegments);
-      info.rank = -1;
+      info.list_rank = -1;
       if constexpr (requires { Rows::rank(params, work, info); }) {
         RowTileInfo ranked = info;
         typename Rows::Walk again;  // rank may come from the walk itself
         again.start(params, work);
         for (RowTileInfo other; again.next(params, work, other);)
           if (other.tile == info.tile && other.head == info.head) ranked = other;
-        info.rank = Rows::rank(params, work, ranked);
+        info.list_rank = Rows::rank(params, work, ranked);
       }
       visits.push_back({info.head, info.tile, n, info.masked(), info});
     }
@@ -94,7 +94,7 @@ void expect_visits(const std::vector<Visit>& visits, Shape shape, Sees sees, Wan
       for (int32 n = key_tiles - 1; n >= 0; --n)
         for (const Visit& v : visits)
           if (v.head == head && v.row_tile == m && v.key_tile == n) {
-            EXPECT_EQ(v.info.rank, turn) << m << " x " << n;
+            EXPECT_EQ(v.info.list_rank, turn) << m << " x " << n;
             ++turn;
           }
     }

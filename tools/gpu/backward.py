@@ -93,11 +93,15 @@ class BackwardConfig:
         keys = self.block_n * (self.head_dim + self.head_dim_v) * 2
         queries = self.query_stages * self.block_m * (self.head_dim * 2 + self.row_vectors * 4)
         grad_out = self.grad_out_stages * self.block_m * self.head_dim_v * 2
-        scores = self.score_stages * operands * self.block_m * self.block_n * 2
+        score_bytes = operands * self.block_m * self.block_n * 2
+        slots = self.score_stages
+        if self.block_n == 128 and (self.head_dim <= 64 or self.row_vectors != 3):  # gradients leave through them
+            slots = max(slots, -(-self.block_n * (self.head_dim + self.head_dim_v) * 2 // score_bytes))
+        scores = slots * score_bytes
         grad_query = self.stage_grad_query * self.block_m * self.head_dim * 4
         alpha = self.score_stages * self.block_n // 16 * self.block_m * 4 if self.pair_gate else 0
-        infos = 2 * 160 + (2 * self.query_stages + 1) * 32 + 64
-        barriers = 8 * (3 + 2 * (self.score_stages + self.query_stages + self.grad_out_stages + 2))
+        infos = 2 * 160 + (2 * self.query_stages + 1) * 32 + 64 + 32
+        barriers = 8 * (3 + 2 * (self.score_stages + self.query_stages + self.grad_out_stages + 4))
         return -(-(keys + queries + grad_out + grad_query + scores + alpha + infos + barriers) // 1024) * 1024
 
     @property

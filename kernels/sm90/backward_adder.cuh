@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums of dQ on their way from shared to global memory: one warp for each consumer warpgroup. Consumers wait only
+// until the sums of the tile before have been read, and not for the L2, nor for other CTAs.
+#pragma once
+
+#include "ptx/mbarrier.cuh"
+#include "ptx/reduce.cuh"
+#include "ptx/tma.cuh"
+#include "sm90/backward_types.cuh"
+
+namespace fsa::kernels::sm90 {
+
+// Then it frees the stage of dS, too.
+template <class Types>
+inline constexpr bool kAdderReadsAlpha = Types::kPairGate && Types::kStagedGradQuery;
+
+// What both warpgroups have summed over their keys; by kThreads threads, of which this is `thread`.
+template <class Types, int32 kThreads>
+FSA_DEVICE void add_grad_alpha(const BackwardParams& params, BackwardStorage<Types>& storage, int32 number,
+                               int32 stage, int32 thread) {
+  for (int32 row = thread; row < Types::kBlockM; row += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int32 line = 0; line < kAlphaLines<Types>; ++line) sum += storage.alpha_sums.line(stage, line)[row];
+    atomicAdd(params.grad_alpha_sum + static_cast<int64>(number) * Types::kBlockM + row, sum);
+  }
+  if constexpr (Types::kDeterministic) ptx::fence_global();
+  __syncwarp();
+}
+
+// Deterministic: key tiles add to a row tile in the order in which they were issued.
+template <class Types>
+FSA_DEVICE void add_staged_sums(const BackwardParams& params, BackwardStorage<Types>& storage, int32 index) {
+  constexpr int32 kFloats = Types::kQueryColumns * kRowsPerWarpgroup;  // of the warpgroup
+  const bool leads = own_lane() == 0;
+  for (uint32 tile = 0;; ++tile) {
+    if (leads) ptx::wait(storage.sums_full[index], tile & 1);
+    __syncwarp();
+    const StagedSums sums = storage.sums[index];
+    if (sums.number < 0) return;
+    const int64 counter = static_cast<int64>(sums.number) * kBackwardWarps + index * (kBackwardWarps / 2);
+    if (leads) {
+      if constexpr (Types::kDeterministic) ptx::wait_until_equal(params.turns + counter, sums.rank);
+      ptx::add_bytes(
+          params.grad_query_sum + (static_cast<int64>(sums.number) * kBackwardConsumers + index) * kFloats,
+          storage.grad_query.of_warp(index * (kBackwardWarps / 2)), kFloats * 4);
+      ptx::commit_stores();
+    }
+    if constexpr (kAdderReadsAlpha<Types>) {
+      __syncwarp();
+      if (index == 0) {
+        add_grad_alpha<Types, kWarpThreads>(params, storage, sums.number, sums.stage, own_lane());
+        if (leads) ptx::arrive(storage.scores_empty[sums.stage]);
+      }
+    }
+    if (leads) {
+      ptx::wait_stores_read();
+      ptx::arrive(storage.sums_empty[index]);
+      if constexpr (Types::kDeterministic) {
+        ptx::wait_stores();
+        ptx::fence_async_global();
+        ptx::add_release(params.turns + counter, 1);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+}  // namespace fsa::kernels::sm90
