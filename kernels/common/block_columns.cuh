@@ -2,9 +2,10 @@
 // The columns of a block mask from its rows: for each key block the row blocks that list it, from top to
 // bottom. The order of the row lists does not matter.
 //
-// One warp per key block: blocks of kColumnWarps warps, grid (ceil(key blocks / kColumnWarps), heads or 1 where
-// the mask is shared, batch likewise). Ranks count keys in use: where seqused_k is given each batch entry needs
-// columns of its own.
+// One block of kListThreads threads per kColumnBlocks key blocks: grid (ceil(key blocks / kColumnBlocks), heads
+// or 1 where the mask is shared, batch likewise). Every list is read twice: for bits of rows by key blocks,
+// whose transpose says where in its column an entry stands, and for the entries. Ranks count keys in use: where
+// seqused_k is given each batch entry needs columns of its own.
 #pragma once
 
 #include "policy/key_work.cuh"
@@ -12,58 +13,119 @@
 
 namespace fsa::kernels {
 
-inline constexpr int32 kColumnWarps = 4;
+inline constexpr int32 kListThreads = 512;
+inline constexpr int32 kColumnBlocks = 32;  // bits of a word
+inline constexpr int32 kListRows = 1024;    // row blocks at a time
 
-// Of one list and one key block, by a warp: the position of the block in it (-1: absent), and how many key
-// tiles of its other blocks lie to the right.
-struct ListSearch {
-  int32 position = -1;
-  int32 tiles = 0;
+// Key tiles of the key blocks from `first` on.
+template <int32 kBlockN>
+class BlockTiles {
+ public:
+  FSA_DEVICE BlockTiles(const ForwardParams& p, const WorkTile& work, int32 first)
+      : keys_(p.blocks.block_keys), seqlen_(work.seqlen_k), first_(first) {
+    const int32 whole = min_of(max_of(seqlen_ / keys_ - first, 0), kColumnBlocks);
+    whole_ = whole == kColumnBlocks ? 0xffffffffu : (1u << whole) - 1;
+    next_ = whole;
+  }
 
-  template <int32 kBlockN>
-  FSA_DEVICE void read(const ForwardParams& p, const WorkTile& work, const BlockList& list, int32 block) {
-    const int32 keys = p.blocks.block_keys;
-    for (int32 first = 0; first < list.count; first += kWarpThreads) {
-      const int32 at = first + lane_id();
-      const int32 index = at < list.count ? list.indices[at] : -1;
-      if (index == block) position = at;
-      if (index > block) tiles += max_of(0, ceil_div(min_of(keys, work.seqlen_k - index * keys), kBlockN));
-    }
+  FSA_DEVICE int32 of_block(int32 block) const {
+    return max_of(0, ceil_div(min_of(keys_, seqlen_ - block * keys_), kBlockN));
   }
-  FSA_DEVICE void reduce_warp() {
-#pragma unroll
-    for (int32 distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-      position = max_of(position, __shfl_xor_sync(0xffffffffu, position, distance));
-      tiles += __shfl_xor_sync(0xffffffffu, tiles, distance);
-    }
+  // Of a set of key blocks, a bit each.
+  FSA_DEVICE int32 of_bits(uint32 bits) const {
+    int32 count = __popc(bits & whole_) * ceil_div(keys_, kBlockN);
+    if (next_ < kColumnBlocks && (bits >> next_ & 1) != 0) count += of_block(first_ + next_);
+    return count;
   }
+
+ private:
+  int32 keys_, seqlen_, first_;
+  uint32 whole_;  // blocks without an unused key
+  int32 next_;    // the block behind them
 };
 
 template <int32 kBlockN>
 FSA_DEVICE void block_columns(const BackwardParams& params) {
+  constexpr int32 kWarps = kListThreads / kWarpThreads;
+  __shared__ uint32 row_bits[kListRows];     // a word per row block: which of the key blocks it lists
+  __shared__ uint32 column_bits[kListRows];  // the transpose of 32 words at a time
+  __shared__ int32 before[kListRows];    // as column_bits: entries of the column above those 32 row blocks
+  __shared__ int32 to_right[kListRows];  // key tiles in the row block's lists right of the key blocks
   const ForwardParams& p = params.forward;
-  const int32 block = static_cast<int32>(blockIdx.x) * kColumnWarps + thread_id() / kWarpThreads;
+  const int32 warp = thread_id() / kWarpThreads, lane = lane_id();
+  const int32 key_blocks = ceil_div(p.max_seqlen_k, p.blocks.block_keys);
+  const int32 first = static_cast<int32>(blockIdx.x) * kColumnBlocks;
   WorkTile work;
   describe_sequence(p, static_cast<int32>(blockIdx.z), static_cast<int32>(blockIdx.y), work);
-  if (block >= ceil_div(p.max_seqlen_k, p.blocks.block_keys)) return;
-  const int64 column = work.sequence * params.list_stride_batch + work.head * params.list_stride_head + block;
-  ColumnEntry* const entries = params.list_entries + column * params.list_capacity;
-  int32 count = 0;
-  for (int32 row_block = 0; row_block < params.list_capacity; ++row_block) {
-    ListSearch partial, full;
-    partial.read<kBlockN>(p, work, partial_list(p, work, row_block), block);
-    full.read<kBlockN>(p, work, full_list(p, work, row_block), block);
-    full.tiles += partial.tiles;
-    partial.reduce_warp();
-    full.reduce_warp();
-    if (partial.position < 0 && full.position < 0) continue;
-    const int32 bits = partial.position < 0
-                           ? -1
-                           : p.blocks.bits_begin[partial_position(p, work, row_block)] + partial.position;
-    if (lane_id() == 0) entries[count] = {row_block, bits, full.tiles, 0};
-    ++count;
+  const BlockTiles<kBlockN> tiles(p, work, first);
+  const int64 list = work.sequence * params.list_stride_batch + work.head * params.list_stride_head + first;
+  int32 count = 0;  // of this lane's column, in the first warp
+
+  for (int32 top = 0; top < params.list_capacity; top += kListRows) {
+    const int32 rows = min_of(kListRows, params.list_capacity - top);
+    const int32 words = ceil_div(rows, kWarpThreads) * kWarpThreads;
+    for (int32 row = warp; row < words; row += kWarps) {
+      uint32 bits = 0;
+      int32 right = 0;
+      for (int32 which = 0; which < 2 && row < rows; ++which) {
+        const BlockList blocks =
+            which == 0 ? partial_list(p, work, top + row) : full_list(p, work, top + row);
+        for (int32 at = lane; at < blocks.count; at += kWarpThreads) {
+          const int32 block = blocks.indices[at] - first;
+          if (block >= 0 && block < kColumnBlocks) bits |= 1u << block;
+          if (block >= kColumnBlocks) right += tiles.of_block(first + block);
+        }
+      }
+#pragma unroll
+      for (int32 distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+        bits |= __shfl_xor_sync(0xffffffffu, bits, distance);
+        right += __shfl_xor_sync(0xffffffffu, right, distance);
+      }
+      if (lane == 0) {
+        row_bits[row] = bits;
+        to_right[row] = right;
+      }
+    }
+    __syncthreads();
+
+    for (int32 group = warp; group < words / kWarpThreads; group += kWarps) {
+      const uint32 bits = row_bits[group * kWarpThreads + lane];
+      uint32 own = 0;
+#pragma unroll
+      for (int32 bit = 0; bit < kColumnBlocks; ++bit) {
+        const uint32 column = __ballot_sync(0xffffffffu, (bits >> bit & 1) != 0);
+        if (lane == bit) own = column;
+      }
+      column_bits[group * kWarpThreads + lane] = own;
+    }
+    __syncthreads();
+    if (warp == 0) {
+      for (int32 at = lane; at < words; at += kWarpThreads) {
+        before[at] = count;
+        count += __popc(column_bits[at]);
+      }
+    }
+    __syncthreads();
+
+    for (int32 row = warp; row < rows; row += kWarps) {
+      const uint32 above = (1u << row % kWarpThreads) - 1;
+      for (int32 which = 0; which < 2; ++which) {
+        const bool partial = which == 0;
+        const BlockList blocks = partial ? partial_list(p, work, top + row) : full_list(p, work, top + row);
+        for (int32 at = lane; at < blocks.count; at += kWarpThreads) {
+          const int32 block = blocks.indices[at] - first;
+          if (block < 0 || block >= kColumnBlocks) continue;
+          const int32 column = row / kWarpThreads * kWarpThreads + block;
+          const int32 place = before[column] + __popc(column_bits[column] & above);
+          params.list_entries[(list + block) * params.list_capacity + place] = {
+              top + row, partial ? p.blocks.bits_begin[partial_position(p, work, top + row)] + at : -1,
+              to_right[row] + tiles.of_bits(row_bits[row] >> block >> 1 << block << 1), 0};
+        }
+      }
+    }
+    __syncthreads();
   }
-  if (lane_id() == 0) params.list_count[column] = count;
+  if (warp == 0 && first + lane < key_blocks) params.list_count[list + lane] = count;
 }
 
 }  // namespace fsa::kernels

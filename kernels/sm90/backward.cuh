@@ -105,17 +105,8 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
     ptx::arrive(storage.work_full[slot.stage()]);
     if (!found) continue;
 
-    ptx::wait(storage.keys_empty, (work.loads & 1) ^ 1);
     ++state.loads;
-    ptx::arrive_expect_bytes(storage.key_full, Types::KeyRows::kBytes);
-    load_rows<typename Types::KeyRows, Types::kBlockN>(params.forward.key_map, work.k_begin + work.n_begin,
-                                                       work.kv_head, work.k_map_batch, storage.key,
-                                                       storage.key_full);
-    ptx::arrive_expect_bytes(storage.value_full, Types::ValueRows::kBytes);
-    load_rows<typename Types::ValueRows, Types::kBlockN>(params.forward.value_map,
-                                                         work.k_begin + work.n_begin, work.kv_head,
-                                                         work.k_map_batch, storage.value, storage.value_full);
-    for (; found; ++tiles) {
+    for (bool first = true; found; ++tiles, first = false) {
       // All but the loads before the wait: it takes 1500 clocks through busy shared memory.
       RowTileInfo& info = storage.info[tiles % Types::kInfoStages];
       info = storage.next;
@@ -144,6 +135,18 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       ptx::arrive_expect_bytes(grad_out_full, Types::GradOutRows::kBytes);
       load_rows<typename Types::GradOutRows, Types::kBlockM>(
           params.grad_out_map, row, head, batch, storage.grad_out[grad_out.stage()], grad_out_full);
+
+      if (first) {  // after Q and dO, which need not wait for the keys before
+        ptx::wait(storage.keys_empty, (work.loads & 1) ^ 1);
+        ptx::arrive_expect_bytes(storage.key_full, Types::KeyRows::kBytes);
+        load_rows<typename Types::KeyRows, Types::kBlockN>(params.forward.key_map,
+                                                           work.k_begin + work.n_begin, work.kv_head,
+                                                           work.k_map_batch, storage.key, storage.key_full);
+        ptx::arrive_expect_bytes(storage.value_full, Types::ValueRows::kBytes);
+        load_rows<typename Types::ValueRows, Types::kBlockN>(
+            params.forward.value_map, work.k_begin + work.n_begin, work.kv_head, work.k_map_batch,
+            storage.value, storage.value_full);
+      }
     }
   }
   Types::Schedule::finish(params);

@@ -340,7 +340,7 @@ struct BackwardConsumer {
       add_grad_alpha<Types, Types::kConsumerThreads>(params, storage, brief.number, score_stage(tiles),
                                                      consumer_thread());
   }
-  // Once all lanes' additions can be seen, which takes the way to the L2 and back.
+  // Once all lanes' additions can be seen, which takes the way to the L2 and back: a row tile later it is over.
   FSA_DEVICE void pass_turn(int32 number) {
     if constexpr (Types::kDeterministic) {
       ptx::fence_global();
@@ -413,7 +413,7 @@ struct BackwardConsumer {
     if constexpr (kSplitKeys)
       multiply_split_keys<kLast>(work, logits, first);
     else
-      multiply_split_columns<kLast>(work, logits);
+      multiply_split_columns<kLast>(work, logits, first);
     if constexpr (!kLast) finish_products();
   }
 
@@ -471,10 +471,16 @@ struct BackwardConsumer {
       ++tiles;
       ptx::wgmma_wait<0>();
       ptx::settle(rS);
-      apply_logits(work, logits);
-      exponentiate<0>(logits);
-      settle_half<0>();
-      start_products(tiles, brief);
+      if constexpr (Logits::kPlain) {
+        apply_logits(work, logits);
+        exponentiate<0>(logits);
+        settle_half<0>();
+        start_products(tiles, brief);
+      } else {  // a chain takes longer than that
+        start_products(tiles, brief);
+        apply_logits(work, logits);
+        exponentiate<0>(logits);
+      }
       exponentiate<kHalf>(logits);
       settle_half<kHalf>();
       if (!first) finish_grad_query(tiles - 2, added);
@@ -494,7 +500,7 @@ struct BackwardConsumer {
 
   // All three products need the other warpgroup's half of P and dS.
   template <bool kLast>
-  FSA_DEVICE void multiply_split_columns(const KeyWork& work, const Logits& logits) {
+  FSA_DEVICE void multiply_split_columns(const KeyWork& work, const Logits& logits, bool first) {
     const int32 stage = query(tiles).stage(), grad_out_stage = grad_out(tiles).stage();
     uint8* const scores = storage.scores[score_stage(tiles)][0];
     store_scores(rdS, scores);
@@ -506,6 +512,7 @@ struct BackwardConsumer {
     issue_grad_query(tiles);
     issue_gradient<QueryRows, Types::kGradDim>(rK, rdS, scores, storage.query[stage]);
     RowTileBrief next;
+    if (!first) pass_turn(before.number);
     if constexpr (!kLast) next = find(tiles + 1);
     wait_turn();
     ptx::wgmma_wait<1>();
@@ -513,7 +520,7 @@ struct BackwardConsumer {
     ptx::settle(grad_query());
     release(storage.grad_out_empty[grad_out_stage]);
     add_from_registers();
-    const int32 added = brief.number;
+    before = brief;
     ++tiles;
     if constexpr (kLast) {
       ptx::wgmma_wait<0>();
@@ -526,8 +533,9 @@ struct BackwardConsumer {
     }
     ptx::settle(rK);
     release(storage.query_empty[stage]);
-    pass_turn(added);
-    if constexpr (!kLast) {
+    if constexpr (kLast) {
+      pass_turn(before.number);
+    } else {
       apply_logits(work, logits);
       exponentiate<0>(logits);
       exponentiate<kHalf>(logits);

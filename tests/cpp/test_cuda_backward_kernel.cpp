@@ -399,7 +399,7 @@ void check(const Problem& problem) {
     emulator::launch(grid(ceil_div(c.row_words * c.key_words, kTransposeWarps), p.heads, p.batch),
                      kTransposeWarps * kWarpThreads, [&] { transpose_bits<kN>(params); });
   if (p.block_mask)
-    emulator::launch(grid(ceil_div(c.key_blocks, kColumnWarps), p.heads, 1), kColumnWarps * kWarpThreads,
+    emulator::launch(grid(ceil_div(c.key_blocks, kColumnBlocks), p.heads, 1), kListThreads,
                      [&] { block_columns<kN>(params); });
   emulator::launch(grid(1, 1, 1), kBackwardThreads, [&] { sm90::backward<C>(params); });
   emulator::launch(by_row_tile, 2 * kM, [&] { backward_finish<Types>(params); });

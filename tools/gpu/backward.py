@@ -117,7 +117,7 @@ class BackwardConfig:
         }[self.mask]  # fmt: skip
         if self.bits:
             rows = f"BitmapRows<{rows}, {self.block_n}>"
-        columns = f"""extern "C" __global__ void __launch_bounds__(32 * kColumnWarps)
+        columns = f"""extern "C" __global__ void __launch_bounds__(kListThreads)
 fsa_block_columns(const __grid_constant__ BackwardParams params) {{
   block_columns<{self.block_n}>(params);
 }}
@@ -293,7 +293,7 @@ class Backward:
             stride = key_blocks if mask_heads > 1 else 0
             lists = (counts.data_ptr(), entries.data_ptr(), 0, stride, row_blocks)
             counts = (counts, entries)
-            column_grid = (-(-key_blocks // 4), mask_heads, 1)
+            column_grid = (-(-key_blocks // 32), mask_heads, 1)
 
         def pointer(tensor) -> int:
             return 0 if tensor is None else tensor.data_ptr()
@@ -353,7 +353,7 @@ class Backward:
             words = columns.shape[-1] * p.gate_bits.shape[-1]
             launches.append(launcher(self.transpose, (-(-words // 4), heads, batch), 128))
         if column_grid is not None:
-            launches.append(launcher(self.columns, column_grid, 128))
+            launches.append(launcher(self.columns, column_grid, 512))
         launches.append(
             launcher(self.main, (max(1, min(self.processors, units)), 1, 1), 384, config.shared_bytes)
         )

@@ -16,7 +16,8 @@ namespace {
 
 // Queries, gradients and float32 sums of the heads that run at one time; K and V stay with their processors.
 constexpr std::int64_t kBackwardL2Bytes = std::int64_t{40} << 20;
-constexpr unsigned kColumnWarps = 4;  // of a block, in the kernels that make columns of rows
+constexpr unsigned kTransposeWarps = 4;  // of a block of transpose_bits
+constexpr unsigned kColumnBlocks = 32;   // key blocks of a block of block_columns
 
 unsigned extent(std::int64_t value) { return static_cast<unsigned>(value); }
 
@@ -163,7 +164,7 @@ class BackwardCall : KernelCall {
     params_.column_bits = {part<std::int32_t>(parts_.column_bits),
                            p_.packed_k ? 0 : p_.num_heads * tiles * width, tiles * width, width};
     launch(loaded(transpose_bits_kernel(p_)),
-           {extent(ceil_div(width * params_.forward.gate_bits.stride_tile, kColumnWarps)),
+           {extent(ceil_div(width * params_.forward.gate_bits.stride_tile, kTransposeWarps)),
             extent(p_.num_heads), extent(p_.batch)},
            &params_);
   }
@@ -178,7 +179,7 @@ class BackwardCall : KernelCall {
     params_.list_stride_batch = batch > 1 ? key_blocks * p_.mask_heads : 0;
     params_.list_capacity = static_cast<std::int32_t>(p_.row_blocks());
     launch(loaded(block_columns_kernel(p_)),
-           {extent(ceil_div(key_blocks, kColumnWarps)), extent(p_.mask_heads), extent(batch)}, &params_);
+           {extent(ceil_div(key_blocks, kColumnBlocks)), extent(p_.mask_heads), extent(batch)}, &params_);
   }
 
   static std::int32_t padded(std::int64_t dim) { return static_cast<std::int32_t>(ceil_div(dim, 8) * 8); }

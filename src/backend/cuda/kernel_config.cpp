@@ -13,6 +13,7 @@ using kernels::ForwardTile;
 constexpr unsigned kBitmapThreads = 128;
 constexpr unsigned kCopyThreads = 256;
 constexpr unsigned kPrepareThreads = 256, kSumSinkThreads = 256, kColumnThreads = 128;
+constexpr unsigned kListThreads = 512;
 
 std::ostringstream text_stream() {
   std::ostringstream text;
@@ -154,12 +155,12 @@ std::string backward_text(const KernelConfig& config) {
   return text.str();
 }
 
-// `function` of common/, which makes columns of rows with a warp for each piece.
-std::string columns_text(const KernelConfig& config, const char* function, const char* warps) {
+// `function` of common/, which makes columns of rows with so many threads a block.
+std::string columns_text(const KernelConfig& config, const char* function, const char* threads) {
   std::ostringstream text = text_stream();
   text << "#include \"common/" << function << ".cuh\"\n\n"
        << "using namespace fsa::kernels;\n"
-       << "static_assert(32 * " << warps << " == " << threads_of(config)
+       << "static_assert(" << threads << " == " << threads_of(config)
        << ", \"the host launches that many\");\n"
        << "extern \"C\" __global__ void __launch_bounds__(" << threads_of(config) << ")\n"
        << "fsa_" << function << "(const __grid_constant__ BackwardParams params) {\n"
@@ -273,9 +274,10 @@ jit::KernelSource source_of(const KernelConfig& config) {
     case KernelKind::copy_rows:
       return {name, arch, "fsa_copy_rows", copy_rows_text(config)};
     case KernelKind::transpose_bits:
-      return {name, arch, "fsa_transpose_bits", columns_text(config, "transpose_bits", "kTransposeWarps")};
+      return {name, arch, "fsa_transpose_bits",
+              columns_text(config, "transpose_bits", "32 * kTransposeWarps")};
     case KernelKind::block_columns:
-      return {name, arch, "fsa_block_columns", columns_text(config, "block_columns", "kColumnWarps")};
+      return {name, arch, "fsa_block_columns", columns_text(config, "block_columns", "kListThreads")};
     case KernelKind::backward:
     case KernelKind::backward_prepare:
     case KernelKind::backward_finish:
@@ -296,8 +298,9 @@ unsigned threads_of(const KernelConfig& config) {
     case KernelKind::copy_rows:
       return kCopyThreads;
     case KernelKind::transpose_bits:
-    case KernelKind::block_columns:
       return kColumnThreads;
+    case KernelKind::block_columns:
+      return kListThreads;
     case KernelKind::backward:
       return static_cast<unsigned>(kernels::kBackwardThreads);
     case KernelKind::backward_prepare:
