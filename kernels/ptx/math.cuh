@@ -74,6 +74,14 @@ FSA_DEVICE float2 unpack(uint32 packed) {
   return make_float2(low, high);
 }
 
+// Four 8x8 matrices of 2-byte elements, as one multiply's A; lane l gives the address of row l % 8 of matrix l / 8.
+FSA_DEVICE void load_matrices(uint32 address, uint32& m0, uint32& m1, uint32& m2, uint32& m3) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m0), "=r"(m1), "=r"(m2), "=r"(m3)
+               : "r"(address)
+               : "memory");
+}
+
 // Four 8x8 matrices of 2-byte elements; lane l gives the address of row l % 8 of matrix l / 8.
 FSA_DEVICE void store_matrices(uint32 address, uint32 m0, uint32 m1, uint32 m2, uint32 m3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),

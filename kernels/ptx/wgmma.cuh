@@ -218,19 +218,30 @@ FSA_DEVICE void multiply_registers(float (&d)[kN / 2], uint32 a0, uint32 a1, uin
   }
 }
 
-// D = A B with A in registers, B in shared memory with the 16 inner values contiguous.
-template <ElementType kElement, int32 kN>
+#define FSA_WGMMA_REGISTERS_COLUMNS(N, A0, A1, A2, A3, B)           \
+  if constexpr (kBf16 && kAccumulate)                               \
+    FSA_WGMMA_REGISTERS_AS(N, "bf16", A0, A1, A2, A3, B, "1", "0"); \
+  else if constexpr (kBf16)                                         \
+    FSA_WGMMA_REGISTERS_AS(N, "bf16", A0, A1, A2, A3, B, "0", "0"); \
+  else if constexpr (kAccumulate)                                   \
+    FSA_WGMMA_REGISTERS_AS(N, "f16", A0, A1, A2, A3, B, "1", "0");  \
+  else                                                              \
+    FSA_WGMMA_REGISTERS_AS(N, "f16", A0, A1, A2, A3, B, "0", "0")
+
+// A in registers, B in shared memory with the 16 inner values contiguous.
+template <ElementType kElement, int32 kN, bool kAccumulate>
 FSA_DEVICE void multiply_registers_columns(float (&d)[kN / 2], uint32 a0, uint32 a1, uint32 a2, uint32 a3,
                                            uint64 b) {
-  static_assert(kElement == ElementType::bf16, "add float16 to ptx/wgmma.cuh");
-  if constexpr (kN == 32)
-    FSA_WGMMA_REGISTERS_AS(32, "bf16", "%16", "%17", "%18", "%19", "%20", "0", "0");
-  else if constexpr (kN == 64)
-    FSA_WGMMA_REGISTERS_AS(64, "bf16", "%32", "%33", "%34", "%35", "%36", "0", "0");
-  else if constexpr (kN == 128)
-    FSA_WGMMA_REGISTERS_AS(128, "bf16", "%64", "%65", "%66", "%67", "%68", "0", "0");
-  else
+  constexpr bool kBf16 = kElement == ElementType::bf16;
+  if constexpr (kN == 32) {
+    FSA_WGMMA_REGISTERS_COLUMNS(32, "%16", "%17", "%18", "%19", "%20");
+  } else if constexpr (kN == 64) {
+    FSA_WGMMA_REGISTERS_COLUMNS(64, "%32", "%33", "%34", "%35", "%36");
+  } else if constexpr (kN == 128) {
+    FSA_WGMMA_REGISTERS_COLUMNS(128, "%64", "%65", "%66", "%67", "%68");
+  } else {
     static_assert(kN == 0, "add this width to ptx/wgmma.cuh");
+  }
 }
 
 #undef FSA_TEXT_0
@@ -275,5 +286,6 @@ FSA_DEVICE void multiply_registers_columns(float (&d)[kN / 2], uint32 a0, uint32
 #undef FSA_WGMMA_SHARED_ROWS
 #undef FSA_WGMMA_REGISTERS
 #undef FSA_WGMMA_REGISTERS_AS
+#undef FSA_WGMMA_REGISTERS_COLUMNS
 
 }  // namespace fsa::kernels::ptx

@@ -48,9 +48,10 @@ struct BackwardConsumer {
   // Of the row vector that is wanted next, read while multiplies run.
   float4 ahead[Types::kUnitsAhead];  // not where they are folded
 
-  float rS[kScoreCount];                                   // S, then P
-  float rD[kScoreCount];                                   // dP, then dS, then dQ
-  float separate[kQuerySharesProducts ? 1 : kQueryCount];  // dQ, where it does not fit there
+  uint32 rHeld[Types::kHeldSteps > 0 ? 4 * Types::kHeldSteps : 1];  // V
+  float rS[kScoreCount];                                            // S, then P
+  float rD[kScoreCount];                                            // dP, then dS, then dQ
+  float separate[kQuerySharesProducts ? 1 : kQueryCount];           // dQ, where it does not fit there
   uint32 rP[kScoreCount / 2];
   uint32 rdS[kScoreCount / 2];
   float rK[Types::kGradDim / 2];
@@ -115,7 +116,7 @@ struct BackwardConsumer {
                                             : 0);
     const uint64 b = repeated_rows(shared_address(
         reinterpret_cast<const uint4*>(storage.row_vectors[query(tile).stage()]) + first_row()));
-    ptx::multiply_registers_columns<ElementType::bf16, Types::kScoreRows>(r, ones, ones, 0, 0, b);
+    ptx::multiply_registers_columns<ElementType::bf16, Types::kScoreRows, false>(r, ones, ones, 0, 0, b);
   }
 
   // S^T = K Q^T
@@ -134,6 +135,16 @@ struct BackwardConsumer {
     ptx::wgmma_commit();
   }
 
+  // The first columns of the warpgroup's V, as A.
+  FSA_DEVICE void hold_values() {
+    const int32 key = first_key() + thread / kWarpThreads * 16 + lane() % 16;
+    const uint32 base = shared_address(storage.value);
+#pragma unroll
+    for (int32 step = 0; step < Types::kHeldSteps; ++step)
+      ptx::load_matrices(base + ValueRows::unit_offset(key, 2 * step + lane() / 16), rHeld[4 * step],
+                         rHeld[4 * step + 1], rHeld[4 * step + 2], rHeld[4 * step + 3]);
+  }
+
   // dP^T = V dO^T
   FSA_DEVICE void issue_products(uint32 tile) {
     ptx::wgmma_fence();
@@ -143,7 +154,12 @@ struct BackwardConsumer {
     const uint64 b = GradOutRows::inner_columns(shared_address(storage.grad_out[grad_out(tile).stage()]) +
                                                 first_row() * kLineBytes);
 #pragma unroll
-    for (int32 step = 0; step < Types::kDimV / 16; ++step)
+    for (int32 step = 0; step < Types::kHeldSteps; ++step)
+      ptx::multiply_registers_columns<kElement, Types::kScoreRows, true>(
+          rD, rHeld[4 * step], rHeld[4 * step + 1], rHeld[4 * step + 2], rHeld[4 * step + 3],
+          GradOutRows::advance(b, GradOutRows::inner_columns_offset(step)));
+#pragma unroll
+    for (int32 step = Types::kHeldSteps; step < Types::kDimV / 16; ++step)
       ptx::multiply_shared<kElement, Types::kScoreRows>(
           rD, ValueRows::advance(a, ValueRows::inner_columns_offset(step)),
           GradOutRows::advance(b, GradOutRows::inner_columns_offset(step)), Types::kFolded || step != 0);
@@ -569,6 +585,7 @@ struct BackwardConsumer {
     ptx::wait(storage.value_full, work.loads & 1);
     if (work.partial(Types::kBlockN))
       clear_rows<ValueRows, Types::kBlockN>(storage.value, work.seqlen_k - work.n_begin);
+    hold_values();
     start_products(tiles, brief);
     ptx::wgmma_wait<1>();
     ptx::settle(rS);

@@ -48,6 +48,14 @@ struct BackwardTypes {
   static constexpr bool kStagedGradQuery = kTile.stage_grad_query != 0;
   static constexpr bool kStageInScores = backward_stages_in_scores(kTile);
 
+  // Of dP's A operand, steps of 16 columns that stay in registers: 128 of 3070 wavefronts of shared memory a tile.
+  // At head_dim 128 there are 20 registers left.
+#ifdef FSA_HELD
+  static constexpr int32 kHeldSteps = kSplitKeys && kFolded && kDim == 128 ? FSA_HELD : 0;
+#else
+  static constexpr int32 kHeldSteps = kSplitKeys && kFolded && kDim == 128 ? 4 : 0;
+#endif
+
   using KeyRows = SwizzledTile<kBlockN, kDim>;
   using ValueRows = SwizzledTile<kBlockN, kDimV>;
   using QueryRows = SwizzledTile<kBlockM, kDim>;

@@ -36,6 +36,17 @@ float2 unpack(uint32 packed) {
 }
 
 // Lane l writes row l % 8 of matrix l / 8, of which each of four lanes has two elements.
+inline void load_matrices(uint32 address, uint32& m0, uint32& m1, uint32& m2, uint32& m3) {
+  emulator::Warp& warp = emulator::warp();
+  const int lane = emulator::lane();
+  std::memcpy(&warp.registers[lane / 8][lane % 8 * 4], emulator::shared_memory + static_cast<int32>(address),
+              16);
+  emulator::sync_warp();
+  uint32* const mine[4] = {&m0, &m1, &m2, &m3};
+  for (int i = 0; i < 4; ++i) *mine[i] = warp.registers[i][lane];
+  emulator::sync_warp();
+}
+
 inline void store_matrices(uint32 address, uint32 m0, uint32 m1, uint32 m2, uint32 m3) {
   emulator::Warp& warp = emulator::warp();
   const int lane = emulator::lane();

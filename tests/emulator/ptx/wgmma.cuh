@@ -51,7 +51,8 @@ struct RepeatedRows {
   float operator()(int32 outer, int32 inner) const {
     uint16 bits;
     std::memcpy(&bits,
-                emulator::shared_memory + start + outer / 8 * group_stride + outer % 8 * 16 + inner % 8 * 2, 2);
+                emulator::shared_memory + start + outer / 8 * group_stride + outer % 8 * 16 + inner % 8 * 2,
+                2);
     return float_of_bf16(bits);
   }
 };
@@ -97,9 +98,13 @@ void multiply_registers(float (&d)[kN / 2], uint32 a0, uint32 a1, uint32 a2, uin
   multiply_quads<kN>(d, true, a0, a1, a2, a3, SharedOperand(b, true));
 }
 
-template <ElementType kElement, int32 kN>
+// Rows of eight elements have no swizzle, and say so in their descriptor.
+template <ElementType kElement, int32 kN, bool kAccumulate>
 void multiply_registers_columns(float (&d)[kN / 2], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint64 b) {
-  multiply_quads<kN>(d, false, a0, a1, a2, a3, RepeatedRows(b));
+  if (b >> 62 == 0)
+    multiply_quads<kN>(d, kAccumulate, a0, a1, a2, a3, RepeatedRows(b));
+  else
+    multiply_quads<kN>(d, kAccumulate, a0, a1, a2, a3, SharedOperand(b, false));
 }
 
 }  // namespace fsa::kernels::ptx
