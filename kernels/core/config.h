@@ -48,7 +48,7 @@ constexpr int32 forward_value_bytes(const ForwardTile& t) {
 }
 
 inline constexpr int32 kWorkTileBytes = 144;
-inline constexpr int32 kTileInfoBytes = 16;
+inline constexpr int32 kListedTileBytes = 12;
 inline constexpr int32 kForwardWorkSlots = 4;  // of the forward kernel, whose query stages hold up more
 
 // Dynamic shared memory of the forward kernel; the kernel asserts that its SharedStorage has this size.
@@ -57,7 +57,8 @@ constexpr int32 forward_shared_bytes(const ForwardTile& t) {
                       t.value_stages * forward_value_bytes(t);
   const int32 barriers = 8 * 2 * (t.query_stages + t.key_stages + t.value_stages + kForwardWorkSlots);
   const int32 scalars = t.key_scalars * t.key_stages * t.block_n * 4;
-  const int32 infos = kForwardWorkSlots * (kWorkTileBytes + kTileInfoBytes) + t.key_stages * kTileInfoBytes;
+  const int32 infos =
+      kForwardWorkSlots * (kWorkTileBytes + kListedTileBytes) + t.key_stages * kListedTileBytes;
   return round_up(tiles + scalars + infos + barriers, kSharedAlignment);
 }
 

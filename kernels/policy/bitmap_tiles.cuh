@@ -78,7 +78,8 @@ struct BitmapTiles {
 
   FSA_DEVICE static void describe(const ForwardParams& params, ListedWorkTile& work) {
     Visible::describe(params, work);
-    if (work.num_segments > 0) Walk(params, work).next(work.first);
+    TileInfo first;
+    if (work.num_segments > 0 && Walk(params, work).next(first)) work.first = first;
   }
 };
 

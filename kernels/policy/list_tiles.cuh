@@ -142,7 +142,9 @@ struct ListTiles {
   };
 
   FSA_DEVICE static void describe(const ForwardParams& params, ListedWorkTile& work) {
-    work.num_segments = work.seqlen_k > 0 && Walk(params, work).next(work.first) ? 1 : 0;
+    TileInfo first;
+    work.num_segments = work.seqlen_k > 0 && Walk(params, work).next(first) ? 1 : 0;
+    if (work.num_segments > 0) work.first = first;
   }
 };
 

@@ -24,13 +24,30 @@ struct TileInfo {
   int32 block_key;  // the tile's first key, from the start of that block
 
   static constexpr int32 kMasked = 1;    // some element is invisible to some row
-  static constexpr int32 kOwnShift = 8;  // bit 8 + w: warpgroup w visits it
+  static constexpr int32 kOwnShift = 1;  // bit 1 + w: warpgroup w visits it
+  static constexpr int32 kFlagBits = 4;
 
   FSA_DEVICE bool exists() const { return tile >= 0; }
   FSA_DEVICE bool masked() const { return (flags & kMasked) != 0; }
   FSA_DEVICE bool belongs_to(int32 warpgroup) const { return (flags >> (kOwnShift + warpgroup) & 1) != 0; }
 };
-static_assert(sizeof(TileInfo) == kTileInfoBytes, "config.h must know the size of a TileInfo");
+
+// A TileInfo in shared memory, tile and flags in one word: a loop that is steered by one word from a uniform address
+// keeps its stages and descriptors in uniform registers. Steered by two, or by what a shuffle or a vote makes of them,
+// it does not (ptxas of CUDA 13.0), and a sixth of the instructions of a step are copies between registers.
+struct ListedTile {
+  int32 place;
+  int32 block;
+  int32 block_key;
+
+  ListedTile() = default;
+  FSA_DEVICE ListedTile(const TileInfo& info)
+      : place(info.tile << TileInfo::kFlagBits | info.flags), block(info.block), block_key(info.block_key) {}
+  FSA_DEVICE TileInfo info() const {
+    return {place >> TileInfo::kFlagBits, place & ((1 << TileInfo::kFlagBits) - 1), block, block_key};
+  }
+};
+static_assert(sizeof(ListedTile) == kListedTileBytes, "config.h must know the size of a ListedTile");
 
 struct WorkTile {
   int32 sequence;     // -1: no more work
@@ -53,7 +70,7 @@ static_assert(sizeof(WorkTile) == kWorkTileBytes, "config.h must know the size o
 
 // With the first tile of its list; each further one travels with the keys of the one before.
 struct ListedWorkTile : WorkTile {
-  TileInfo first;
+  ListedTile first;
 };
 
 // Where the bits of a row tile of 64 rows begin, in a map over skip tiles.

@@ -100,7 +100,7 @@ FSA_DEVICE void produce(const ForwardParams& params, ForwardStorage<Types>& stor
   const auto load_key = [&](const WorkTile& work, int32 tile, const TileInfo& next) {
     ptx::Mbarrier& full = storage.key_full[key.stage()];
     ptx::wait(storage.key_empty[key.stage()], key.phase() ^ 1);
-    if constexpr (Types::Tiles::kListed) storage.info[key.stage()] = next;
+    if constexpr (Types::Tiles::kListed) storage.following[key.stage()] = next;
     ptx::arrive_expect_bytes(full, Types::KeyTile::kBytes + Types::kKeyScalarBytes);
     Source::template load_key<Types::kBlockN, Types::kPaddedDim>(params, work, tile, storage.key[key.stage()],
                                                                  full);

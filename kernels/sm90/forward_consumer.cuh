@@ -148,7 +148,7 @@ struct Consumer {
     wait_key();
     issue_scores(r);
     const int32 stage = key.stage();
-    if constexpr (kListed) following = read(storage.info[stage]);
+    if constexpr (kListed) following = storage.following[stage].info();
     key.advance();
     return stage;
   }
@@ -250,15 +250,10 @@ struct Consumer {
 
   // ---- Tiles of a list ----
 
-  // In uniform registers where it steers a loop: stages and descriptors depend on that.
-  FSA_DEVICE static TileInfo read(const TileInfo& info) {
-    return {warp_uniform(info.tile), warp_uniform(info.flags), info.block, info.block_key};
-  }
-
   FSA_DEVICE void pass_over_key() {
     release_query();  // it may be long until a multiply of its own does
     wait_key();
-    following = read(storage.info[key.stage()]);
+    following = storage.following[key.stage()].info();
     __syncwarp();
     release_key(key.stage());
     key.advance();
@@ -531,7 +526,7 @@ struct Consumer {
 
   FSA_DEVICE void attend(const ListedWorkTile& work) {
     query_address = shared_address(storage.query[query.stage()] + index * (kRowsPerWarpgroup * kLineBytes));
-    if constexpr (kListed) following = read(work.first);
+    if constexpr (kListed) following = work.first.info();
     const LogitChain logit(params, work, work.m_begin + row, params.softmax_scale_log2);
     ptx::wait(storage.query_full[query.stage()], query.phase());
 

@@ -83,7 +83,7 @@ struct alignas(kSharedAlignment) ForwardStorage {
   uint8 key[Types::kKeyStages][Types::KeyTile::kBytes];
   uint8 value[Types::kValueStages][Types::ValueTile::kBytes];
   [[no_unique_address]] KeyScalarStages<Types::kKeyStages, Types::kKeyScalarBytes / 4> key_scalars;
-  TileInfo info[Types::kKeyStages];  // of the listed tile after the one whose keys are there
+  ListedTile following[Types::kKeyStages];  // the listed tile after the one whose keys are there
   ListedWorkTile work[kForwardWorkSlots];
   ptx::Mbarrier query_full[Types::kQueryStages];
   ptx::Mbarrier query_empty[Types::kQueryStages];
