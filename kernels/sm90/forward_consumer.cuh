@@ -171,6 +171,13 @@ struct Consumer {
     Types::Mask::apply(params, work, info, r, work.m_begin + row, info.tile * Types::kBlockN);
   }
 
+  FSA_DEVICE void update_softmax(const LogitChain& logit) {
+    if constexpr (LogitChain::kBounded)
+      softmax.update_bounded(rS, logit.scale());
+    else
+      softmax.update(rS, logit.scale());
+  }
+
   FSA_DEVICE void pack_probabilities(const Scores& r) {
 #pragma unroll
     for (int32 i = 0; i < Types::kBlockN / 4; ++i) rP[i] = ptx::pack<Types::kElement>(r[2 * i], r[2 * i + 1]);
@@ -200,7 +207,7 @@ struct Consumer {
     take_scores(logit, rS, info.tile, stage);
     if (info.masked()) mask(work, info, rS);
     clear_unused_values(work, info.tile);
-    softmax.update(rS, logit.scale());
+    update_softmax(logit);
     if constexpr (kListed) {  // O may hold earlier tiles
       if (softmax.grown) softmax.rescale(rO);
     }
@@ -216,7 +223,7 @@ struct Consumer {
     ptx::wgmma_wait<1>();
     take_scores(logit, rS, info.tile, stage);
     if constexpr (kMasked) mask(work, info, rS);
-    softmax.update(rS, logit.scale());
+    update_softmax(logit);
     wait_output_late();
     if (softmax.grown) softmax.rescale(rO);
     release_value();
