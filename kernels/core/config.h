@@ -50,16 +50,14 @@ constexpr int32 forward_value_bytes(const ForwardTile& t) {
 
 inline constexpr int32 kWorkTileBytes = 144;
 inline constexpr int32 kListedTileBytes = 12;
-inline constexpr int32 kForwardWorkSlots = 4;  // of the forward kernel, whose query stages hold up more
 
 // Dynamic shared memory of the forward kernel; the kernel asserts that its SharedStorage has this size.
 constexpr int32 forward_shared_bytes(const ForwardTile& t) {
   const int32 tiles = t.query_stages * forward_query_bytes(t) + t.key_stages * forward_key_bytes(t) +
                       t.value_stages * forward_value_bytes(t);
-  const int32 barriers = 8 * 2 * (t.query_stages + t.key_stages + t.value_stages + kForwardWorkSlots);
+  const int32 barriers = 8 * 2 * (t.query_stages + t.key_stages + t.value_stages + kWorkSlots);
   const int32 scalars = t.key_scalars * t.key_stages * t.block_n * 4;
-  const int32 infos =
-      kForwardWorkSlots * (kWorkTileBytes + kListedTileBytes) + t.key_stages * kListedTileBytes;
+  const int32 infos = kWorkSlots * (kWorkTileBytes + kListedTileBytes) + t.key_stages * kListedTileBytes;
   return round_up(tiles + scalars + infos + barriers, kSharedAlignment);
 }
 

@@ -46,7 +46,7 @@ FSA_DEVICE void init_barriers(ForwardStorage<Types>& storage) {
     ptx::init(storage.value_full[i], 1);
     ptx::init(storage.value_empty[i], Types::kConsumerWarps);
   }
-  for (int32 i = 0; i < kForwardWorkSlots; ++i) {
+  for (int32 i = 0; i < kWorkSlots; ++i) {
     ptx::init(storage.work_full[i], 1);
     ptx::init(storage.work_empty[i], Types::kConsumerWarps + 1);
   }
@@ -58,7 +58,7 @@ FSA_DEVICE void init_barriers(ForwardStorage<Types>& storage) {
 template <class Types>
 FSA_DEVICE void announce(const ForwardParams& params, ForwardStorage<Types>& storage) {
   typename Types::Schedule schedule(params);
-  Ring<kForwardWorkSlots> slot;
+  Ring<kWorkSlots> slot;
   Ring<Types::kQueryStages> query;
   for (;; slot.advance()) {
     ptx::wait(storage.work_empty[slot.stage()], slot.phase() ^ 1);
@@ -85,7 +85,7 @@ FSA_DEVICE void announce(const ForwardParams& params, ForwardStorage<Types>& sto
 template <class Types>
 FSA_DEVICE void produce(const ForwardParams& params, ForwardStorage<Types>& storage) {
   using Source = typename Types::Source;
-  Ring<kForwardWorkSlots> slot;
+  Ring<kWorkSlots> slot;
   Ring<Types::kKeyStages> key;
   Ring<Types::kConsumerValueStages> value;
 

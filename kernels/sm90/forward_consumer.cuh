@@ -41,7 +41,7 @@ struct Consumer {
   const int32 row;       // first of the thread's rows in the work tile
   uint32 query_address;  // of the warpgroup's rows
 
-  Ring<kForwardWorkSlots> slot;
+  Ring<kWorkSlots> slot;
   Ring<Types::kQueryStages> query;
   Ring<Types::kKeyStages> key;
   Ring<Types::kConsumerValueStages> value;

@@ -86,15 +86,15 @@ struct alignas(kSharedAlignment) ForwardStorage {
   uint8 value[Types::kValueStages][Types::ValueTile::kBytes];
   [[no_unique_address]] KeyScalarStages<Types::kKeyStages, Types::kKeyScalarBytes / 4> key_scalars;
   ListedTile following[Types::kKeyStages];  // the listed tile after the one whose keys are there
-  ListedWorkTile work[kForwardWorkSlots];
+  ListedWorkTile work[kWorkSlots];
   ptx::Mbarrier query_full[Types::kQueryStages];
   ptx::Mbarrier query_empty[Types::kQueryStages];
   ptx::Mbarrier key_full[Types::kKeyStages];
   ptx::Mbarrier key_empty[Types::kKeyStages];
   ptx::Mbarrier value_full[Types::kValueStages];
   ptx::Mbarrier value_empty[Types::kValueStages];
-  ptx::Mbarrier work_full[kForwardWorkSlots];
-  ptx::Mbarrier work_empty[kForwardWorkSlots];
+  ptx::Mbarrier work_full[kWorkSlots];
+  ptx::Mbarrier work_empty[kWorkSlots];
 };
 
 }  // namespace fsa::kernels::sm90

@@ -24,7 +24,7 @@ from nvrtc import ForwardConfig, compile_config, summary, with_checks
 
 OPEN_WINDOW = 1 << 30
 LOG2E = math.log2(math.e)
-L2_BUDGET_BYTES = 32 << 20
+WAVE_BYTES, LISTED_WAVE_BYTES = 64 << 20, 16 << 20
 
 # (head_dim, block_m x block_n) -> stages of query, key and value.
 TILES = {
@@ -226,7 +226,8 @@ class Kernel:
              self.driver.tensor_map(p.v, self.config.block_n), self.driver.tensor_map(out, 64)]
         )  # fmt: skip
         head_bytes = max(max_k, 1) * 2 * (head_dim + p.v.shape[-1])
-        heads_per_wave = max(1, min(batch * heads, L2_BUDGET_BYTES // head_bytes * (heads // kv_heads)))
+        wave_bytes = WAVE_BYTES if p.blocks is None else LISTED_WAVE_BYTES
+        heads_per_wave = max(1, min(batch * heads, wave_bytes // head_bytes * (heads // kv_heads)))
 
         def pointer(tensor) -> int:
             return 0 if tensor is None else tensor.data_ptr()

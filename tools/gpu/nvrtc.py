@@ -69,8 +69,8 @@ class ForwardConfig:
         tiles = self.query_stages * self.block_m * dim * 2
         tiles += self.block_n * (self.key_stages * dim + self.value_stages * dim_v) * 2
         scalars = self.key_scalars * self.key_stages * self.block_n * 4
-        barriers = 8 * 2 * (self.query_stages + self.key_stages + self.value_stages + 4)
-        return -(-(tiles + scalars + 4 * (144 + 12) + self.key_stages * 12 + barriers) // 1024) * 1024
+        barriers = 8 * 2 * (self.query_stages + self.key_stages + self.value_stages + 2)
+        return -(-(tiles + scalars + 2 * (144 + 12) + self.key_stages * 12 + barriers) // 1024) * 1024
 
     @property
     def mask_type(self) -> str:

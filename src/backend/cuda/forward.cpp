@@ -74,8 +74,9 @@ class ForwardCall : KernelCall {
   void fill_wave() {
     const std::int64_t head_bytes =
         std::max<std::int64_t>(p_.max_seqlen_k, 1) * kernels::kElementBytes * (p_.head_dim + p_.head_dim_v);
+    const std::int64_t wave_bytes = p_.has_block_mask ? kListedWaveBytes : kWaveBytes;
     params_.heads_per_wave = static_cast<std::int32_t>(std::clamp<std::int64_t>(
-        kL2Bytes / head_bytes * p_.group_size, 1, std::max<std::int64_t>(1, p_.batch * p_.num_heads)));
+        wave_bytes / head_bytes * p_.group_size, 1, std::max<std::int64_t>(1, p_.batch * p_.num_heads)));
   }
 
   void fill_maps(const Operand& query, const Operand& key, const Operand& value, const Operand& out) {
