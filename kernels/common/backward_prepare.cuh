@@ -43,8 +43,9 @@ FSA_DEVICE uint4 folded_row(float lse, float out_dot_grad) {
     lse -= part.x;
     out_dot_grad -= part.y;
   }
-  return {parts[0] & 0xffffu | parts[1] << 16, parts[2] & 0xffffu | parts[0] & 0xffff0000u,
-          parts[1] >> 16 | parts[2] & 0xffff0000u, 0};
+  constexpr uint32 kLow = 0xffffu, kHigh = ~kLow;
+  return {(parts[0] & kLow) | (parts[1] << 16), (parts[2] & kLow) | (parts[0] & kHigh),
+          (parts[1] >> 16) | (parts[2] & kHigh), 0};
 }
 
 template <class Types>

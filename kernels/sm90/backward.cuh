@@ -106,19 +106,19 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
     if (!found) continue;
 
     ++state.loads;
-    for (bool first = true; found; ++tiles, first = false) {
+    state.first_tile = tiles;
+    for (; found; ++tiles) {
       // All but the loads before the wait: it takes 1500 clocks through busy shared memory.
       RowTileInfo& info = storage.info[tiles % Types::kInfoStages];
       info = storage.next;
       found = state.walk.next(params, work, storage.next);
       if (!found) info.flags |= RowTileInfo::kLast;
       const int32 head = info.head, row = work.q_begin + info.tile * Types::kBlockM;
-      const int64 number = row_tile_number<Types::kBlockM>(params, work, head, info.tile);
+      const int32 number = static_cast<int32>(row_tile_number<Types::kBlockM>(params, work, head, info.tile));
       info.used = work.seqlen_q - info.tile * Types::kBlockM;
-      info.number = static_cast<int32>(number);
+      info.number = number;
       if constexpr (Types::kDeterministic)
         info.flags |= Types::Rows::rank(params, work, info) << RowTileBrief::kRankShift;
-      const float* const vectors = params.row_vectors + number * (Types::kRowVectorBytes / 4);
       const int32 batch = work.q_map_batch;
 
       const Ring<Types::kQueryStages> query = {tiles};
@@ -127,7 +127,9 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       ptx::arrive_expect_bytes(query_full, Types::QueryRows::kBytes + Types::kRowVectorBytes);
       load_rows<typename Types::QueryRows, Types::kBlockM>(params.forward.query_map, row, head, batch,
                                                            storage.query[query.stage()], query_full);
-      ptx::load_bytes(storage.row_vectors[query.stage()], vectors, Types::kRowVectorBytes, query_full);
+      ptx::load_bytes(storage.row_vectors[query.stage()],
+                      params.row_vectors + static_cast<int64>(number) * (Types::kRowVectorBytes / 4),
+                      Types::kRowVectorBytes, query_full);
 
       const Ring<Types::kGradOutStages> grad_out = {tiles};
       ptx::wait(storage.grad_out_empty[grad_out.stage()], grad_out.phase() ^ 1);
@@ -136,7 +138,7 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       load_rows<typename Types::GradOutRows, Types::kBlockM>(
           params.grad_out_map, row, head, batch, storage.grad_out[grad_out.stage()], grad_out_full);
 
-      if (first) {  // after Q and dO, which need not wait for the keys before
+      if (tiles == state.first_tile) {  // after Q and dO, which need not wait for the keys before
         ptx::wait(storage.keys_empty, (work.loads & 1) ^ 1);
         ptx::arrive_expect_bytes(storage.key_full, Types::KeyRows::kBytes);
         load_rows<typename Types::KeyRows, Types::kBlockN>(params.forward.key_map,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // One consumer warpgroup of the backward kernel: S, P, dS of its share of a tile, its share of dK and dV in
-// registers, its share of dQ added to global memory.
+// registers, its share of dQ handed to an adder or added from registers.
 #pragma once
 
 #include "policy/store_gradient.cuh"
@@ -395,7 +395,8 @@ struct BackwardConsumer {
     ptx::fence_shared_for_async();
     sync_consumers();
   }
-  // The row tile after `tile`, as soon as its Q is there.
+
+  // Row tile number `tile` of this CTA, as soon as its Q is there.
   FSA_DEVICE RowTileBrief find(uint32 tile) {
     ptx::wait(storage.query_full[query(tile).stage()], query(tile).phase());
     return info(tile);

@@ -50,11 +50,7 @@ struct BackwardTypes {
 
   // Of dP's A operand, steps of 16 columns that stay in registers: 128 of 3070 wavefronts of shared memory a tile.
   // At head_dim 128 there are 20 registers left.
-#ifdef FSA_HELD
-  static constexpr int32 kHeldSteps = kSplitKeys && kFolded && kDim == 128 ? FSA_HELD : 0;
-#else
   static constexpr int32 kHeldSteps = kSplitKeys && kFolded && kDim == 128 ? 4 : 0;
-#endif
 
   using KeyRows = SwizzledTile<kBlockN, kDim>;
   using ValueRows = SwizzledTile<kBlockN, kDimV>;
@@ -111,8 +107,9 @@ template <class Types>
 struct ProducerState {
   typename Types::Rows::Walk walk;
   typename Types::Schedule schedule;
-  int32 units;  // of work so far
-  int32 loads;  // of keys so far
+  int32 units;        // of work so far
+  int32 loads;        // of keys so far
+  uint32 first_tile;  // of this unit
 };
 
 template <class Types>

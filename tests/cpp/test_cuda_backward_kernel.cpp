@@ -451,7 +451,8 @@ TEST(BackwardKernel, SoftcapAlibiSink) {
   Problem problem = {1, 100, 200, 2, 1, 128, 128, 100, 200, true};
   problem.alibi = problem.sink = true;
   problem.softcap = 5;
-  check<Config<kTile128Logit, Causal, RangeRows<Causal, 64, 128>, Logit<Softcap, Alibi>, false, true>>(problem);
+  check<Config<kTile128Logit, Causal, RangeRows<Causal, 64, 128>, Logit<Softcap, Alibi>, false, true>>(
+      problem);
 }
 
 TEST(BackwardKernel, BlockMasks) {

@@ -82,9 +82,10 @@ std::vector<Kernel> chosen_kernels(const std::vector<std::string>& patterns) {
 // "Registers"); for all others 0. Their cost has not been measured.
 int known_stack_bytes(const std::string& name) {
   if (!name.starts_with("backward_sm90_")) return 0;
-  if (name.find("_loggate") != std::string::npos || name.find("_softcap") != std::string::npos) return 64;
-  return name.find("_deterministic") != std::string::npos || name.find("_blocks") != std::string::npos ? 8
-                                                                                                       : 0;
+  const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
+  if (has("_loggate")) return 64;
+  if (has("_blocks")) return 16;
+  return has("_gate") || has("_softcap") || has("_deterministic") ? 8 : 0;
 }
 
 // What is wrong with a compiled kernel; empty when nothing is.
