@@ -15,7 +15,6 @@ constexpr int32 skip_tile_keys(int32 head_dim) { return head_dim <= 128 ? 128 : 
 inline constexpr int32 kChunkColumns = 64;       // 128 bytes: the widest swizzled TMA box
 inline constexpr int32 kMaxSegments = 8;         // runs of key tiles that one work tile may visit
 inline constexpr int32 kWorkSlots = 2;           // work tiles announced ahead of the consumers
-inline constexpr float kLargestBoundedCap = 38;  // of SoftcapBounded: 2^55 and 2^-55 at the ends
 inline constexpr int32 kSharedAlignment = 1024;  // of a 128-byte swizzled tile
 
 // The shape of one forward kernel. Padded head dimensions: the tensor maps fill the columns beyond the real

@@ -27,7 +27,6 @@ struct LogitTile {
 // more per element than dense; an exact one would be two more.
 struct Softcap {
   static constexpr bool kKeyScalars = false;
-  static constexpr bool kBounded = false;
   float scale_out, factor;
 
   FSA_DEVICE Softcap(const ForwardParams& params, const WorkTile&, int32, float scale_in)
@@ -40,18 +39,9 @@ struct Softcap {
   }
 };
 
-// The same for caps up to kLargestBoundedCap. Where it comes last (kBounded) p = 2^logit lies between 2^-55 and 2^55,
-// which float32 and bf16 hold without a row maximum and fp16 does not. Finding and subtracting one made a step a
-// seventh longer.
-struct SoftcapBounded : Softcap {
-  static constexpr bool kBounded = true;
-  using Softcap::Softcap;
-};
-
 // Absolute error 2^-22 of the cap: where tiles are voted on, 2^-11 of a large logit would be felt.
 struct SoftcapExact {
   static constexpr bool kKeyScalars = false;
-  static constexpr bool kBounded = false;
   float scale_out, factor;
 
   FSA_DEVICE SoftcapExact(const ForwardParams& params, const WorkTile&, int32, float scale_in)
@@ -68,7 +58,6 @@ struct SoftcapExact {
 
 struct Alibi {
   static constexpr bool kKeyScalars = false;
-  static constexpr bool kBounded = false;
   float scale_out;
   float slope;  // in units of the values
   int32 position;
@@ -93,7 +82,6 @@ struct Alibi {
 template <bool kLogSigmoid>
 struct PairGate {
   static constexpr bool kKeyScalars = true;
-  static constexpr bool kBounded = false;
   float scale_out;
   float alpha[kRowsPerThread];
 
@@ -133,7 +121,6 @@ struct Logit;
 template <>
 struct Logit<> {
   static constexpr bool kKeyScalars = false;
-  static constexpr bool kBounded = false;
   float scale_out;
 
   FSA_DEVICE Logit(const ForwardParams&, const WorkTile&, int32, float scale_in) : scale_out(scale_in) {}
@@ -145,8 +132,6 @@ struct Logit<> {
 template <class First, class... Rest>
 struct Logit<First, Rest...> {
   static constexpr bool kKeyScalars = First::kKeyScalars || Logit<Rest...>::kKeyScalars;
-  static constexpr bool kBounded =
-      sizeof...(Rest) == 0 ? First::kBounded : Logit<Rest...>::kBounded;  // the last stage's
   First first;
   Logit<Rest...> rest;
 

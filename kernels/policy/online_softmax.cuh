@@ -34,20 +34,7 @@ struct OnlineSoftmax {
   template <int32 kCount>
   FSA_DEVICE void update(float (&rS)[kCount], const RowPair& top, float scale) {
     raise(top, scale);
-    float base[kRowsPerThread];
-#pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot)  // a row that has seen no key: 2^-inf, not 2^NaN
-      base[slot] = row_max[slot] == -kInfinity ? 0.0f : row_max[slot] * scale;
-    exponentiate(rS, scale, base);
-  }
-
-  // The same for logits near enough to zero: m = 0, and nothing ever grows.
-  template <int32 kCount>
-  FSA_DEVICE void update_bounded(float (&rS)[kCount], float scale) {
-#pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot) row_max[slot] = 0;
-    const float base[kRowsPerThread] = {0, 0};
-    exponentiate(rS, scale, base);
+    exponentiate(rS, scale);
   }
 
   template <int32 kCount>
@@ -85,7 +72,6 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
       row_sum[slot] = total(slot);
-      if (row_sum[slot] == 0) row_max[slot] = -kInfinity;  // of update_bounded
       factor[slot] = 1;
     }
   }
@@ -128,7 +114,11 @@ struct OnlineSoftmax {
   }
 
   template <int32 kCount>
-  FSA_DEVICE void exponentiate(float (&rS)[kCount], float scale, const float (&base)[kRowsPerThread]) {
+  FSA_DEVICE void exponentiate(float (&rS)[kCount], float scale) {
+    float base[kRowsPerThread];
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot)  // a row that has seen no key: 2^-inf, not 2^NaN
+      base[slot] = row_max[slot] == -kInfinity ? 0.0f : row_max[slot] * scale;
     float chain[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int32 i = 0; i < kCount; ++i) {

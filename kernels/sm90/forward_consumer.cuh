@@ -171,13 +171,6 @@ struct Consumer {
     Types::Mask::apply(params, work, info, r, work.m_begin + row, info.tile * Types::kBlockN);
   }
 
-  FSA_DEVICE void update_softmax(const LogitChain& logit) {
-    if constexpr (LogitChain::kBounded)
-      softmax.update_bounded(rS, logit.scale());
-    else
-      softmax.update(rS, logit.scale());
-  }
-
   FSA_DEVICE void pack_probabilities(const Scores& r) {
 #pragma unroll
     for (int32 i = 0; i < Types::kBlockN / 4; ++i) rP[i] = ptx::pack<Types::kElement>(r[2 * i], r[2 * i + 1]);
@@ -207,7 +200,7 @@ struct Consumer {
     take_scores(logit, rS, info.tile, stage);
     if (info.masked()) mask(work, info, rS);
     clear_unused_values(work, info.tile);
-    update_softmax(logit);
+    softmax.update(rS, logit.scale());
     if constexpr (kListed) {  // O may hold earlier tiles
       if (softmax.grown) softmax.rescale(rO);
     }
@@ -223,7 +216,7 @@ struct Consumer {
     ptx::wgmma_wait<1>();
     take_scores(logit, rS, info.tile, stage);
     if constexpr (kMasked) mask(work, info, rS);
-    update_softmax(logit);
+    softmax.update(rS, logit.scale());
     wait_output_late();
     if (softmax.grown) softmax.rescale(rO);
     release_value();

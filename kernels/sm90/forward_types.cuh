@@ -63,8 +63,6 @@ struct ForwardTypes {
   static_assert(!(kKeyScalars && Skip::kVotes && kNumConsumers == 3),
                 "160 registers do not hold the pair gate beside a vote: use block_m 128");
   static_assert((kTile.key_scalars != 0) == kKeyScalars, "the pair gate needs delta beside K");
-  static_assert(!(LogitChain::kBounded && (Skip::kVotes || kElement != ElementType::bf16)),
-                "a vote needs row maxima, and fp16 holds too few powers of two to do without");
   static_assert(kBlockN <= 256, "a TMA box has at most 256 rows");
   static_assert(KeyTile::kBytes % kSharedAlignment == 0 && ValueTile::kBytes % kSharedAlignment == 0,
                 "every stage must start on a swizzle period");

@@ -164,26 +164,13 @@ std::string reject_forward(const Problem& problem) {
   return reject_features(problem);
 }
 
-namespace {
-
-SoftcapKind softcap_kind(const Problem& problem) {
-  if (!(problem.softcap > 0)) return SoftcapKind::none;
-  // Where tiles are voted on, the error of the fast one would be felt.
-  if (problem.threshold > 0) return SoftcapKind::exact;
-  // ALiBi has no bound; fp16 holds too few powers of two.
-  const bool bounded = problem.softcap <= kernels::kLargestBoundedCap && !problem.has_alibi &&
-                       problem.dtype == DType::bfloat16;
-  return bounded ? SoftcapKind::bounded : SoftcapKind::fast;
-}
-
-}  // namespace
-
 KernelConfig forward_kernel(const Problem& problem) {
   KernelConfig config;
   config.element = problem.dtype == DType::bfloat16 ? ElementType::bf16 : ElementType::fp16;
   set_mask(problem, config);
   config.threshold = problem.threshold > 0;
-  config.softcap = softcap_kind(problem);
+  // Where tiles are voted on, the error of the fast one would be felt.
+  if (problem.softcap > 0) config.softcap = config.threshold ? SoftcapKind::exact : SoftcapKind::fast;
   if (problem.has_gate) config.gate = problem.log_sigmoid_gate ? GateKind::log_sigmoid : GateKind::linear;
   config.gate_bits = problem.gate_test;
   config.alibi = problem.has_alibi;
@@ -243,9 +230,6 @@ std::vector<KernelConfig> reachable_forward_kernels() {
   Problem p;
   const auto add_forward = [&] {
     KernelConfig config = forward_kernel(p);
-    // Of the two softcaps one leads to a kernel that any leads to.
-    if (p.softcap > 0 && (config.softcap == SoftcapKind::fast) != (p.softcap > kernels::kLargestBoundedCap))
-      return;
     for (int row = 0; row < kRows; ++row) {
       config.tile = tile_of(config, row);
       found.push_back(config);
@@ -271,7 +255,7 @@ std::vector<KernelConfig> reachable_forward_kernels() {
     p.dtype = dtype;
     each_mask([&] {
       for (const double threshold : {0.0, 1.0})
-        for (const double softcap : {0.0, 1.0, 2.0 * kernels::kLargestBoundedCap}) {
+        for (const double softcap : {0.0, 1.0}) {
           p.threshold = threshold;
           p.softcap = softcap;
           each(p.has_alibi, [&] {
@@ -286,7 +270,7 @@ std::vector<KernelConfig> reachable_forward_kernels() {
     });
     p.has_block_mask = true;
     p.threshold = 0;
-    for (const double softcap : {0.0, 1.0, 2.0 * kernels::kLargestBoundedCap}) {
+    for (const double softcap : {0.0, 1.0}) {
       p.softcap = softcap;
       each(p.has_alibi, [&] { each(p.has_sink, add_forward); });
     }

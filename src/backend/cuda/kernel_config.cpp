@@ -53,7 +53,6 @@ std::string logit_stages(const KernelConfig& config) {
   add(config.gate == GateKind::log_sigmoid, "PairGate<true>");
   add(config.softcap == SoftcapKind::fast, "Softcap");
   add(config.softcap == SoftcapKind::exact, "SoftcapExact");
-  add(config.softcap == SoftcapKind::bounded, "SoftcapBounded");
   add(config.alibi, "Alibi");
   return stages;
 }
@@ -79,10 +78,7 @@ std::string forward_name(const KernelConfig& config) {
   name << "forward_sm90_" << element_name(config) << dims_name(t.head_dim, t.head_dim_v);
   name << "_" << mask_name(config) << gate_name(config);
   if (config.gate_bits) name << "_test";
-  if (config.softcap == SoftcapKind::bounded)
-    name << "_boundedcap";
-  else if (config.softcap != SoftcapKind::none)
-    name << "_softcap";
+  if (config.softcap != SoftcapKind::none) name << "_softcap";
   if (config.alibi) name << "_alibi";
   if (config.sink) name << "_sink";
   if (config.threshold) name << "_threshold";

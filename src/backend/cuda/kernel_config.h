@@ -28,12 +28,7 @@ enum class KernelKind : std::uint8_t {
   block_columns
 };
 enum class MaskKind : std::uint8_t { window, bands, blocks };  // bands: window_sizes; blocks: a block mask
-enum class SoftcapKind : std::uint8_t {
-  none,
-  fast,
-  exact,
-  bounded
-};  // bounded: the fast one, without row maxima
+enum class SoftcapKind : std::uint8_t { none, fast, exact };
 enum class GateKind : std::uint8_t { none, linear, log_sigmoid };
 
 // The key of the kernels in memory. A kind that does not use a field leaves it zero.
