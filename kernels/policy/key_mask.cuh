@@ -13,8 +13,8 @@ struct RowRange {  // [begin, end)
   int32 end;
 };
 
-// Of a forward mask. apply: rS holds logits of keys `key` and `key + 8` (the thread's two) by the query rows
-// from `row_begin`. Rows beyond the used length need no mask: their lse is +inf.
+// Of a forward mask. apply: rP holds probabilities of keys `key` and `key + 8` (the thread's two) by the query rows
+// from `row_begin`; those of pairs that do not see each other may be anything and become 0. Rows beyond the used length need no mask: their lse is +inf.
 template <class Mask>
 struct KeyMask;
 
@@ -30,7 +30,7 @@ struct KeyMask<WindowMask<kLeft, kRight>> {
 
   template <int32 kCount>
   FSA_DEVICE static void apply(const BackwardParams& params, const KeyWork& work, const RowTileInfo&,
-                               float (&rS)[kCount], int32 key, int32 row_begin) {
+                               float (&rP)[kCount], int32 key, int32 row_begin) {
     const int32 first_row = row_begin + fragment_column(own_lane(), 0);
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
@@ -39,7 +39,7 @@ struct KeyMask<WindowMask<kLeft, kRight>> {
       const int32 begin = kRight ? keys_before(range.begin - first_row) : 0;
 #pragma unroll
       for (int32 word = 0; word < kKeyWords<kCount>; ++word)
-        hide_unseen(rS, slot, word, kRight ? key_bits(begin, end, word) : low_bits(end - 32 * word));
+        hide_unseen<false>(rP, slot, word, kRight ? key_bits(begin, end, word) : low_bits(end - 32 * word));
     }
   }
 };
@@ -48,7 +48,7 @@ template <>
 struct KeyMask<BandMask> {
   template <int32 kCount>
   FSA_DEVICE static void apply(const BackwardParams& params, const KeyWork& work, const RowTileInfo&,
-                               float (&rS)[kCount], int32 key, int32 row_begin) {
+                               float (&rP)[kCount], int32 key, int32 row_begin) {
     const Bands bands = load_bands(params.forward, work.kv_head);
     const int32 first_row = row_begin + fragment_column(own_lane(), 0);
 #pragma unroll
@@ -62,7 +62,8 @@ struct KeyMask<BandMask> {
       const int32 far_end = used ? keys_before(diagonal + bands.far_end) : 0;
 #pragma unroll
       for (int32 word = 0; word < kKeyWords<kCount>; ++word)
-        hide_unseen(rS, slot, word, key_bits(begin, near_end, word) | key_bits(far_begin, far_end, word));
+        hide_unseen<false>(rP, slot, word,
+                           key_bits(begin, near_end, word) | key_bits(far_begin, far_end, word));
     }
   }
 };
@@ -71,7 +72,7 @@ template <>
 struct KeyMask<ListMask> {
   template <int32 kCount>
   FSA_DEVICE static void apply(const BackwardParams& params, const KeyWork& work, const RowTileInfo& info,
-                               float (&rS)[kCount], int32 key, int32 row_begin) {
+                               float (&rP)[kCount], int32 key, int32 row_begin) {
     const BlockLists& b = params.forward.blocks;
     const int32 words = b.block_keys / 32;
 #pragma unroll
@@ -85,7 +86,7 @@ struct KeyMask<ListMask> {
         const int64 line = static_cast<int64>(info.block) * b.block_rows + row;
         visible = (b.bits[line * words + in_block / 32] >> in_block % 32 & 1) != 0;
       }
-      rS[i] = visible ? rS[i] : -kInfinity;
+      rP[i] = visible ? rP[i] : 0.0f;
     }
   }
 };

@@ -33,16 +33,16 @@ FSA_DEVICE uint32 key_bits(int32 begin, int32 end, int32 word) {
 template <int32 kCount>
 inline constexpr int32 kKeyWords = (kCount / 2 + 31) / 32;  // of each of a thread's rows
 
-// Hides the keys of one row and word whose bit is 0. Bits move to predicates eight at a time, where comparing
+// Hides the keys of one row and word whose bit is 0, from logits or from probabilities. Bits move to predicates eight at a time, where comparing
 // positions costs one or two instructions a key.
-template <int32 kCount>
+template <bool kLogits = true, int32 kCount>
 FSA_DEVICE void hide_unseen(float (&rS)[kCount], int32 slot, int32 word, uint32 seen) {
 #pragma unroll
   for (int32 bit = 0; bit < 32; ++bit) {
     const int32 key = 32 * word + bit;
     if (key >= kCount / 2) continue;
     const int32 i = key / 2 * 4 + 2 * slot + key % 2;
-    rS[i] = (seen >> bit & 1) != 0 ? rS[i] : -kInfinity;
+    rS[i] = (seen >> bit & 1) != 0 ? rS[i] : kLogits ? -kInfinity : 0.0f;
   }
 }
 

@@ -251,6 +251,10 @@ struct BackwardConsumer {
   // S becomes the logits.
   FSA_DEVICE void apply_logits(const KeyWork& work, const Logits& logits) {
     logits.apply(params, logit_rows(work, info(tiles), query(tiles).stage()), rS);
+  }
+
+  // P of what is not visible becomes 0. Not S before: dP waits for the first exponentials.
+  FSA_DEVICE void apply_mask(const KeyWork& work) {
     if (brief.masked())
       Types::Mask::apply(params, work, info(tiles), rS, work.n_begin + first_key() + fragment_row(thread, 0),
                          brief.tile * Types::kBlockM + first_row());
@@ -491,7 +495,7 @@ struct BackwardConsumer {
       if constexpr (Logits::kPlain) {
         apply_logits(work, logits);
         exponentiate<0>(logits);
-        settle_half<0>();
+        ptx::settle(reinterpret_cast<float (&)[kHalf]>(rS[0]));  // or ptxas would move them behind dP
         start_products(tiles, brief);
       } else {  // a chain takes longer than that
         start_products(tiles, brief);
@@ -499,15 +503,9 @@ struct BackwardConsumer {
         exponentiate<0>(logits);
       }
       exponentiate<kHalf>(logits);
-      settle_half<kHalf>();
+      apply_mask(work);
       if (!first) finish_grad_query(tiles - 2, added);
     }
-  }
-
-  // Keeps exponentials where they are.
-  template <int32 kBegin>
-  FSA_DEVICE void settle_half() {
-    ptx::settle(reinterpret_cast<float (&)[kHalf]>(rS[kBegin]));
   }
 
   FSA_DEVICE void finish_grad_query(uint32 tile, const RowTileBrief& of) {
@@ -556,6 +554,7 @@ struct BackwardConsumer {
       apply_logits(work, logits);
       exponentiate<0>(logits);
       exponentiate<kHalf>(logits);
+      apply_mask(work);
     }
   }
 
@@ -593,6 +592,7 @@ struct BackwardConsumer {
     apply_logits(work, logits);
     exponentiate<0>(logits);
     exponentiate<kHalf>(logits);
+    apply_mask(work);
     finish_products();
     if constexpr (Types::kStageInScores) finish_store();  // of the work before
 
