@@ -8,6 +8,7 @@
 
 #include "backend/cpu/amx.h"
 #include "backend/cpu/carver.h"
+#include "backend/cpu/huge_pages.h"
 #include "backend/cpu/merge.h"
 #include "backend/cpu/nsa_backend.h"
 #include "backend/cpu/reference_scalar.h"
@@ -431,6 +432,7 @@ class CpuBackend final : public Backend {
   }
 
   void run(const Problem& p, const Arguments& args, Workspace workspace) const override {
+    prefer_huge_pages(workspace.data, workspace.bytes);
     switch (p.operation) {
       case Operation::forward:
         return run_forward(p, args, workspace);
@@ -452,6 +454,7 @@ class CpuBackend final : public Backend {
   std::size_t workspace_bytes(const NsaProblem& p) const override { return nsa_workspace_bytes(p); }
   void run(const NsaProblem& p, const NsaArguments& args, Workspace workspace) const override {
     kernels();
+    prefer_huge_pages(workspace.data, workspace.bytes);
     run_nsa(*choice().nsa_kernels, p, args, workspace);
   }
 };
