@@ -190,6 +190,55 @@ print("checked", kernel)
         print(f"\n{target}: {done.stdout.strip()}")
 
 
+# A process whose requests for the AMX tile registers the kernel refuses, whoever asks: arch_prctl
+# (ARCH_REQ_XCOMP_PERM) answers EPERM, by a seccomp filter that is there before anything is imported.
+REFUSE_TILES = """
+import ctypes, struct
+libc = ctypes.CDLL(None, use_errno=True)
+LOAD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
+NUMBER, FIRST_ARGUMENT = 0, 16  # where they lie in struct seccomp_data
+ARCH_PRCTL, REQUEST, TILE_DATA = 158, 0x1023, 18
+ALLOW, REFUSE = 0x7FFF0000, 0x00050000 | 1  # EPERM
+program = [(LOAD, 0, 0, NUMBER), (JUMP_IF_EQUAL, 0, 3, ARCH_PRCTL), (LOAD, 0, 0, FIRST_ARGUMENT),
+           (JUMP_IF_EQUAL, 0, 1, REQUEST), (RETURN, 0, 0, REFUSE), (RETURN, 0, 0, ALLOW)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
+filters = Program(len(program), ctypes.addressof(code))
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filters), 0, 0) != 0:
+    raise SystemExit("no filters here")
+assert libc.syscall(ARCH_PRCTL, REQUEST, TILE_DATA) == -1 and ctypes.get_errno() == 1
+"""
+
+
+@pytest.mark.skipif("FSA_BACKEND" in os.environ, reason="one backend was asked for")
+def test_bfloat16_when_the_system_refuses_tiles():
+    """The next set serves bfloat16, correctly; asking for the tiles by name fails and says what there is."""
+    if not machine_has("avx512_amx"):
+        pytest.skip("no AMX tiles on this machine")
+    code = """
+import checks, flash_sparse_attention as fsa
+from cases import build, case_named
+import test_threads as t
+for name in t.NAMES[::2]:
+    problem = build(case_named(name), "bfloat16", seed=104)
+    checks.verify(problem, seed=104)
+    kernel = fsa.explain(**problem.arguments())["kernel"]
+    assert "avx512" in kernel and "amx" not in kernel, kernel
+print("served by", kernel)
+"""
+    done = run_python(REFUSE_TILES + code, FSA_CPU_TARGET="")
+    if "no filters here" in done.stderr:
+        pytest.skip("this system takes no seccomp filters")
+    assert done.returncode == 0 and "served by" in done.stdout, done.stdout + done.stderr
+    done = run_python(REFUSE_TILES + KERNEL, FSA_CPU_TARGET="avx512_amx")
+    assert done.returncode != 0 and "this machine offers avx512, avx2" in done.stderr, (
+        done.stdout + done.stderr
+    )
+
+
 def test_public_names_of_threads_are_in_the_binding():
     assert _C.num_threads() >= 1
     for threads in (0, -1, 1025):

@@ -157,6 +157,8 @@ BackwardBuffers backward_buffers(const Problem& p, Carver& memory) {
   b.grad_query = memory.take<float>(b.segments * tiles * grad_query_floats(p));
   b.grad_alpha = memory.take<float>(p.has_gate ? b.segments * tiles * kSkipTileRows : 0);
   b.touched = memory.take<std::uint8_t>(b.segments * tiles);
+  b.packed_row_bytes = static_cast<std::int64_t>(kernels().packed_row_bytes(p));
+  b.packed_rows = memory.take<char>(tiles * b.packed_row_bytes);
   return b;
 }
 

@@ -26,6 +26,14 @@ std::size_t backward_scratch_bytes(const Problem& p) {
   return on_tiles(p) ? backward_scratch<TileBackward>(p) : avx512_kernels().backward_scratch(p);
 }
 
+std::size_t packed_row_bytes(const Problem& p) { return on_tiles(p) ? PackedRows::bytes(p) : 0; }
+
+void run_row_statistics(const Problem& p, const Arguments& a, const BackwardBuffers& b,
+                        const RowTileItem& item, void* scratch) {
+  avx512_kernels().row_statistics(p, a, b, item, scratch);
+  if (on_tiles(p)) pack_rows_of_backward(p, a, b, item, static_cast<std::uint16_t*>(scratch));
+}
+
 void run_backward(const Problem& p, const Arguments& a, const BackwardBuffers& b, const BackwardItem& item,
                   void* scratch) {
   if (!on_tiles(p)) return avx512_kernels().backward(p, a, b, item, scratch);
@@ -42,6 +50,8 @@ const KernelTable& avx512_amx_kernels() {
     t.forward_scratch = forward_scratch_bytes;
     t.forward = run_forward;
     t.backward_scratch = backward_scratch_bytes;
+    t.packed_row_bytes = packed_row_bytes;
+    t.row_statistics = run_row_statistics;
     t.backward = run_backward;
     return t;
   }();

@@ -122,6 +122,7 @@ struct BackwardRowTile {
   const float* lse_log2_low;
   float* grad_query;  // [head_dim][64] of this segment
   float* grad_alpha;  // [64] of this segment, or null
+  char* packed;       // Q and dO in the workspace, where an arithmetic packs them there
   bool touched;       // grad_query holds something
 };
 
@@ -225,21 +226,22 @@ struct FloatBackward {
     pack_transposed(packed_rows, 0, t.tile.rows, p.head_dim_v, 1.0f, s.staging, grad_out_t);
   }
 
-  // One row tile and one key tile; `in_block`: where that one begins.
+  static constexpr std::int64_t kKeyUnit = 1;  // a tile's keys in use begin at a multiple of it
+
+  // One row tile and the keys [first, first + keys) of a key tile that begins at `tile_begin` in the block.
   template <class Scratch>
   HWY_INLINE void tile(const Problem& p, const LogitPolicies& logit, const Visibility& visibility,
-                       const Scratch& s, BackwardRowTile& t, std::int64_t key_begin, std::int64_t keys,
-                       std::int64_t in_block, bool masked, const PartialTile* partial) {
+                       const Scratch& s, BackwardRowTile& t, std::int64_t key_begin, std::int64_t tile_begin,
+                       std::int64_t first, std::int64_t keys, const PartialTile* partial) {
+    const std::int64_t in_block = tile_begin + first;
     const float* tile_key = key + in_block * key_pitch;
     const float* tile_value = value + in_block * value_pitch;
     gemm<Init::zero>(Gemm{query_t, kRows, tile_key, key_pitch, 1, p.head_dim, s.scores, kRows}, keys,
                      t.tile.lanes);
     if (logit.any())
-      apply_logit(logit, t.tile, s.delta + in_block, visibility.offset, key_begin, keys, s.scores, s.tanh);
-    if (partial != nullptr)
-      apply_partial_tile(*partial, t.tile, keys, s.scores);
-    else if (masked)
-      apply_mask(visibility, t.tile, key_begin, keys, s.scores);
+      apply_logit(logit, t.tile, s.delta + in_block, visibility.offset, key_begin + first, keys, s.scores,
+                  s.tanh);
+    if (partial != nullptr) apply_partial_tile(*partial, t.tile, first, keys, s.scores);
     gemm<Init::zero>(Gemm{grad_out_t, kRows, tile_value, value_pitch, 1, p.head_dim_v, s.grad_scores, kRows},
                      keys, t.tile.lanes);
     grad_scores_of(t, keys, s.tanh, s.scores, s.grad_scores);
@@ -301,13 +303,21 @@ HWY_INLINE void backward_row_tile(const Problem& p, const Arguments& args, const
       t.lse_log2_low = buffers.lse_log2_low + slot * kRows;
       t.grad_query = buffers.grad_query + segment_slot * grad_query_floats(p);
       t.grad_alpha = p.has_gate ? buffers.grad_alpha + segment_slot * kRows : nullptr;
+      t.packed = buffers.packed_rows + slot * buffers.packed_row_bytes;
       t.touched = buffers.touched[segment_slot] != 0;
       if (p.has_gate && !t.touched) zero(t.grad_alpha, kRows);
       s.arithmetic.pack_row_tile(p, args, logit, sequence, head, t, s);
       packed = true;
     }
-    s.arithmetic.tile(p, logit, visibility, s, t, key_begin, keys, key_begin - block.begin,
-                      seen == TileVisibility::partial, code >= 0 ? &partial : nullptr);
+    std::int64_t first = 0, used = keys;  // of the tile's keys, those that some row sees
+    const bool masked = code >= 0 || seen == TileVisibility::partial;
+    if (masked) {
+      if (code < 0) read_bands(visibility, t.tile, key_begin, keys, partial);
+      first = partial.begin / Arithmetic::kKeyUnit * Arithmetic::kKeyUnit;
+      used = partial.end - first;
+    }
+    s.arithmetic.tile(p, logit, visibility, s, t, key_begin, key_begin - block.begin, first, used,
+                      masked ? &partial : nullptr);
     t.touched = true;
   }
   if (packed) buffers.touched[segment_slot] = 1;
@@ -350,7 +360,7 @@ HWY_INLINE void backward(const Problem& p, const Arguments& args, const Backward
     const std::int64_t keys = block.end - block.begin;
     zero(s.grad_key, keys * s.key_pitch);
     zero(s.grad_value, keys * s.value_pitch);
-    zero(s.grad_delta, keys);
+    zero(s.grad_delta, round_up(keys, 32));
     const std::int64_t used =
         min_of(block.end, sequence.seqlen_k);  // keys beyond it get zeros and are never read
     if (block.begin < used) {
@@ -358,9 +368,11 @@ HWY_INLINE void backward(const Problem& p, const Arguments& args, const Backward
       s.arithmetic.pack_block(p, row_source(args.key, sequence.batch, sequence.k_begin, item.kv_head),
                               row_source(args.value, sequence.batch, sequence.k_begin, item.kv_head), begin,
                               used - begin);
-      if (p.has_gate)
+      if (p.has_gate) {
         pack_scalars(row_source(args.delta, sequence.batch, sequence.k_begin, item.kv_head), begin,
                      used - begin, s.delta);
+        for (std::int64_t j = used - begin; j < round_up(used - begin, 32); ++j) s.delta[j] = 0;
+      }
       const TileRanges row_tiles = visible_row_tiles(visibility, sequence.seqlen_q, begin, used, kRows);
       for (std::int64_t g = 0; g < p.group_size; ++g)
         for (int range = 0; range < row_tiles.count; ++range)

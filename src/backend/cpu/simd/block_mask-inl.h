@@ -8,13 +8,6 @@
 
 namespace fsa::cpu::FSA_SIMD_TARGET {
 
-inline constexpr std::int64_t kMostTileKeys = 128;
-
-// Of a tile in a partial block, bit r of word j: row r sees key j. What a score tile is masked with.
-struct PartialTile {
-  std::uint64_t rows_of_key[kMostTileKeys];
-};
-
 // bit c of word r <-> bit r of word c, by halves: 32x32 squares, then 16x16 in each, ...
 HWY_INLINE void transpose_bits(std::uint64_t* words) {
   std::uint64_t low = 0xffffffffu;  // columns of the left one of two squares
@@ -24,15 +17,6 @@ HWY_INLINE void transpose_bits(std::uint64_t* words) {
       words[row | side] ^= swapped;
       words[row] ^= swapped << side;
     }
-}
-
-HWY_INLINE std::uint64_t bits_of(const RowRanges& ranges) {
-  std::uint64_t bits = 0;
-  for (int c = 0; c < ranges.count; ++c) {
-    const int first = ranges.first[c] + 1, count = ranges.last[c] - first;
-    bits |= (~std::uint64_t{0} >> (64 - count)) << first;
-  }
-  return bits;
 }
 
 // Rows [row_begin, row_begin + rows) by keys [key_begin, key_begin + keys) of partial block `block`;
@@ -53,26 +37,11 @@ HWY_INLINE bool read_partial_tile(const BlockCodes& table, std::int32_t block, c
   }
   std::uint64_t any = 0;
   for (std::int64_t j = 0; j < keys; ++j) {
-    if (by_bands) tile.rows_of_key[j] &= bits_of(rows_seeing(v, row_begin, rows, key_begin + j));
+    if (by_bands) tile.rows_of_key[j] &= rows_seeing(v, row_begin, rows, key_begin + j);
     any |= tile.rows_of_key[j];
   }
+  tile.trim(keys);
   return any != 0;
-}
-
-// scores = -inf where the row does not see the key.
-HWY_INLINE void apply_partial_tile(const PartialTile& partial, const RowTile& tile, std::int64_t keys,
-                                   float* scores) {
-  const Float hidden = hn::Set(kFloat, kNegativeInfinity);
-  const std::uint64_t all = ~std::uint64_t{0} >> (64 - tile.rows);
-  for (std::int64_t j = 0; j < keys; ++j) {
-    if (partial.rows_of_key[j] == all) continue;
-    for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
-      const std::uint64_t bits = partial.rows_of_key[j] >> r;  // LoadMaskBits may read eight bytes
-      const auto seen = hn::LoadMaskBits(kFloat, reinterpret_cast<const std::uint8_t*>(&bits));
-      float* s = scores + j * kRows + r;
-      hn::Store(hn::IfThenElse(seen, hn::Load(kFloat, s), hidden), kFloat, s);
-    }
-  }
 }
 
 }  // namespace fsa::cpu::FSA_SIMD_TARGET

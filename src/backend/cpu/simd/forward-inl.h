@@ -125,10 +125,14 @@ struct FloatForward {
     pack_rows(source, begin, keys, p.head_dim_v, value, value_pitch);
   }
 
-  // scores = pre_scale * K Q^T. `plain`: neither logit policy nor mask will change them.
-  HWY_INLINE void scores(const Problem& p, const LogitPolicies&, const ForwardRowTile& t, std::int64_t keys,
-                         bool /*plain*/, float* scores) {
-    gemm<Init::zero>(Gemm{t.query, kRows, key, key_pitch, 1, p.head_dim, scores, kRows}, keys, t.tile.lanes);
+  static constexpr std::int64_t kKeyUnit = 1;  // a tile's keys in use begin at a multiple of it
+
+  // scores = pre_scale * K Q^T for the keys [first, first + keys) of the tile. `plain`: neither logit policy nor mask
+  // will change them.
+  HWY_INLINE void scores(const Problem& p, const LogitPolicies&, const ForwardRowTile& t, std::int64_t first,
+                         std::int64_t keys, bool /*plain*/, float* scores) {
+    gemm<Init::zero>(Gemm{t.query, kRows, key + first * key_pitch, key_pitch, 1, p.head_dim, scores, kRows},
+                     keys, t.tile.lanes);
   }
   // `masked`: some of them will be hidden.
   HWY_INLINE void logits(const LogitPolicies& logit, const RowTile& tile, const float* delta,
@@ -136,18 +140,19 @@ struct FloatForward {
                          float* scores) const {
     apply_logit(logit, tile, delta, offset, key_begin, keys, scores, nullptr);
   }
-  // Whether attend() takes a plain tile whose scores nobody asks for.
-  HWY_INLINE bool fuses(const LogitPolicies&, std::int64_t) const { return false; }
-  HWY_INLINE void attend(const LogitPolicies&, ForwardRowTile&, std::int64_t, float*) {}
+  // Whether attend() takes a tile whose scores nobody asks for.
+  HWY_INLINE bool fuses(const LogitPolicies&, std::int64_t, const PartialTile*) const { return false; }
+  HWY_INLINE void attend(const LogitPolicies&, ForwardRowTile&, std::int64_t, const float*,
+                         const PartialTile*, float*) {}
   HWY_INLINE void maxima(const ForwardRowTile& t, std::int64_t keys, bool propagate_nan, float* scores,
                          float* maxima) {
     row_maxima(scores, keys, t.tile.lanes, maxima, propagate_nan);
   }
   // Softmax of a kept tile, and its share of O^T.
-  HWY_INLINE void accumulate(const Problem& p, ForwardRowTile& t, std::int64_t keys, const float* maxima,
-                             float* scores, float* factors) {
+  HWY_INLINE void accumulate(const Problem& p, ForwardRowTile& t, std::int64_t first, std::int64_t keys,
+                             const float* maxima, float* scores, float* factors) {
     softmax_update(t, keys, maxima, scores, factors);
-    const Gemm product{scores, kRows, value, 1, value_pitch, keys, t.out, kRows};
+    const Gemm product{scores, kRows, value + first * value_pitch, 1, value_pitch, keys, t.out, kRows};
     if (t.started)
       gemm<Init::scale>(product, p.head_dim_v, t.tile.lanes, factors);
     else
@@ -302,19 +307,22 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
         arithmetic.pack_keys(p, key_rows, key_begin, keys);
         loaded.key = true;
       }
-      const bool masked = block >= 0 || seen == TileVisibility::partial;
-      const bool plain = !logit.any() && !masked;
-      const bool fused = plain && !(p.threshold > 0) && arithmetic.fuses(logit, keys);
+      const PartialTile* masked = nullptr;
+      std::int64_t first = 0, used = keys;  // of the tile's keys, those that some row sees
+      if (block >= 0 || seen == TileVisibility::partial) {
+        if (block < 0) read_bands(visibility, t.tile, key_begin, keys, partial);
+        masked = &partial;
+        first = partial.begin / Arithmetic::kKeyUnit * Arithmetic::kKeyUnit;
+        used = partial.end - first;
+      }
+      const bool fused = !(p.threshold > 0) && arithmetic.fuses(logit, keys, masked);
       if (!fused) {
-        arithmetic.scores(p, logit, t, keys, plain, scratch.scores);
+        arithmetic.scores(p, logit, t, first, used, !logit.any() && masked == nullptr, scratch.scores);
         if (logit.any())
-          arithmetic.logits(logit, t.tile, scratch.delta, visibility.offset, key_begin, keys, masked,
-                            scratch.scores);
-        if (block >= 0)
-          apply_partial_tile(partial, t.tile, keys, scratch.scores);
-        else if (masked)
-          apply_mask(visibility, t.tile, key_begin, keys, scratch.scores);
-        arithmetic.maxima(t, keys, p.threshold > 0, scratch.scores, scratch.maxima);
+          arithmetic.logits(logit, t.tile, scratch.delta + first, visibility.offset, key_begin + first, used,
+                            masked != nullptr, scratch.scores);
+        if (masked != nullptr) apply_partial_tile(partial, t.tile, first, used, scratch.scores);
+        arithmetic.maxima(t, used, p.threshold > 0, scratch.scores, scratch.maxima);
         if (p.threshold > 0 && !vote(scratch.maxima, t.cut, t.tile.rows)) continue;
       }
       if (t.map != nullptr)
@@ -324,9 +332,9 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
         loaded.value = true;
       }
       if (fused)
-        arithmetic.attend(logit, t, keys, scratch.factors);
+        arithmetic.attend(logit, t, keys, scratch.delta, masked, scratch.factors);
       else
-        arithmetic.accumulate(p, t, keys, scratch.maxima, scratch.scores, scratch.factors);
+        arithmetic.accumulate(p, t, first, used, scratch.maxima, scratch.scores, scratch.factors);
       t.started = true;
       if (p.threshold > 0) update_cut(t);
     }

@@ -32,9 +32,11 @@ struct BackwardBuffers {
   // [num_heads, tiles_per_head, 64] each; +inf and 0 for rows without a key.
   float* lse_log2 = nullptr;
   float* lse_log2_low = nullptr;
-  double* sink_partial = nullptr;      // [num_heads, tiles_per_head]
-  float* grad_query = nullptr;         // [segments, num_heads, tiles_per_head, grad_query_floats], unscaled
-  float* grad_alpha = nullptr;         // [segments, num_heads, tiles_per_head, 64], unscaled
+  double* sink_partial = nullptr;  // [num_heads, tiles_per_head]
+  float* grad_query = nullptr;     // [segments, num_heads, tiles_per_head, grad_query_floats], unscaled
+  float* grad_alpha = nullptr;     // [segments, num_heads, tiles_per_head, 64], unscaled
+  char* packed_rows = nullptr;     // [num_heads, tiles_per_head, packed_row_bytes]
+  std::int64_t packed_row_bytes = 0;
   std::uint8_t* touched = nullptr;     // [segments, num_heads, tiles_per_head]: the two above were written
   const BlockCodes* blocks = nullptr;  // of the block mask; null: none
 };
@@ -86,6 +88,7 @@ struct KernelTable {
   void (*forward)(const Problem&, const Arguments&, const ForwardItem&, void* scratch);
 
   std::size_t (*backward_scratch)(const Problem&);
+  std::size_t (*packed_row_bytes)(const Problem&);  // of Q and dO of a row tile, packed with its statistics
   void (*row_statistics)(const Problem&, const Arguments&, const BackwardBuffers&, const RowTileItem&,
                          void* scratch);
   void (*backward)(const Problem&, const Arguments&, const BackwardBuffers&, const BackwardItem&,

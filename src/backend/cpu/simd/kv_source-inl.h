@@ -97,7 +97,12 @@ HWY_INLINE void pack_scalars(const RowSource& source, std::int64_t begin, std::i
   const bool contiguous = source.pages == nullptr && source.gather == nullptr &&
                           source.row_bytes == bytes_of(source.dtype) && source.dtype != DType::float64;
   if (!contiguous) {
-    for (std::int64_t r = 0; r < count; ++r) target[r] = load_scalar(source.row(begin + r), source.dtype, 0);
+    const char* pointers[kPointerChunk];
+    for (std::int64_t done = 0; done < count; done += kPointerChunk) {
+      const std::int64_t chunk = min_of(kPointerChunk, count - done);
+      row_pointers(source, begin + done, chunk, pointers);
+      for (std::int64_t r = 0; r < chunk; ++r) target[done + r] = load_scalar(pointers[r], source.dtype, 0);
+    }
     return;
   }
   with_element_type(source.dtype, [&](auto* type) HWY_ATTR {

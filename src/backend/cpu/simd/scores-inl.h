@@ -101,46 +101,61 @@ HWY_INLINE void apply_logit(const LogitPolicies& p, const RowTile& tile, const f
   if (p.alibi) add_alibi(tile, offset, key_begin, keys, scores);
 }
 
-// Rows of [row_begin, row_begin + rows), counted from row_begin, that see a key through the bands: through each
-// of them, and through the sink, a range.
-struct RowRanges {
-  std::int32_t first[3], last[3];  // exclusive: vectors compare with < and >
-  int count = 0;
-  bool all = false;  // one of them holds every row
+inline constexpr std::int64_t kMostTileKeys = 128;
+
+// A tile of which not every row sees every key: bit r of word j, row r sees key j. Outside of the keys [begin, end) no
+// row sees one.
+struct PartialTile {
+  std::uint64_t rows_of_key[kMostTileKeys];
+  std::int64_t begin, end;
+
+  // Sets begin and end from the words of `keys` keys; one key remains at least. No row sees what follows them up to
+  // whole tiles of 32.
+  HWY_INLINE void trim(std::int64_t keys) {
+    for (std::int64_t j = keys; j < round_up(keys, 32); ++j) rows_of_key[j] = 0;
+    begin = 0;
+    end = keys;
+    while (end > 1 && rows_of_key[end - 1] == 0) --end;
+    while (begin < end - 1 && rows_of_key[begin] == 0) ++begin;
+  }
 };
 
-HWY_INLINE RowRanges rows_seeing(const Visibility& v, std::int64_t row_begin, std::int64_t rows,
-                                 std::int64_t key) {
-  RowRanges ranges;
+// Rows of [row_begin, row_begin + rows), counted from row_begin, that see a key through the bands and the sink.
+HWY_INLINE std::uint64_t rows_seeing(const Visibility& v, std::int64_t row_begin, std::int64_t rows,
+                                     std::int64_t key) {
+  const std::int64_t diagonal = position_of_key(v, key) - v.offset - row_begin;
+  std::uint64_t bits = 0;
   const auto add = [&](std::int64_t low, std::int64_t high) {
-    low = max_of<std::int64_t>(position_of_key(v, key) - v.offset + low - row_begin, 0);
-    high = min_of<std::int64_t>(position_of_key(v, key) - v.offset + high - row_begin, rows - 1);
-    if (low > high) return;
-    ranges.all = ranges.all || (low == 0 && high == rows - 1);
-    ranges.first[ranges.count] = static_cast<std::int32_t>(low - 1);
-    ranges.last[ranges.count++] = static_cast<std::int32_t>(high + 1);
+    low = max_of<std::int64_t>(diagonal + low, 0);
+    high = min_of<std::int64_t>(diagonal + high, rows - 1);
+    if (low <= high) bits |= (~std::uint64_t{0} >> (63 - (high - low))) << low;
   };
-  for (const Band& band : v.bands)
-    if (band.low <= band.high) add(band.low, band.high);
+  add(v.bands[0].low, v.bands[0].high);
+  if (v.bands[1].low <= v.bands[1].high) add(v.bands[1].low, v.bands[1].high);
   if (key < v.sink) add(0, kFarAway);
-  return ranges;
+  return bits;
 }
 
-// scores = -inf where the row does not see the key.
-HWY_INLINE void apply_mask(const Visibility& v, const RowTile& tile, std::int64_t key_begin,
-                           std::int64_t keys, float* scores) {
+HWY_INLINE void read_bands(const Visibility& v, const RowTile& tile, std::int64_t key_begin,
+                           std::int64_t keys, PartialTile& partial) {
+  for (std::int64_t j = 0; j < keys; ++j)
+    partial.rows_of_key[j] = rows_seeing(v, tile.begin, tile.rows, key_begin + j);
+  partial.trim(keys);
+}
+
+// scores = -inf where the row does not see the key, for the keys [first, first + keys) of the tile.
+HWY_INLINE void apply_partial_tile(const PartialTile& partial, const RowTile& tile, std::int64_t first,
+                                   std::int64_t keys, float* scores) {
   const Float hidden = hn::Set(kFloat, kNegativeInfinity);
+  const std::uint64_t all = ~std::uint64_t{0} >> (64 - tile.rows);
   for (std::int64_t j = 0; j < keys; ++j) {
-    const RowRanges ranges = rows_seeing(v, tile.begin, tile.rows, key_begin + j);
-    if (ranges.all) continue;
+    const std::uint64_t rows = partial.rows_of_key[first + j];
+    if (rows == all) continue;
     for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
-      const auto row = hn::Iota(kInt, static_cast<std::int32_t>(r));
-      auto seen = hn::Lt(row, row);
-      for (int c = 0; c < ranges.count; ++c)
-        seen = hn::Or(seen, hn::And(hn::Gt(row, hn::Set(kInt, ranges.first[c])),
-                                    hn::Lt(row, hn::Set(kInt, ranges.last[c]))));
+      const std::uint64_t bits = rows >> r;  // LoadMaskBits may read eight bytes
+      const auto seen = hn::LoadMaskBits(kFloat, reinterpret_cast<const std::uint8_t*>(&bits));
       float* s = scores + j * kRows + r;
-      hn::Store(hn::IfThenElse(hn::RebindMask(kFloat, seen), hn::Load(kFloat, s), hidden), kFloat, s);
+      hn::Store(hn::IfThenElse(seen, hn::Load(kFloat, s), hidden), kFloat, s);
     }
   }
 }

@@ -105,11 +105,13 @@ HWY_INLINE void add_probabilities(const NsaProblem& p, const NsaArguments& args,
             s.key, s.key_pitch);
   const TileVisibility seen =
       classify_tile(visibility, tile.begin, tile.begin + tile.rows, begin, begin + count);
+  PartialTile partial;
+  if (seen == TileVisibility::partial) read_bands(visibility, tile, begin, count, partial);
   for (std::int64_t g = 0; g < p.group_size; ++g) {
     gemm<Init::zero>(Gemm{s.query + g * round_up(p.head_dim, 4) * kRows, kRows, s.key, s.key_pitch, 1,
                           p.head_dim, s.scores, kRows},
                      count, tile.lanes);
-    if (seen == TileVisibility::partial) apply_mask(visibility, tile, begin, count, s.scores);
+    if (seen == TileVisibility::partial) apply_partial_tile(partial, tile, 0, count, s.scores);
     for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
       const Float lse = hn::Load(kFloat, s.lse + g * kRows + r),
                   lse_low = hn::Load(kFloat, s.lse_low + g * kRows + r);

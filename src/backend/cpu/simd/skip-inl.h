@@ -15,7 +15,21 @@ struct Extremes {  // both NaN when one of the values is
 HWY_INLINE Extremes extremes_of(const float* values, std::int64_t count) {
   Extremes e{values[0], values[0]};
   bool poisoned = false;
-  for (std::int64_t i = 0; i < count; ++i) {
+  std::int64_t i = 0;
+  if (count >= kLanes) {
+    Float low = hn::LoadU(kFloat, values), high = low;
+    auto numbers = hn::Eq(low, low);
+    for (i = kLanes; i + kLanes <= count; i += kLanes) {
+      const Float v = hn::LoadU(kFloat, values + i);
+      numbers = hn::And(numbers, hn::Eq(v, v));
+      low = hn::Min(low, v);
+      high = hn::Max(high, v);
+    }
+    e.low = hn::GetLane(hn::MinOfLanes(kFloat, low));
+    e.high = hn::GetLane(hn::MaxOfLanes(kFloat, high));
+    poisoned = !hn::AllTrue(kFloat, numbers);
+  }
+  for (; i < count; ++i) {
     e.low = min_of(e.low, values[i]);
     e.high = max_of(e.high, values[i]);
     poisoned = poisoned || values[i] != values[i];
@@ -42,10 +56,13 @@ struct GateTest {
         if (corner != corner) return true;
         product = max_of(product, corner);
       }
+    // The log-sigmoid lies below min(product, 0), which shuts most tiles without its logarithm.
+    const bool comparable = __builtin_isfinite(best);
+    if (comparable && log_sigmoid && (min_of(product, 0.0) - best) * scale_log2 < log2_gamma) return false;
     const double gate = log_sigmoid
                             ? min_of(product, 0.0) - __builtin_log1p(__builtin_exp(-__builtin_fabs(product)))
                             : product;
-    if (__builtin_isfinite(best) && (gate - best) * scale_log2 < log2_gamma) return false;
+    if (comparable && (gate - best) * scale_log2 < log2_gamma) return false;
     best = max_of(best, gate);
     return true;
   }

@@ -9,9 +9,12 @@
 //   dK += dS Q            dS[key][row]      Q, pairs of rows
 //
 // S and dP are computed for 32 keys at a time, one step ahead of the vector code that turns them into P and dS, so both
-// stay in the first-level cache (8 KB each, twice). P and dS are kept in bfloat16 for two row tiles, and dV and dK sum 128
-// rows at once: C of these two is 2 * 128 * head_dim floats per key tile, and loading and storing it for 64 rows would
-// take as long as the products.
+// stay in the first-level cache (8 KB each, twice). P and dS are kept in bfloat16 for the last two row tiles that met a
+// key tile, and dV and dK sum 128 rows at once: C of these two is 2 * 128 * head_dim floats per key tile, and loading and
+// storing it for 64 rows would take as long as the products.
+//
+// Rows are packed once per call, with their statistics, and not once per block: of a sparse backward, which meets few
+// tiles of a block, packing would be a sixth.
 #pragma once
 
 #include "backend/cpu/simd/backward-inl.h"
@@ -19,22 +22,79 @@
 
 namespace fsa::cpu::FSA_SIMD_TARGET {
 
+// Q and dO of a row tile as B operands, in the workspace.
+struct PackedRows {
+  Tiles query, grad_out;              // of S and dP: pairs of columns
+  Tiles query_pairs, grad_out_pairs;  // of dK and dV: pairs of rows
+
+  static HWY_INLINE PackedRows at(const Problem& p, char* data) {
+    PackedRows rows;
+    const auto take = [&](std::int64_t outer, std::int64_t k_tiles) HWY_ATTR {
+      const Tiles tiles{data, k_tiles};
+      data += outer * k_tiles * kTileBytes;
+      return tiles;
+    };
+    constexpr std::int64_t kTiles = kRows / kTileRows, kPairs = kRows / kTileTerms;
+    rows.query = take(kTiles, tiles_of(p.head_dim, kTileTerms));
+    rows.grad_out = take(kTiles, tiles_of(p.head_dim_v, kTileTerms));
+    rows.query_pairs = take(tiles_of(p.head_dim, kTileRows), kPairs);
+    rows.grad_out_pairs = take(tiles_of(p.head_dim_v, kTileRows), kPairs);
+    return rows;
+  }
+  static HWY_INLINE std::size_t bytes(const Problem& p) {
+    const std::int64_t rows =
+        kRows * (tiles_of(p.head_dim, kTileTerms) + tiles_of(p.head_dim_v, kTileTerms)) * kTileTerms;
+    const std::int64_t pairs =
+        kRows * (tiles_of(p.head_dim, kTileRows) + tiles_of(p.head_dim_v, kTileRows)) * kTileRows;
+    return static_cast<std::size_t>(2 * (rows + pairs));
+  }
+};
+
+// After the statistics of a row tile; `staging` holds [64][head_dim_v].
+HWY_INLINE void pack_rows_of_backward(const Problem& p, const Arguments& args, const BackwardBuffers& buffers,
+                                      const RowTileItem& item, std::uint16_t* staging) {
+  const Sequence& sequence = item.sequence;
+  const std::int64_t index = buffer_tile(buffers, item.head, item.tile_begin, item.tile);
+  const std::int64_t begin = item.tile * kRows, count = min_of(kRows, sequence.seqlen_q - begin);
+  const PackedRows packed =
+      PackedRows::at(p, buffers.packed_rows + index * static_cast<std::int64_t>(PackedRows::bytes(p)));
+  Rows rows;  // what lies beyond them is packed as zeros, and its P is 0
+  rows.read(row_source(args.query, sequence.batch, sequence.q_begin, item.head), begin, count);
+  pack_columns_to_tiles(rows, kRows / kTileRows, p.head_dim, packed.query);
+  pack_row_pairs_to_tiles(rows, p.head_dim, packed.query_pairs);
+  rows.read(row_source(args.grad_out, sequence.batch, sequence.q_begin, item.head), begin, count);
+  for (std::int64_t r = 0; r < count; ++r) {
+    // A row without a key may carry any garbage in grad_out: its P is 0, and 0 times that must be 0.
+    if (buffers.lse_log2[index * kRows + r] == __builtin_inff()) {
+      rows.row[r] = nullptr;
+    } else if (args.grad_out.stride_dim != 1) {
+      std::uint16_t* target = staging + r * p.head_dim_v;
+      for (std::int64_t c = 0; c < p.head_dim_v; ++c)
+        std::memcpy(target + c, rows.row[r] + c * args.grad_out.stride_dim * 2, 2);
+      rows.row[r] = reinterpret_cast<const char*>(target);
+    }
+  }
+  pack_columns_to_tiles(rows, kRows / kTileRows, p.head_dim_v, packed.grad_out);
+  pack_row_pairs_to_tiles(rows, p.head_dim_v, packed.grad_out_pairs);
+}
+
 struct TileBackward {
   static constexpr std::int64_t kSlots = 2;  // row tiles whose P and dS wait for dV and dK
   static constexpr std::int64_t kSlotTiles = kRows / kTileTerms;  // of k
   static constexpr std::int64_t kStrip = 32;                      // keys
+  static constexpr std::int64_t kMostTiles = 8;                   // of a block
 
-  Tiles key, value, key_t;            // of the block
-  Tiles query, grad_out;              // B of S and dP, of the row tile
-  Tiles query_pairs, grad_out_pairs;  // B of dK and dV, of the waiting row tiles
-  Tiles probabilities, grad_scores;   // A of dV and dK, of the block and the waiting row tiles
-  Tiles grad_scores_t;                // B of dQ, of one row tile and key tile
-  std::uint16_t* staging;             // grad_out with strange strides, [64][head_dim_v]
-  std::int64_t slot;                  // of the row tile at hand
+  Tiles key, value, key_t;           // of the block
+  PackedRows rows;                   // of the row tile at hand
+  Tiles probabilities, grad_scores;  // A of dV and dK, of the block and the waiting row tiles
+  Tiles grad_scores_t;               // B of dQ, of one row tile and key tile
+  float* gate_slopes;                // g' of one row tile and key tile; with a gate
+  std::int64_t slot;                 // of the row tile and key tile at hand
   std::int64_t tile_keys;
-  std::int64_t key_tiles;   // of the block, in use
-  std::int64_t last_keys;   // in the last of them
-  std::uint8_t waiting[8];  // per key tile: bits of the slots whose P and dS wait
+  std::int64_t key_tiles;            // of the block, in use
+  std::int64_t last_keys;            // in the last of them
+  std::int64_t waiting[kMostTiles];  // per key tile: slots in use
+  PackedRows waiting_rows[kMostTiles][kSlots];
 
   // The block is what stays in half a second-level cache of 2 MB.
   static HWY_INLINE std::int64_t block_tiles(const Problem& p) {
@@ -42,7 +102,7 @@ struct TileBackward {
     const std::int64_t dv = tiles_of(p.head_dim_v, kTileTerms) * kTileTerms;
     const std::int64_t bytes_per_key = 2 * d * 2 + dv * 2 + (d + dv) * 4 + 2 * kSlots * kRows * 2;
     return max_of<std::int64_t>(
-        1, min_of<std::int64_t>(8, (1 << 20) / (bytes_per_key * skip_tile_keys(p.head_dim))));
+        1, min_of<std::int64_t>(kMostTiles, (1 << 20) / (bytes_per_key * skip_tile_keys(p.head_dim))));
   }
 
   HWY_INLINE void carve(const Problem& p, std::int64_t block_keys, Arena& arena) {
@@ -51,23 +111,18 @@ struct TileBackward {
     };
     tile_keys = skip_tile_keys(p.head_dim);
     const std::int64_t d32 = tiles_of(p.head_dim, kTileTerms), dv32 = tiles_of(p.head_dim_v, kTileTerms);
-    const std::int64_t d16 = tiles_of(p.head_dim, kTileRows), dv16 = tiles_of(p.head_dim_v, kTileRows);
+    const std::int64_t d16 = tiles_of(p.head_dim, kTileRows);
     key = take(block_keys / kTileRows, d32);
     value = take(block_keys / kTileRows, dv32);
     key_t = take(d16, block_keys / kTileTerms);
-    query = take(kRows / kTileRows, d32);
-    grad_out = take(kRows / kTileRows, dv32);
-    query_pairs = take(d16, kSlots * kSlotTiles);
-    grad_out_pairs = take(dv16, kSlots * kSlotTiles);
     probabilities = take(block_keys / kTileRows, kSlots * kSlotTiles);
     grad_scores = take(block_keys / kTileRows, kSlots * kSlotTiles);
     grad_scores_t = take(kRows / kTileRows, tile_keys / kTileTerms);
-    staging = reinterpret_cast<std::uint16_t*>(arena.floats(kRows * tiles_of(p.head_dim_v, 2)));
+    gate_slopes = p.has_gate ? arena.floats(tile_keys * kRows) : nullptr;
   }
 
   HWY_INLINE void pack_block(const Problem& p, const RowSource& keys, const RowSource& values,
                              std::int64_t begin, std::int64_t count) {
-    slot = kSlots - 1;
     key_tiles = tiles_of(count, tile_keys);
     last_keys = count - (key_tiles - 1) * tile_keys;
     for (std::int64_t b = 0; b < key_tiles; ++b) {
@@ -85,58 +140,45 @@ struct TileBackward {
   }
 
   template <class Scratch>
-  HWY_INLINE void pack_row_tile(const Problem& p, const Arguments& args, const LogitPolicies&,
-                                const Sequence& sequence, std::int64_t head, BackwardRowTile& t, Scratch& s) {
-    if (slot == kSlots - 1) finish_block(p, s);
-    slot = (slot + 1) % kSlots;
-    t.tile.lanes = kRows;  // what lies beyond the rows is packed as zeros, and its P is 0
-    Rows rows;
-    rows.read(row_source(args.query, sequence.batch, sequence.q_begin, head), t.tile.begin, t.tile.rows);
-    pack_columns_to_tiles(rows, kRows / kTileRows, p.head_dim, query);
-    pack_row_pairs_to_tiles(rows, kSlotTiles, p.head_dim, query_pairs, slot * kSlotTiles);
-    read_grad_out(p, args, sequence, head, t, rows);
-    pack_columns_to_tiles(rows, kRows / kTileRows, p.head_dim_v, grad_out);
-    pack_row_pairs_to_tiles(rows, kSlotTiles, p.head_dim_v, grad_out_pairs, slot * kSlotTiles);
+  HWY_INLINE void pack_row_tile(const Problem& p, const Arguments&, const LogitPolicies&, const Sequence&,
+                                std::int64_t /*head*/, BackwardRowTile& t, const Scratch&) {
+    t.tile.lanes = kRows;
+    rows = PackedRows::at(p, t.packed);
   }
 
-  HWY_INLINE void read_grad_out(const Problem& p, const Arguments& args, const Sequence& sequence,
-                                std::int64_t head, const BackwardRowTile& t, Rows& rows) const {
-    const RowSource source = row_source(args.grad_out, sequence.batch, sequence.q_begin, head);
-    rows.read(source, t.tile.begin, t.tile.rows);
-    for (std::int64_t r = 0; r < t.tile.rows; ++r) {
-      // A row without a key may carry any garbage in grad_out: its P is 0, and 0 times that must be 0.
-      if (t.lse_log2[r] == __builtin_inff()) {
-        rows.row[r] = nullptr;
-      } else if (args.grad_out.stride_dim != 1) {
-        std::uint16_t* target = staging + r * p.head_dim_v;
-        for (std::int64_t c = 0; c < p.head_dim_v; ++c)
-          std::memcpy(target + c, rows.row[r] + c * args.grad_out.stride_dim * 2, 2);
-        rows.row[r] = reinterpret_cast<const char*>(target);
-      }
-    }
-  }
+  static constexpr std::int64_t kKeyUnit = kTileTerms;
+
+  enum class Logits : std::uint8_t {
+    none,
+    gate,  // log-sigmoid alone: its gradients are summed while dS is in registers
+    any,   // dS is kept in float, the tanh of softcap may be wanted
+  };
 
   template <class Scratch>
   HWY_INLINE void tile(const Problem& p, const LogitPolicies& logit, const Visibility& visibility,
-                       const Scratch& s, BackwardRowTile& t, std::int64_t key_begin, std::int64_t keys,
-                       std::int64_t in_block, bool masked, const PartialTile* partial) {
+                       const Scratch& s, BackwardRowTile& t, std::int64_t key_begin, std::int64_t tile_begin,
+                       std::int64_t first, std::int64_t keys, const PartialTile* partial) {
+    const std::int64_t in_block = tile_begin + first, b = tile_begin / tile_keys;
+    slot = waiting[b];
     const std::int64_t strips = tiles_of(keys, kStrip), first_tile = in_block / kTileRows;
-    const bool passes = logit.any() || masked || partial != nullptr;  // over whole score tiles
+    const bool gate_alone = logit.pair_gate && logit.log_sigmoid && logit.softcap_log2 == 0 && !logit.alibi;
+    const Logits logits = gate_alone ? Logits::gate : logit.any() ? Logits::any : Logits::none;
+    const bool passes = logits != Logits::none || partial != nullptr;  // over whole score tiles
+    const float* delta = s.delta + in_block;
+    float* grad_delta = s.grad_delta + in_block;
     if (passes) {
-      tile_product<false>(Tiles{key.at(first_tile, 0), key.k_tiles}, 2 * strips, query, kRows / kTileRows, 0,
-                          key.k_tiles, s.scores, kRows);
-      if (logit.any()) {
+      tile_product<false>(key.from(first_tile, 0), 2 * strips, rows.query, kRows / kTileRows, 0, key.k_tiles,
+                          s.scores, kRows);
+      if (logits == Logits::gate) add_gate(logit, t.tile, delta, keys, s.scores);
+      if (logits == Logits::any) {
         const Float factor = hn::Set(kFloat, logit.pre_scale);
         for (std::int64_t i = 0; i < keys * kRows; i += kLanes)
           hn::Store(hn::Mul(hn::Load(kFloat, s.scores + i), factor), kFloat, s.scores + i);
-        apply_logit(logit, t.tile, s.delta + in_block, visibility.offset, key_begin, keys, s.scores, s.tanh);
+        apply_logit(logit, t.tile, delta, visibility.offset, key_begin + first, keys, s.scores, s.tanh);
       }
-      if (partial != nullptr)
-        apply_partial_tile(*partial, t.tile, keys, s.scores);
-      else if (masked)
-        apply_mask(visibility, t.tile, key_begin, keys, s.scores);
+      if (partial != nullptr) apply_partial_tile(*partial, t.tile, first, keys, s.scores);
     }
-    const float scale = logit.any() ? 1.0f : logit.pre_scale;
+    const float scale = logits == Logits::any ? 1.0f : logit.pre_scale;
     // Strips take turns in two places, unless whole tiles are wanted.
     const auto score_strip = [&](std::int64_t i)
                                  HWY_ATTR { return s.scores + (passes ? i : i & 1) * kStrip * kRows; };
@@ -150,29 +192,79 @@ struct TileBackward {
         if (i < 0) continue;
         float* tanh = s.tanh == nullptr ? nullptr : s.tanh + i * kStrip * kRows;
         if (half == 0) hide_beyond(keys - i * kStrip, score_strip(i), tanh);
-        if (logit.any())
-          grad_strip_of<true>(t, half, first_tile + 2 * i, i, scale, score_strip(i), grad_strip(i), tanh);
+        const std::int64_t n = first_tile + 2 * i;
+        const GateStrip gate{gate_slopes + i * kStrip * kRows, delta + i * kStrip, grad_delta + i * kStrip};
+        if (logits == Logits::none)
+          grad_strip_of<Logits::none>(t, half, n, i, scale, score_strip(i), grad_strip(i), nullptr, gate);
+        else if (logits == Logits::gate)
+          grad_strip_of<Logits::gate>(t, half, n, i, scale, score_strip(i), grad_strip(i), nullptr, gate);
         else
-          grad_strip_of<false>(t, half, first_tile + 2 * i, i, scale, score_strip(i), grad_strip(i), nullptr);
+          grad_strip_of<Logits::any>(t, half, n, i, scale, score_strip(i), grad_strip(i), tanh, gate);
       }
-    if (logit.pair_gate)
-      add_gate_grads(logit, t, keys, s.delta + in_block, s.grad_scores, s.grad_delta + in_block);
-    waiting[in_block / tile_keys] |= static_cast<std::uint8_t>(1u << slot);
-    const Tiles columns{key_t.at(0, in_block / kTileTerms), key_t.k_tiles};
+    if (logit.pair_gate && !gate_alone) add_gate_grads(logit, t, keys, delta, s.grad_scores, grad_delta);
+    clear_outside(b, first_tile, 2 * strips);
+    waiting_rows[b][slot] = rows;
+    const Tiles columns = key_t.from(0, in_block / kTileTerms);
     const std::int64_t d_tiles = tiles_of(p.head_dim, kTileRows);
     if (t.touched)
       tile_product<true>(columns, d_tiles, grad_scores_t, kRows / kTileRows, 0, strips, t.grad_query, kRows);
     else
       tile_product<false>(columns, d_tiles, grad_scores_t, kRows / kTileRows, 0, strips, t.grad_query, kRows);
+    if (++waiting[b] == kSlots) finish_tile(p, b, s);
+  }
+
+  // P and dS of the keys of a tile that no row sees, and that were left out.
+  HWY_INLINE void clear_outside(std::int64_t b, std::int64_t first, std::int64_t count) const {
+    const std::int64_t begin = b * tile_keys / kTileRows, end = begin + key_rows_of(b);
+    const auto clear = [&](const Tiles& tiles, std::int64_t n) HWY_ATTR {
+      float* tile = reinterpret_cast<float*>(tiles.at(n, slot * kSlotTiles));
+      zero(tile, kSlotTiles * kTileBytes / 4);
+    };
+    for (std::int64_t n = begin; n < end; ++n) {
+      if (n >= first && n < first + count) continue;
+      clear(probabilities, n);
+      clear(grad_scores, n);
+    }
+  }
+
+  // Of the strip at hand.
+  struct GateStrip {
+    const float* slopes;
+    const float* delta;
+    float* grad_delta;
+  };
+
+  // scores += log(sigmoid(alpha_i delta_j)), before the scale, and the slope sigmoid(-alpha_i delta_j) to 2^-14: its
+  // products are summed and then rounded to 2^-9.
+  HWY_INLINE void add_gate(const LogitPolicies& logit, const RowTile& tile, const float* delta,
+                           std::int64_t keys, float* scores) const {
+    const Float one = hn::Set(kFloat, 1.0f);
+    for (std::int64_t r = 0; r < kRows; r += kLanes) {
+      const Float alpha = TileGate(logit, tile, r).alpha;
+      for (std::int64_t j = 0; j < keys; ++j) {
+        const Float x = hn::Mul(alpha, hn::Set(kFloat, delta[j]));
+        const Float y = exp2_of_minus_abs(x);
+        float* s = scores + j * kRows + r;
+        hn::Store(hn::Add(hn::Load(kFloat, s), log_sigmoid_short(x, y)), kFloat, s);
+        const __m512 numerator =
+            _mm512_mask_mov_ps(y.raw, _mm512_movepi32_mask(_mm512_castps_si512(x.raw)), one.raw);
+        const __m512 slope = _mm512_mul_ps(numerator, _mm512_rcp14_ps(hn::Add(y, one).raw));
+        hn::Store(Float{slope}, kFloat, gate_slopes + j * kRows + r);
+      }
+      for (std::int64_t j = keys; j < round_up(keys, kStrip); ++j)
+        hn::Store(hn::Zero(kFloat), kFloat, gate_slopes + j * kRows + r);
+    }
   }
 
   // S and dP of 32 keys and 32 rows; without S when `scores` is null.
   HWY_INLINE void strip_products(std::int64_t n, std::int64_t half, float* scores, float* grads) const {
     if (scores != nullptr)
-      tile_block<2, 2, false>(key.at(n, 0), key.k_tiles * kTileBytes, query.at(2 * half, 0),
-                              query.k_tiles * kTileBytes, key.k_tiles, scores + half * kTileTerms, kRows);
-    tile_block<2, 2, false>(value.at(n, 0), value.k_tiles * kTileBytes, grad_out.at(2 * half, 0),
-                            grad_out.k_tiles * kTileBytes, value.k_tiles, grads + half * kTileTerms, kRows);
+      tile_block<2, 2, false>(key.at(n, 0), key.k_tiles * kTileBytes, rows.query.at(2 * half, 0),
+                              rows.query.k_tiles * kTileBytes, key.k_tiles, scores + half * kTileTerms,
+                              kRows);
+    tile_block<2, 2, false>(value.at(n, 0), value.k_tiles * kTileBytes, rows.grad_out.at(2 * half, 0),
+                            rows.grad_out.k_tiles * kTileBytes, value.k_tiles, grads + half * kTileTerms,
+                            kRows);
   }
 
   // Keys of a strip beyond the last one: P and dS must be 0.
@@ -183,10 +275,47 @@ struct TileBackward {
     }
   }
 
-  // P and dS of 32 keys and 32 rows, rounded to bfloat16. kLogit: the tanh may be wanted, and dS in float too.
-  template <bool kLogit>
+  // Of 32 rows and 32 keys: d alpha_i += sum_j dS g' delta_j, d delta_j += sum_i dS g' alpha_i.
+  struct GateSums {
+    Float alpha0, alpha1, sum0, sum1;
+    alignas(64) float by_key[kStrip * kLanes];
+
+    HWY_INLINE GateSums(const BackwardRowTile& t, std::int64_t row)
+        : alpha0(hn::LoadU(kFloat, t.tile.alpha + row)),
+          alpha1(hn::LoadU(kFloat, t.tile.alpha + row + kLanes)),
+          sum0(hn::Zero(kFloat)),
+          sum1(sum0) {}
+    HWY_INLINE void add(const GateStrip& gate, std::int64_t key, std::int64_t at, Float ds0, Float ds1) {
+      const Float g0 = hn::Mul(ds0, hn::Load(kFloat, gate.slopes + at));
+      const Float g1 = hn::Mul(ds1, hn::Load(kFloat, gate.slopes + at + kLanes));
+      const Float delta = hn::Set(kFloat, gate.delta[key]);
+      sum0 = hn::MulAdd(g0, delta, sum0);
+      sum1 = hn::MulAdd(g1, delta, sum1);
+      hn::Store(hn::MulAdd(g1, alpha1, hn::Mul(g0, alpha0)), kFloat, by_key + key * kLanes);
+    }
+    HWY_INLINE void finish(const BackwardRowTile& t, std::int64_t row, const GateStrip& gate) const {
+      float* a = t.grad_alpha + row;
+      hn::Store(hn::Add(hn::Load(kFloat, a), sum0), kFloat, a);
+      hn::Store(hn::Add(hn::Load(kFloat, a + kLanes), sum1), kFloat, a + kLanes);
+      for (std::int64_t key = 0; key < kStrip; key += kLanes) {
+        __m512i r[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(by_key + (key + i) * kLanes);
+        transpose_16x16(r);
+        Float sum{_mm512_castsi512_ps(r[0])};
+#pragma GCC unroll 16
+        for (int i = 1; i < 16; ++i) sum = hn::Add(sum, Float{_mm512_castsi512_ps(r[i])});
+        float* d = gate.grad_delta + key;
+        hn::Store(hn::Add(hn::Load(kFloat, d), sum), kFloat, d);
+      }
+    }
+  };
+
+  // P and dS of 32 keys and 32 rows, rounded to bfloat16.
+  template <Logits kLogits>
   HWY_INLINE void grad_strip_of(const BackwardRowTile& t, std::int64_t half, std::int64_t n, std::int64_t k,
-                                float scale, const float* scores, float* grads, const float* tanh) const {
+                                float scale, const float* scores, float* grads, const float* tanh,
+                                const GateStrip& gate) const {
     const std::int64_t row = half * kTileTerms;
     const Float factor = hn::Set(kFloat, scale);
     const Float lse0 = hn::Load(kFloat, t.lse_log2 + row), lse1 = hn::Load(kFloat, t.lse_log2 + row + kLanes);
@@ -194,6 +323,7 @@ struct TileBackward {
     const std::int64_t k_row = slot * kSlotTiles + half;
     char* low = grad_scores_t.at(2 * half, k);
     char* high = grad_scores_t.at(2 * half + 1, k);
+    GateSums sums(t, row);
     for (std::int64_t j = 0; j < kStrip; j += 2) {
       __m512i rounded[2];
 #pragma GCC unroll 2
@@ -203,7 +333,8 @@ struct TileBackward {
         const Float p1 = exp2_short(hn::MulSub(hn::Load(kFloat, scores + at + kLanes), factor, lse1));
         Float ds0 = hn::Mul(p0, hn::Sub(hn::Load(kFloat, grads + at), dot0));
         Float ds1 = hn::Mul(p1, hn::Sub(hn::Load(kFloat, grads + at + kLanes), dot1));
-        if constexpr (kLogit) {
+        if constexpr (kLogits == Logits::gate) sums.add(gate, j + i, at, ds0, ds1);
+        if constexpr (kLogits == Logits::any) {
           if (tanh != nullptr) {
             const Float one = hn::Set(kFloat, 1.0f);
             const Float t0 = hn::Load(kFloat, tanh + at), t1 = hn::Load(kFloat, tanh + at + kLanes);
@@ -221,26 +352,56 @@ struct TileBackward {
       _mm512_store_si512(low + j / 2 * 64, _mm512_unpacklo_epi16(rounded[0], rounded[1]));
       _mm512_store_si512(high + j / 2 * 64, _mm512_unpackhi_epi16(rounded[0], rounded[1]));
     }
+    if constexpr (kLogits == Logits::gate) sums.finish(t, row, gate);
   }
 
-  // dV and dK of the row tiles that wait.
+  // Tiles of 16 keys in use of a key tile.
+  HWY_INLINE std::int64_t key_rows_of(std::int64_t b) const {
+    return 2 * tiles_of(b + 1 < key_tiles ? tile_keys : last_keys, kStrip);
+  }
+
   template <class Scratch>
-  HWY_INLINE void finish_block(const Problem& p, Scratch& s) {
-    for (std::int64_t b = 0; b < key_tiles; ++b) {
-      if (waiting[b] == 0) continue;
-      const std::int64_t begin = waiting[b] == 2 ? kSlotTiles : 0;
-      const std::int64_t count = waiting[b] == 3 ? 2 * kSlotTiles : kSlotTiles;
-      const std::int64_t n = b * tile_keys / kTileRows;
-      const std::int64_t keys = b + 1 < key_tiles ? tile_keys : last_keys;
-      const std::int64_t n_tiles = 2 * tiles_of(keys, kStrip);
-      tile_product<true>(Tiles{probabilities.at(n, 0), probabilities.k_tiles}, n_tiles, grad_out_pairs,
-                         tiles_of(p.head_dim_v, kTileRows), begin, count,
-                         s.grad_value + b * tile_keys * s.value_pitch, s.value_pitch);
-      tile_product<true>(Tiles{grad_scores.at(n, 0), grad_scores.k_tiles}, n_tiles, query_pairs,
-                         tiles_of(p.head_dim, kTileRows), begin, count,
-                         s.grad_key + b * tile_keys * s.key_pitch, s.key_pitch);
-      waiting[b] = 0;
-    }
+  HWY_INLINE void finish_block(const Problem& p, const Scratch& s) {
+    for (std::int64_t b = 0; b < key_tiles; ++b)
+      if (waiting[b] > 0) finish_tile(p, b, s);
+  }
+
+  // dV and dK of a key tile and the row tiles that wait.
+  template <class Scratch>
+  HWY_INLINE void finish_tile(const Problem& p, std::int64_t b, const Scratch& s) {
+    const PackedRows* packed = waiting_rows[b];
+    const std::int64_t n = b * tile_keys / kTileRows;
+    const Tiles grad_out[kSlots] = {packed[0].grad_out_pairs, packed[1].grad_out_pairs};
+    const Tiles query[kSlots] = {packed[0].query_pairs, packed[1].query_pairs};
+    add_product(probabilities.from(n, 0), key_rows_of(b), grad_out, waiting[b],
+                tiles_of(p.head_dim_v, kTileRows), s.grad_value + b * tile_keys * s.value_pitch,
+                s.value_pitch);
+    add_product(grad_scores.from(n, 0), key_rows_of(b), query, waiting[b], tiles_of(p.head_dim, kTileRows),
+                s.grad_key + b * tile_keys * s.key_pitch, s.key_pitch);
+    waiting[b] = 0;
+  }
+
+  // C += sum over the slots of A times B; n_tiles is even.
+  static HWY_NOINLINE void add_product(const Tiles& a, std::int64_t n_tiles, const Tiles* b,
+                                       std::int64_t slots, std::int64_t v_tiles, float* c,
+                                       std::int64_t c_pitch) {
+    for (std::int64_t n = 0; n < n_tiles; n += 2)
+      for (std::int64_t v = 0; v < v_tiles; v += 2) {
+        float* block = c + n * kTileRows * c_pitch + v * kTileRows;
+        if (v + 1 < v_tiles)
+          add_block<2>(a, n, b, slots, v, block, c_pitch);
+        else
+          add_block<1>(a, n, b, slots, v, block, c_pitch);
+      }
+  }
+  template <int kV>
+  static HWY_INLINE void add_block(const Tiles& a, std::int64_t n, const Tiles* b, std::int64_t slots,
+                                   std::int64_t v, float* c, std::int64_t c_pitch) {
+    start_block<2, kV, true>(c, c_pitch);
+    for (std::int64_t i = 0; i < slots; ++i)
+      add_terms<2, kV>(a.at(n, i * kSlotTiles), a.k_tiles * kTileBytes, b[i].at(v, 0),
+                       b[i].k_tiles * kTileBytes, kSlotTiles);
+    store_block<2, kV>(c, c_pitch);
   }
 };
 

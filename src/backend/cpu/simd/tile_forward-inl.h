@@ -68,16 +68,18 @@ struct TileForward {
     pack_transposed_to_tiles(rows, p.head_dim_v, tiles_of(keys, kTileTerms), value);
   }
 
+  static constexpr std::int64_t kKeyUnit = kTileTerms;
+
   HWY_INLINE void scores(const Problem&, const LogitPolicies& logit, const ForwardRowTile& t,
-                         std::int64_t keys, bool plain, float* scores) {
-    const Tiles query = query_tiles(t.query);
+                         std::int64_t first, std::int64_t keys, bool plain, float* scores) {
+    const Tiles query = query_tiles(t.query), key = this->key.from(first / kTileRows, 0);
     const std::int64_t v_tiles = t.tile.lanes / kTileRows, padded = round_up(keys, kTileTerms);
     const bool scaled =
         logit.any() || !(logit.pre_scale > 0);  // the maximum of -2 s is not -2 times that of s
     score_scale = scaled ? 1.0f : logit.pre_scale;
     have_maxima = plain && !scaled && keys == padded;
     if (have_maxima) {
-      product_with_maxima(query, v_tiles, padded / kTileRows, scores);
+      product_with_maxima(key, query, v_tiles, padded / kTileRows, scores);
       return;
     }
     tile_product<false>(key, padded / kTileRows, query, v_tiles, 0, q_tiles, scores, kRows);
@@ -111,12 +113,10 @@ struct TileForward {
                                    std::int64_t keys, float* scores) {
     const Float factor = hn::Set(kFloat, logit.pre_scale);
     for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
-      const Float alpha = hn::LoadU(kFloat, tile.alpha + r);
+      const TileGate gate(logit, tile, r);
       const auto gated = [&](std::int64_t j) HWY_ATTR {
-        const Float product = hn::Mul(alpha, hn::Set(kFloat, delta[j]));
-        const Float gate = logit.log_sigmoid ? log_sigmoid(product) : product;
         float* s = scores + j * kRows + r;
-        const Float x = hn::Mul(hn::Add(hn::Load(kFloat, s), gate), factor);
+        const Float x = hn::Mul(gate.add(hn::Load(kFloat, s), delta[j]), factor);
         hn::Store(x, kFloat, s);
         return x;
       };
@@ -130,8 +130,8 @@ struct TileForward {
   }
 
   // The maxima of a block of C, NaN where a score is NaN, are taken while the tile unit computes the next one.
-  HWY_INLINE void product_with_maxima(const Tiles& query, std::int64_t v_tiles, std::int64_t n_tiles,
-                                      float* scores) {
+  HWY_INLINE void product_with_maxima(const Tiles& key, const Tiles& query, std::int64_t v_tiles,
+                                      std::int64_t n_tiles, float* scores) {
     const std::int64_t step = q_tiles * kTileBytes;
     for (std::int64_t v = 0; v < v_tiles; v += 2) {
       const bool two = v + 1 < v_tiles;
@@ -180,8 +180,9 @@ struct TileForward {
       hn::Store(hn::Mul(hn::Load(kFloat, best + r), factor), kFloat, maxima + r);
   }
 
-  HWY_INLINE void accumulate(const Problem&, ForwardRowTile& t, std::int64_t keys, const float* maxima,
-                             float* scores, float* factors) {
+  HWY_INLINE void accumulate(const Problem&, ForwardRowTile& t, std::int64_t first, std::int64_t keys,
+                             const float* maxima, float* scores, float* factors) {
+    const std::int64_t k_first = first / kTileTerms;
     const std::int64_t v_tiles = t.tile.lanes / kTileRows, k_tiles = tiles_of(keys, kTileTerms);
     for (std::int64_t v = 0; v < v_tiles; ++v)
       update_maximum(t, v, hn::Load(kFloat, maxima + v * kTileRows), factors);
@@ -189,40 +190,104 @@ struct TileForward {
     for (std::int64_t v = 0; v <= v_tiles; ++v) {
       Exponentials e(score_scale);
       if (v < v_tiles) start_exponentials(e, t, v, k_tiles, scores + v * kTileRows, kRows);
-      if (v > 0) multiply_values(t, v - 1, d_tiles, k_tiles, e);
+      if (v > 0) multiply_values(t, v - 1, d_tiles, k_first, k_tiles, e);
       e.compute(e.pairs);
       if (v < v_tiles) add_row_sums(t, v, e, factors);
     }
   }
 
-  // A tile that no logit policy, mask or vote looks at needs no scores of 64 rows: those of 16 rows are computed, turned
-  // into P and multiplied with V while they are in the first-level cache.
-  HWY_INLINE bool fuses(const LogitPolicies& logit, std::int64_t keys) const {
-    return logit.pre_scale > 0 && keys % kTileTerms == 0 && q_tiles <= 4;
+  // A tile that softcap, ALiBi and the vote leave alone needs no scores of 64 rows: those of 16 rows are computed, pass
+  // gate and mask, are turned into P and multiplied with V while they are in the first-level cache.
+  HWY_INLINE bool fuses(const LogitPolicies& logit, std::int64_t keys, const PartialTile* masked) const {
+    return logit.pre_scale > 0 && logit.softcap_log2 == 0 && !logit.alibi && q_tiles <= 4 &&
+           (keys % kTileTerms == 0 || masked != nullptr);
+  }
+
+  HWY_INLINE void attend(const LogitPolicies& logit, ForwardRowTile& t, std::int64_t keys, const float* delta,
+                         const PartialTile* masked, float* factors) {
+    score_scale = logit.pre_scale;
+    if (logit.pair_gate || masked != nullptr)
+      attend_quarters<true>(logit, t, keys, delta, masked, factors);
+    else
+      attend_quarters<false>(logit, t, keys, delta, masked, factors);
   }
 
   //   tile unit      S 0 | S 1   | S 2, V P 0 | S 3, V P 1 | V P 2 | V P 3
   //   vector ports       | exp 0 | exp 1      | exp 2      | exp 3 |
-  HWY_INLINE void attend(const LogitPolicies& logit, ForwardRowTile& t, std::int64_t keys, float* factors) {
+  template <bool kPasses>
+  HWY_INLINE void attend_quarters(const LogitPolicies& logit, ForwardRowTile& t, std::int64_t keys,
+                                  const float* delta, const PartialTile* masked, float* factors) {
     const Tiles query = query_tiles(t.query);
-    const std::int64_t v_tiles = t.tile.lanes / kTileRows, k_tiles = keys / kTileTerms;
-    const std::int64_t d_tiles = tiles_of(head_dim_v, kTileRows);
-    score_scale = logit.pre_scale;
+    const std::int64_t v_tiles = t.tile.lanes / kTileRows, d_tiles = tiles_of(head_dim_v, kTileRows);
+    KeyTerms terms[kRows / kTileRows];
+    for (std::int64_t v = 0; v < v_tiles; ++v)
+      terms[v] = masked == nullptr ? KeyTerms{0, keys / kTileTerms} : terms_seen(*masked, v);
     for (std::int64_t v = -1; v <= v_tiles; ++v) {
       Exponentials e(score_scale);
-      const bool exponentials = v >= 0 && v < v_tiles;
-      if (exponentials) start_exponentials(e, t, v, k_tiles, quarter(v), kTileRows);
-      const std::int64_t products = v > 0 ? d_tiles * k_tiles : 0;
-      if (v + 1 < v_tiles) {
-        const std::int64_t n_tiles = 2 * k_tiles;
-        e.spread_over(n_tiles * q_tiles + products);
-        multiply_keys(t, query.at(v + 1, 0), v + 1, n_tiles, quarter(v + 1), factors, e);
+      const bool exponentials = v >= 0 && v < v_tiles && terms[v].count > 0;
+      if (exponentials) start_exponentials(e, t, v, terms[v].count, quarter(v), kTileRows);
+      const std::int64_t products = v > 0 ? d_tiles * terms[v - 1].count : 0;
+      if (v + 1 < v_tiles && terms[v + 1].count > 0) {
+        const KeyTerms& next = terms[v + 1];
+        e.spread_over(2 * next.count * q_tiles + products);
+        const QuarterLogits passes(logit, t.tile, v + 1, next, delta, masked);
+        multiply_keys<kPasses>(t, query.at(v + 1, 0), v + 1, next, passes, quarter(v + 1), factors, e);
       }
-      if (v > 0) multiply_values(t, v - 1, d_tiles, k_tiles, e);
+      if (v > 0) multiply_values(t, v - 1, d_tiles, terms[v - 1].first, terms[v - 1].count, e);
       e.compute(e.pairs);
       if (exponentials) add_row_sums(t, v, e, factors);
     }
   }
+
+  // Tiles of 32 keys.
+  struct KeyTerms {
+    std::int64_t first = 0, count = 0;
+  };
+
+  // Those of which one of 16 rows sees a key.
+  HWY_INLINE KeyTerms terms_seen(const PartialTile& partial, std::int64_t v) const {
+    const auto sees = [&](std::int64_t k) {
+      std::uint64_t rows = 0;
+      for (std::int64_t j = 0; j < kTileTerms; ++j) rows |= partial.rows_of_key[k * kTileTerms + j];
+      return (rows >> (v * kTileRows) & 0xFFFF) != 0;
+    };
+    std::int64_t first = partial.begin / kTileTerms, end = tiles_of(partial.end, kTileTerms);
+    while (first < end && !sees(first)) ++first;
+    while (end > first && !sees(end - 1)) --end;
+    return {first, end - first};
+  }
+
+  // Gate and mask of 16 rows.
+  struct QuarterLogits {
+    TileGate gate;
+    const float* delta = nullptr;         // null: no gate
+    const std::uint64_t* rows = nullptr;  // of each key; null: all
+    std::int64_t first_row;
+
+    HWY_INLINE QuarterLogits(const LogitPolicies& logit, const RowTile& tile, std::int64_t v,
+                             const KeyTerms& keys, const float* tile_delta, const PartialTile* masked)
+        : gate(logit, tile, v * kTileRows), first_row(v * kTileRows) {
+      const std::int64_t first = keys.first * kTileTerms;
+      if (logit.pair_gate) delta = tile_delta + first;
+      if (masked != nullptr) rows = masked->rows_of_key + first;
+    }
+
+    // scores of the keys [j, j + 16), before the scale.
+    HWY_INLINE void apply(std::int64_t j, float* scores) const {
+      if (delta != nullptr)
+        for (std::int64_t i = 0; i < kTileRows; ++i) {
+          float* s = scores + i * kTileRows;
+          hn::Store(gate.add(hn::Load(kFloat, s), delta[j + i]), kFloat, s);
+        }
+      if (rows == nullptr) return;
+      const __m512 hidden = _mm512_set1_ps(kNegativeInfinity);
+      for (std::int64_t i = 0; i < kTileRows; ++i) {
+        float* s = scores + i * kTileRows;
+        const auto seen = static_cast<__mmask16>(rows[j + i] >> first_row);
+        _mm512_store_ps(s, _mm512_mask_mov_ps(hidden, seen, _mm512_load_ps(s)));
+      }
+    }
+  };
 
   HWY_INLINE float* quarter(std::int64_t v) const {
     return quarters + (v & 1) * value.k_tiles * kTileTerms * kTileRows;
@@ -290,38 +355,50 @@ struct TileForward {
     hn::StoreU(hn::MulAdd(hn::LoadU(kFloat, row_sum), factor, hn::Add(e.sum0, e.sum1)), kFloat, row_sum);
   }
 
-  // Scores of 16 rows. Q^T stays in registers 4 to 7, the maximum of 16 keys is taken one step behind.
-  HWY_INLINE void multiply_keys(ForwardRowTile& t, const char* query, std::int64_t v, std::int64_t n_tiles,
-                                float* scores, float* factors, Exponentials& e) const {
+  // Scores of 16 rows. Q^T stays in registers 4 to 7; passes and maxima of 16 keys are taken one step behind.
+  template <bool kPasses>
+  HWY_INLINE void multiply_keys(ForwardRowTile& t, const char* query, std::int64_t v, const KeyTerms& terms,
+                                const QuarterLogits& passes, float* scores, float* factors,
+                                Exponentials& e) const {
     load_columns(query, q_tiles);
     Float m0 = hn::Set(kFloat, kNegativeInfinity), m1 = m0;
-    const auto maxima_of = [&](const float* s) HWY_ATTR {
+    constexpr std::int64_t kSize = kTileRows * kTileRows;
+    const auto maxima_of = [&](std::int64_t n) HWY_ATTR {
+      float* s = scores + n * kSize;
+      if constexpr (kPasses) passes.apply(n * kTileRows, s);
 #pragma GCC unroll 16
       for (int j = 0; j < kTileRows; j += 2) {
         m0 = hn::Max(m0, hn::Load(kFloat, s + j * kTileRows));
         m1 = hn::Max(m1, hn::Load(kFloat, s + (j + 1) * kTileRows));
       }
     };
-    constexpr std::int64_t kSize = kTileRows * kTileRows;
+    const Tiles key = this->key.from(2 * terms.first, 0);
+    const std::int64_t n_tiles = 2 * terms.count;
     for (std::int64_t n = 0; n < n_tiles; n += 2) {
       tile_zero<0>();
       multiply_row<0>(key.at(n, 0), q_tiles, e);
       tile_store<0>(scores + n * kSize, kTileRows * 4);
-      if (n > 0) maxima_of(scores + (n - 1) * kSize);
+      if (n > 0) maxima_of(n - 1);
       tile_zero<1>();
       multiply_row<1>(key.at(n + 1, 0), q_tiles, e);
       tile_store<1>(scores + (n + 1) * kSize, kTileRows * 4);
-      maxima_of(scores + n * kSize);
+      maxima_of(n);
     }
-    maxima_of(scores + (n_tiles - 1) * kSize);
+    maxima_of(n_tiles - 1);
     const Float tile_max = hn::Mul(hn::Max(m0, m1), hn::Set(kFloat, score_scale));
     update_maximum(t, v, tile_max, factors);
   }
 
   // O^T += V^T P for 16 rows; P stays in registers 4 to 7.
   HWY_INLINE void multiply_values(ForwardRowTile& t, std::int64_t v, std::int64_t d_tiles,
-                                  std::int64_t k_tiles, Exponentials& e) const {
+                                  std::int64_t k_first, std::int64_t k_tiles, Exponentials& e) const {
     constexpr std::int64_t kRowBytes = kRows * 4;
+    if (k_tiles == 0) {
+      if (t.started) return;
+      for (std::int64_t d = 0; d < d_tiles * kTileRows; ++d)
+        hn::Store(hn::Zero(kFloat), kFloat, t.out + d * kRows + v * kTileRows);
+      return;
+    }
     load_columns(probabilities.at(v & 1, 0), k_tiles);
     e.spread_over(d_tiles * k_tiles);
     float* c = t.out + v * kTileRows;
@@ -330,7 +407,7 @@ struct TileForward {
         tile_load<0>(c, kRowBytes);
       else
         tile_zero<0>();
-      multiply_row<0>(value.at(d, 0), k_tiles, e);
+      multiply_row<0>(value.at(d, k_first), k_tiles, e);
       tile_store<0>(c, kRowBytes);
       c += kTileRows * kRows;
       if (d + 1 == d_tiles) break;
@@ -338,7 +415,7 @@ struct TileForward {
         tile_load<1>(c, kRowBytes);
       else
         tile_zero<1>();
-      multiply_row<1>(value.at(d + 1, 0), k_tiles, e);
+      multiply_row<1>(value.at(d + 1, k_first), k_tiles, e);
       tile_store<1>(c, kRowBytes);
       c += kTileRows * kRows;
     }

@@ -19,6 +19,7 @@
 
 #include "backend/cpu/simd/gemm-inl.h"
 #include "backend/cpu/simd/kv_source-inl.h"
+#include "backend/cpu/simd/scores-inl.h"
 
 namespace fsa::cpu::FSA_SIMD_TARGET {
 
@@ -36,6 +37,7 @@ struct Tiles {
   HWY_INLINE char* at(std::int64_t outer, std::int64_t k) const {
     return data + (outer * k_tiles + k) * kTileBytes;
   }
+  HWY_INLINE Tiles from(std::int64_t outer, std::int64_t k) const { return {at(outer, k), k_tiles}; }
 };
 
 HWY_INLINE std::int64_t tiles_of(std::int64_t extent, std::int64_t unit) {
@@ -86,12 +88,11 @@ HWY_INLINE void tile_multiply() {  // C += A B
 
 // Registers: 0 to 3 hold C, 4 and 5 A, 6 and 7 B.
 
-// kN x kV tiles of C over k_tiles terms; `c` and the distances of tiles of one operand from the next in n or v.
+// kN x kV tiles of C: started, terms added, stored; `c` and the distances of tiles of one operand from the next in n or v.
 template <int kN, int kV, bool kAdd>
-HWY_INLINE void tile_block(const char* a, std::int64_t a_step, const char* b, std::int64_t b_step,
-                           std::int64_t k_tiles, float* c, std::int64_t c_pitch) {
+HWY_INLINE void start_block(const float* c, std::int64_t c_pitch) {
   const std::int64_t row_bytes = c_pitch * 4;
-  float* c1 = c + kTileRows * c_pitch;
+  const float* c1 = c + kTileRows * c_pitch;
   if constexpr (kAdd) {
     tile_load<0>(c, row_bytes);
     if constexpr (kV > 1) tile_load<1>(c + kTileRows, row_bytes);
@@ -103,6 +104,10 @@ HWY_INLINE void tile_block(const char* a, std::int64_t a_step, const char* b, st
     if constexpr (kN > 1) tile_zero<2>();
     if constexpr (kN > 1 && kV > 1) tile_zero<3>();
   }
+}
+template <int kN, int kV>
+HWY_INLINE void add_terms(const char* a, std::int64_t a_step, const char* b, std::int64_t b_step,
+                          std::int64_t k_tiles) {
   for (std::int64_t k = 0; k < k_tiles; ++k) {
     tile_load<4>(a, 64);
     tile_load<6>(b, 64);
@@ -119,10 +124,23 @@ HWY_INLINE void tile_block(const char* a, std::int64_t a_step, const char* b, st
     a += kTileBytes;
     b += kTileBytes;
   }
+}
+template <int kN, int kV>
+HWY_INLINE void store_block(float* c, std::int64_t c_pitch) {
+  const std::int64_t row_bytes = c_pitch * 4;
+  float* c1 = c + kTileRows * c_pitch;
   tile_store<0>(c, row_bytes);
   if constexpr (kV > 1) tile_store<1>(c + kTileRows, row_bytes);
   if constexpr (kN > 1) tile_store<2>(c1, row_bytes);
   if constexpr (kN > 1 && kV > 1) tile_store<3>(c1 + kTileRows, row_bytes);
+}
+
+template <int kN, int kV, bool kAdd>
+HWY_INLINE void tile_block(const char* a, std::int64_t a_step, const char* b, std::int64_t b_step,
+                           std::int64_t k_tiles, float* c, std::int64_t c_pitch) {
+  start_block<kN, kV, kAdd>(c, c_pitch);
+  add_terms<kN, kV>(a, a_step, b, b_step, k_tiles);
+  store_block<kN, kV>(c, c_pitch);
 }
 
 // C of n_tiles x v_tiles tiles; terms [k_begin, k_begin + k_tiles) of both operands.
@@ -268,23 +286,21 @@ HWY_INLINE constexpr std::int64_t pair_row(std::int64_t q) {
   return q / 4 * 4 + q % 2 * 2 + (q % 4 / 2) * 16;
 }
 
-// B[k][v]: the rows of the source are k, in the order of pair_row, its columns are v. From the terms k_begin on.
-HWY_NOINLINE void pack_row_pairs_to_tiles(const Rows& rows, std::int64_t groups, std::int64_t dim,
-                                          const Tiles& target, std::int64_t k_begin) {
+// B[k][v]: the rows of the source are k, in the order of pair_row, its columns are v.
+HWY_NOINLINE void pack_row_pairs_to_tiles(const Rows& rows, std::int64_t dim, const Tiles& target) {
   const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
                                          38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   for (std::int64_t c = 0; c * 32 < dim; ++c) {
     const Chunk chunk(c, dim);
     const bool whole = dim - c * 32 > kTileRows;
-    for (std::int64_t k = 0; k < groups; ++k)
+    for (std::int64_t k = 0; k < target.k_tiles; ++k)
       for (std::int64_t q = 0; q < 16; ++q) {
         const std::int64_t row = k * kTileTerms + pair_row(q);
         const __m512i x = chunk.load(rows.row[row]), y = chunk.load(rows.row[row + 1]);
-        _mm512_store_si512(target.at(2 * c, k_begin + k) + q * 64, _mm512_permutex2var_epi16(x, first, y));
+        _mm512_store_si512(target.at(2 * c, k) + q * 64, _mm512_permutex2var_epi16(x, first, y));
         if (whole)
-          _mm512_store_si512(target.at(2 * c + 1, k_begin + k) + q * 64,
-                             _mm512_permutex2var_epi16(x, second, y));
+          _mm512_store_si512(target.at(2 * c + 1, k) + q * 64, _mm512_permutex2var_epi16(x, second, y));
       }
   }
 }
@@ -319,5 +335,44 @@ HWY_INLINE Float exp2_short(Float x) {
   p = hn::MulAdd(p, f, hn::Set(kFloat, 1.0000025933706653f));
   return Float{_mm512_scalef_ps(p.raw, x.raw)};
 }
+
+// 2^-|x|, in [0, 1].
+HWY_INLINE Float exp2_of_minus_abs(Float x) {
+  const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+  return exp2_short(Float{_mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(x.raw), sign))});
+}
+
+// log(sigmoid(x / log2 e)) = min(x, 0) ln 2 - log1p(y), y = 2^-|x|, to 3e-6: 1.5e-6 each from y and from the polynomial
+// of degree 5 for log1p(y) / y. The sum of a row loses as much to the exponentials. 16 instructions.
+HWY_INLINE Float log_sigmoid_short(Float x, Float y) {
+  Float p = hn::Set(kFloat, -1.8338900059461594e-2f);
+  p = hn::MulAdd(p, y, hn::Set(kFloat, 8.557002991437912e-2f));
+  p = hn::MulAdd(p, y, hn::Set(kFloat, -1.9376105070114136e-1f));
+  p = hn::MulAdd(p, y, hn::Set(kFloat, 3.1764909625053406e-1f));
+  p = hn::MulAdd(p, y, hn::Set(kFloat, -4.978750944137573e-1f));
+  p = hn::MulAdd(p, y, hn::Set(kFloat, 9.999016523361206e-1f));
+  const Float linear = hn::Mul(hn::Min(x, hn::Zero(kFloat)), hn::Set(kFloat, 6.931471806e-1f));
+  return hn::NegMulAdd(p, y, linear);
+}
+
+// The pair gate of 16 rows from `first_row` on.
+struct TileGate {
+  Float alpha;  // times log2 e with the log-sigmoid
+  bool log_sigmoid;
+
+  HWY_INLINE TileGate(const LogitPolicies& logit, const RowTile& tile, std::int64_t first_row)
+      : alpha(hn::Zero(kFloat)), log_sigmoid(logit.log_sigmoid) {
+    if (!logit.pair_gate) return;
+    alpha = hn::LoadU(kFloat, tile.alpha + first_row);
+    if (log_sigmoid) alpha = hn::Mul(alpha, hn::Set(kFloat, static_cast<float>(kLog2E)));
+  }
+  // scores + g(alpha * delta)
+  HWY_INLINE Float add(Float scores, float delta) const {
+    const Float d = hn::Set(kFloat, delta);
+    if (!log_sigmoid) return hn::MulAdd(alpha, d, scores);
+    const Float x = hn::Mul(alpha, d);
+    return hn::Add(scores, log_sigmoid_short(x, exp2_of_minus_abs(x)));
+  }
+};
 
 }  // namespace fsa::cpu::FSA_SIMD_TARGET

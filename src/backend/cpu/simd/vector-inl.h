@@ -121,10 +121,11 @@ HWY_INLINE float load_scalar(const void* data, DType dtype, std::int64_t index) 
   switch (dtype) {
     case DType::float64:
       return static_cast<float>(static_cast<const double*>(data)[index]);
-    case DType::bfloat16: {
-      float lanes[kLanes];
-      widen_row(static_cast<const hwy::bfloat16_t*>(data) + index, 1, lanes);
-      return lanes[0];
+    case DType::bfloat16: {  // the upper half of a float
+      const std::uint32_t bits = std::uint32_t{static_cast<const std::uint16_t*>(data)[index]} << 16;
+      float value;
+      std::memcpy(&value, &bits, sizeof(value));
+      return value;
     }
     case DType::float16: {
       float lanes[kLanes];
