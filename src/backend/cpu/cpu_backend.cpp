@@ -390,6 +390,17 @@ void run_decode(const Problem& p, const Arguments& args, Workspace workspace) {
   each(k.decode_combine, heads);
 }
 
+void prefer_huge_outputs(const Problem& p, const Arguments& args) {
+  const std::int64_t batches_q = p.packed_q ? 1 : p.batch, batches_k = p.packed_k ? 1 : p.batch;
+  const std::int64_t rows = p.packed_q ? p.total_q : p.max_seqlen_q;
+  const std::int64_t keys = p.packed_k ? p.total_k : p.max_seqlen_k;
+  prefer_huge_pages(args.grad_query, batches_q, rows, p.num_heads, p.head_dim);
+  prefer_huge_pages(args.grad_key, batches_k, keys, p.num_kv_heads, p.head_dim);
+  prefer_huge_pages(args.grad_value, batches_k, keys, p.num_kv_heads, p.head_dim_v);
+  if (p.operation == Operation::forward)
+    prefer_huge_pages(args.out, batches_q, rows, p.num_heads, p.head_dim_v);
+}
+
 class CpuBackend final : public Backend {
  public:
   using Backend::kernel;
@@ -435,6 +446,7 @@ class CpuBackend final : public Backend {
 
   void run(const Problem& p, const Arguments& args, Workspace workspace) const override {
     prefer_huge_pages(workspace.data, workspace.bytes);
+    prefer_huge_outputs(p, args);
     switch (p.operation) {
       case Operation::forward:
         return run_forward(p, args, workspace);
@@ -456,7 +468,6 @@ class CpuBackend final : public Backend {
   std::size_t workspace_bytes(const NsaProblem& p) const override { return nsa_workspace_bytes(p); }
   void run(const NsaProblem& p, const NsaArguments& args, Workspace workspace) const override {
     kernels();
-    prefer_huge_pages(workspace.data, workspace.bytes);
     run_nsa(*choice().nsa_kernels, p, args, workspace);
   }
 };

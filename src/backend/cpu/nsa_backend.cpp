@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "backend/cpu/carver.h"
+#include "backend/cpu/huge_pages.h"
 #include "backend/cpu/selected_lists.h"
 #include "backend/cpu/thread_pool.h"
 #include "core/skip_tile.h"
@@ -297,6 +298,19 @@ bool is_selected(NsaOperation operation) {
   return operation == NsaOperation::selected_forward || operation == NsaOperation::selected_backward;
 }
 
+void prefer_huge_outputs(const NsaProblem& p, const NsaArguments& args) {
+  const std::int64_t batches = p.packed ? 1 : p.batch;
+  const std::int64_t rows = p.packed ? p.total_q : p.max_seqlen_q;
+  const bool compresses = p.operation == NsaOperation::compress_backward;  // grad_key: of x
+  const std::int64_t keys = compresses ? rows : p.packed ? p.total_k : p.max_seqlen_k;
+  prefer_huge_pages(args.grad_query, batches, rows, p.num_heads, p.head_dim);
+  prefer_huge_pages(args.grad_key, batches, keys, p.num_kv_heads, p.head_dim);
+  prefer_huge_pages(args.grad_value, batches, keys, p.num_kv_heads, p.head_dim_v);
+  for (const Operand& o : args.grad_branches) prefer_huge_pages(o, batches, rows, p.num_heads, p.head_dim_v);
+  if (p.operation == NsaOperation::selected_forward || p.operation == NsaOperation::combine)
+    prefer_huge_pages(args.out, batches, rows, p.num_heads, p.head_dim_v);
+}
+
 }  // namespace
 
 std::string nsa_kernel_name(const NsaProblem& p, const char* target) {
@@ -317,6 +331,8 @@ std::size_t nsa_workspace_bytes(const NsaProblem& p) {
 }
 
 void run_nsa(const NsaKernelTable& k, const NsaProblem& p, const NsaArguments& args, Workspace workspace) {
+  prefer_huge_pages(workspace.data, workspace.bytes);
+  prefer_huge_outputs(p, args);
   switch (p.operation) {
     case NsaOperation::compress:
     case NsaOperation::compress_backward:
