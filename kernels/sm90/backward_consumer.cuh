@@ -499,12 +499,13 @@ struct BackwardConsumer {
         start_products(tiles, brief);
       } else {  // a chain takes longer than that
         start_products(tiles, brief);
+        if (!first) finish_grad_query(tiles - 2, added);
         apply_logits(work, logits);
         exponentiate<0>(logits);
       }
       exponentiate<kHalf>(logits);
       apply_mask(work);
-      if (!first) finish_grad_query(tiles - 2, added);
+      if (Logits::kPlain && !first) finish_grad_query(tiles - 2, added);
     }
   }
 

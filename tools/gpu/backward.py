@@ -95,7 +95,9 @@ class BackwardConfig:
         grad_out = self.grad_out_stages * self.block_m * self.head_dim_v * 2
         score_bytes = operands * self.block_m * self.block_n * 2
         slots = self.score_stages
-        if self.block_n == 128 and (self.head_dim <= 64 or self.row_vectors != 3):  # gradients leave through them
+        if self.block_n == 128 and (
+            self.head_dim <= 64 or self.row_vectors != 3
+        ):  # gradients leave through them
             slots = max(slots, -(-self.block_n * (self.head_dim + self.head_dim_v) * 2 // score_bytes))
         scores = slots * score_bytes
         grad_query = self.stage_grad_query * self.block_m * self.head_dim * 4
