@@ -85,7 +85,7 @@ int known_stack_bytes(const std::string& name) {
   const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
   if (has("_loggate")) return 64;
   if (has("_blocks")) return 16;
-  return has("_gate") || has("_softcap") || has("_deterministic") ? 8 : 0;
+  return has("_deterministic") ? 8 : 0;
 }
 
 // What is wrong with a compiled kernel; empty when nothing is.
