@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Before the backward kernel, for each row tile: what its query rows need (lse in base 2, out_dot_grad =
-// rowsum(out * grad_out) - grad_lse, alpha of the pair gate), its part of the sink's gradient, and zeros where
+// rowsum(out * grad_out) - grad_lse, both folded where there is no logit chain, alpha of the pair gate), its part of the sink's gradient, and zeros where
 // dQ and grad_alpha are summed up.
 //
 // One block of kPrepareThreads per (row tile, head, sequence): grid (largest number of row tiles, heads,
@@ -29,7 +29,7 @@ FSA_DEVICE float dot_units(uint4 a, uint4 b) {
   return sum;
 }
 
-// Minus that, times any scale, is an exponent whose power is 0; the sum of three bfloat16 is finite.
+// Minus that, times kLeastFoldedScale or more, is an exponent whose power is 0; the sum of three bfloat16 is finite.
 inline constexpr float kNeverExponent = 1e38f;
 
 // Each as three bfloat16: 8 of its 24 bits, 8 of the rest, and the rest of that.

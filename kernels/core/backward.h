@@ -33,6 +33,9 @@ inline constexpr int32 kProducerBytes = 64;  // what the producer keeps in share
 // Both as three bfloat16 whose sum is the float, to 2^-24, and two zeros: an operand of one more multiply.
 inline constexpr int32 kFoldedVectors = 4;
 
+// So softmax_scale_log2 of a call is at least this: the quotient stays finite. Logits are 0 in float32 either way.
+inline constexpr float kLeastFoldedScale = 1e-30f;
+
 // Where P does not stay in registers it is in shared memory beside dS.
 constexpr int32 backward_shared_operands(const BackwardTile& t) { return t.block_n == 64 ? 2 : 1; }
 

@@ -8,24 +8,24 @@
 // A CTA keeps block_n keys and their gradients and streams row tiles of Q and dO past them, of every query
 // head of the group: dK and dV are sums in registers from the first to the last. S is computed transposed, so
 // that P and dS are where the next multiplies want them. dQ is added to float32 sums in global memory, in the
-// order of accumulator fragments: 16 bytes a thread, 512 a warp.
+// order of accumulator fragments.
 //
 // With 128 keys each of two warpgroups has 64 (backward_types.cuh says what happens with 64):
 //
-//   tensor   ... dV(j) dK(j) | dQ(j-1) S(j+1) | dP(j+1) ............ | dV(j+1) ...
-//   others   ... dS(j) stored | .............. | add dQ(j-1), P(j+1) | dS(j+1) ...
+//   tensor   ... dV(j) dK(j) ........... | dQ(j-1) S(j+1) ............ | dP(j+1) .......... | dV(j+1) ...
+//   others   ... publish dS(j), find room | find Q(j+1), take dQ(j-1) | P(j+1), give up dQ | dS(j+1) ...
 //
-// What limits it at head_dim 128 is shared memory: 368 KB a tile of 64 by 128, 2944 clocks, against 2560 of
-// multiplies.
+// What limits it at head_dim 128 is shared memory: some 2950 wavefronts a tile of 64 by 128, against 2690 clocks
+// of multiplies.
 //
 // Invariants. Stage s of Q is free when every consumer warp has arrived on query_empty[s], which it does once
 // its dK is complete; dO likewise once dV is. A stage of dS is full when the warps of both warpgroups have
 // stored their share and empty when both have their dQ of it. dQ is staged in shared memory, a warpgroup's share
 // at a time, and added by a warp of the producer's warpgroup, which may have to wait for its turn. K and V are
 // free when both warpgroups have their last dQ; gradients of keys and values leave through the stages of dS,
-// where these are large enough, and else through those of K and V. Warpgroups that share every multiply (64 keys) meet at
-// a named barrier once a tile instead; two stages of P and dS keep the faster one from overwriting what the
-// other reads.
+// where these are large enough, and else through those of K and V. Warpgroups that share every multiply (64
+// keys) meet at a named barrier once a tile instead; two stages of P and dS keep the faster one from overwriting
+// what the other reads.
 #pragma once
 
 #include "ptx/mbarrier.cuh"

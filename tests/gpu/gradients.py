@@ -193,6 +193,17 @@ def nothing_to_see_gives_zeros() -> None:
 
 
 @test
+def tiny_scales_give_the_mean() -> None:
+    """Of a scale that makes every logit 0 in float32; rows beyond the last tile's end still count for nothing."""
+    tensors = qkv(1, 100, 130, 2, 2, 128)
+    grad_out = torch.randn_like(tensors[0])
+    dq, dk, dv = gradients(tensors, grad_out, softmax_scale=1e-37)
+    expected = grad_out.float().sum(1, keepdim=True) / 130
+    assert float((dv.float() - expected).abs().max()) <= 2.0**-7 * float(expected.abs().max())
+    assert float(dq.abs().max()) <= 1e-34 and float(dk.abs().max()) <= 1e-34
+
+
+@test
 def gradients_beyond_two_to_the_31_elements() -> str:
     """Only the last rows have a gradient, so that float64 can follow."""
     heads, dim, rows, last = 32, 128, 540_000, 200  # 2.2e9 elements in query, out and their gradients

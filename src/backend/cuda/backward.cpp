@@ -32,6 +32,8 @@ class BackwardCall : KernelCall {
     if (args_.skip_map.present && !is_dense(p_, args_.skip_map))
       throw Error(ErrorCode::unsupported, "skip_map: backend \"cuda\" needs it contiguous");
     fill_problem(params_.forward, parts_);
+    params_.forward.softmax_scale_log2 =
+        std::max(params_.forward.softmax_scale_log2, kernels::kLeastFoldedScale);
     fill_inputs();
     fill_gradients();
     fill_workspace();
