@@ -25,7 +25,7 @@ struct BackwardTile {
 inline constexpr int32 kBackwardConsumers = 2;
 inline constexpr int32 kBackwardWarps = 4 * kBackwardConsumers;  // of the consumers
 inline constexpr int32 kBackwardThreads = 128 * (kBackwardConsumers + 1);
-inline constexpr int32 kKeyWorkBytes = 160;
+inline constexpr int32 kKeyWorkBytes = 176;
 inline constexpr int32 kRowTileInfoBytes = 32;
 inline constexpr int32 kStagedSumsBytes = 16;
 inline constexpr int32 kProducerBytes = 64;  // what the producer keeps in shared memory
@@ -84,6 +84,40 @@ struct ColumnEntry {
   int32 reserved;
 };
 
+// A column is the row tiles that see one key tile. Long ones, which would keep a CTA busy when all others have
+// finished, are cut in parts: `count` row tiles after the first `skip`, whose sums meet in `slot`.
+struct ColumnPart {
+  int32 key_tile;  // in the order of KeySchedule
+  int32 skip;
+  int32 count;
+  int32 slot;  // -1: the only part
+};
+inline constexpr int32 kRestOfColumn = 0x7fffffff;
+
+// Which column the parts that begin at a slot belong to.
+struct SplitColumn {
+  int32 key_tile;
+  int32 parts;  // 0: begun at an earlier slot
+};
+
+// What split_columns counts: blocks that have counted their columns, parts of all columns, slots in use.
+struct PartCounts {
+  int32 blocks;
+  int32 parts;
+  int32 slots;
+  int32 reserved;
+};
+
+// A column has a part for each `least` row tiles at most, and all columns together `kMostSlots` parts beside the
+// whole columns.
+inline constexpr int32 kLeastPart = 32;
+inline constexpr int32 kMostSlots = 512;
+
+// Floats of a slot: sums of key and value gradients, a line per key, then those of delta.
+constexpr int32 backward_slot_floats(const BackwardTile& t) {
+  return t.block_n * (t.head_dim + t.head_dim_v + 1);
+}
+
 struct BackwardParams {
   // The call whose gradient is wanted; `out` and `lse` are inputs here. Boxes of all maps: 64 columns by 64
   // rows; query_map and key_map, value_map as there, out_map unused. alibi, sink, alpha, delta, window_sizes,
@@ -123,6 +157,15 @@ struct BackwardParams {
   int32 total_rows_k;  // packed: rows of key and value; those behind the last sequence get zero gradients
   int32 key_heads_per_wave;  // (batch, key head) pairs that walk their key tiles together
   float softmax_scale;       // natural
+  int32 least_part;          // row tiles
+
+  // Null: every column is one part. Otherwise made by split_columns.
+  ColumnPart* column_parts;    // [key tiles + most_slots]
+  SplitColumn* split_columns;  // [most_slots]
+  int32* column_lengths;       // [key tiles]: row tiles
+  PartCounts* part_counts;
+  float* partial_sums;  // [most_slots, backward_slot_floats]
+  int32 most_slots;
   int32 reserved;
 
   ScalarOperand grad_alpha;  // written
@@ -130,7 +173,7 @@ struct BackwardParams {
   ScalarOperand grad_sink;
 };
 
-static_assert(sizeof(BackwardParams) == 1984 && alignof(BackwardParams) == 64,
+static_assert(sizeof(BackwardParams) == 2048 && alignof(BackwardParams) == 64,
               "BackwardParams must have the same layout on both compilers");
 
 }  // namespace fsa::kernels

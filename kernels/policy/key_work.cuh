@@ -15,11 +15,12 @@ FSA_DEVICE int32 own_thread() {  // of the warpgroup
 }
 
 // `head` is the group's first. Segments are runs of row tiles: first, first + 1, ...
-struct KeyWork : WorkTile {
+struct alignas(16) KeyWork : WorkTile {
   int32 n_begin;  // first key of the tile, from the sequence's start
   int32 keys;     // that the tensor holds for the sequence
   int32 number;   // work units of this CTA before it
   int32 loads;    // of those, the ones that loaded keys
+  ColumnPart part;
 
   FSA_DEVICE bool partial(int32 block_n) const { return n_begin + block_n > seqlen_k; }
 };
@@ -75,36 +76,12 @@ FSA_DEVICE int64 row_tile_number(const BackwardParams& params, const WorkTile& w
 // one after the other. Key tiles add in the order in which they are issued, so whoever waits waits for work
 // issued before its own, wherever CTAs run. For that every unit comes from the counter, and none is taken ahead
 // of time: it would start late, and later units wait for it.
-template <int32 kBlockN, bool kDeterministic>
+//
+// kSplits: long columns may have been cut; their parts follow each other.
+template <int32 kBlockN, bool kDeterministic, bool kSplits>
 class KeySchedule {
  public:
-  FSA_DEVICE void start(const BackwardParams&) { index_ = static_cast<int32>(blockIdx.x); }
-
-  // False when there is no more; otherwise everything but the segments is filled in.
-  FSA_DEVICE bool next(const BackwardParams& params, KeyWork& work) {
-    for (;;) {
-      const int32 index = kDeterministic ? atomicAdd(params.forward.work_counter, 1) : index_;
-      if (index >= blocks(params) * heads(params)) return false;
-      if constexpr (!kDeterministic) {  // ahead of time, to hide the latency
-        const int32 taken = params.forward.work_counter ? atomicAdd(params.forward.work_counter, 1) : index_;
-        index_ = static_cast<int32>(gridDim.x) + taken;
-      }
-      if (describe(params, index, work)) return true;
-    }
-  }
-
-  FSA_DEVICE static void finish(const BackwardParams& params) {
-    LongestFirst<kBlockN>::finish(params.forward);
-  }
-
- private:
-  FSA_DEVICE static int32 blocks(const BackwardParams& params) {
-    return ceil_div(params.forward.max_seqlen_k, kBlockN);
-  }
-  FSA_DEVICE static int32 heads(const BackwardParams& params) {
-    return params.forward.batch * (params.forward.num_heads / params.forward.group_size);
-  }
-
+  // In the order of all heads' key tiles; false when there is none at this place, the sequence being too short.
   FSA_DEVICE static bool describe(const BackwardParams& params, int32 index, KeyWork& work) {
     const ForwardParams& p = params.forward;
     const int32 wave = index / (params.key_heads_per_wave * blocks(params));
@@ -120,6 +97,43 @@ class KeySchedule {
     work.keys = p.cu_seqlens_k ? p.cu_seqlens_k[sequence + 1] - work.k_begin : p.max_seqlen_k;
     work.n_begin = (kDeterministic ? blocks(params) - 1 - in_order : in_order) * kBlockN;
     return work.n_begin < work.keys;
+  }
+  FSA_DEVICE static int32 key_tiles(const BackwardParams& params) { return blocks(params) * heads(params); }
+
+  FSA_DEVICE void start(const BackwardParams&) { index_ = static_cast<int32>(blockIdx.x); }
+
+  // False when there is no more; otherwise everything but the segments is filled in.
+  FSA_DEVICE bool next(const BackwardParams& params, KeyWork& work) {
+    for (;;) {
+      const int32 index = kDeterministic ? atomicAdd(params.forward.work_counter, 1) : index_;
+      if (index >= units(params)) return false;
+      if constexpr (!kDeterministic) {  // ahead of time, to hide the latency
+        const int32 taken = params.forward.work_counter ? atomicAdd(params.forward.work_counter, 1) : index_;
+        index_ = static_cast<int32>(gridDim.x) + taken;
+      }
+      work.part = {index, 0, kRestOfColumn, -1};
+      if constexpr (kSplits)
+        if (params.column_parts != nullptr) work.part = params.column_parts[index];
+      if (describe(params, work.part.key_tile, work)) return true;
+    }
+  }
+
+  FSA_DEVICE static void finish(const BackwardParams& params) {
+    LongestFirst<kBlockN>::finish(params.forward);
+  }
+
+ private:
+  FSA_DEVICE static int32 blocks(const BackwardParams& params) {
+    return ceil_div(params.forward.max_seqlen_k, kBlockN);
+  }
+  FSA_DEVICE static int32 heads(const BackwardParams& params) {
+    return params.forward.batch * (params.forward.num_heads / params.forward.group_size);
+  }
+
+  FSA_DEVICE static int32 units(const BackwardParams& params) {
+    if constexpr (kSplits)
+      if (params.column_parts != nullptr) return params.part_counts->parts;
+    return key_tiles(params);
   }
 
   int32 index_;

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The row tiles that a work unit of the backward visits: the forward's tile iterators seen from the keys. All
 // heads of the group, one after the other. The producer keeps a Walk in shared memory: it has 24 registers.
+//
+// Where kSplits says that columns may be cut, count() is the length of one, by the 32 lanes of a warp together: each
+// returns its share. Walk::skip(n) leaves out what the next n calls of next() would have found.
 #pragma once
 
 #include "policy/bitmap_tiles.cuh"
@@ -41,6 +44,18 @@ class RowSegments {
 
 class RowSegmentWalk {
  public:
+  FSA_DEVICE void skip(const BackwardParams& params, const KeyWork& work, int32 count) {
+    RowTileInfo info;
+    while (count > 0) {
+      const int32 of_run = min_of(count, remaining_);
+      tile_ += of_run;
+      remaining_ -= of_run;
+      count -= of_run;
+      if (count == 0 || !next(params, work, info)) return;
+      --count;
+    }
+  }
+
   FSA_DEVICE void start(const BackwardParams&, const KeyWork& work) {
     head_ = work.head;
     segment_ = remaining_ = 0;
@@ -75,6 +90,7 @@ class RowSegmentWalk {
 template <class Mask, int32 kBlockM, int32 kBlockN>
 struct RangeRows {
   using Walk = RowSegmentWalk;
+  static constexpr bool kSplits = false;
 
   FSA_DEVICE static void describe(const BackwardParams& params, KeyWork& work) {
     RowSegments segments(work);
@@ -99,6 +115,11 @@ struct RangeRows {
 template <int32 kBlockM, int32 kBlockN>
 struct BandRows {
   using Walk = RowSegmentWalk;
+  static constexpr bool kSplits = true;
+
+  FSA_DEVICE static int32 count(const BackwardParams& params, const KeyWork& work, int32 lane) {
+    return lane < work.num_segments ? work.segments[lane].count * params.forward.group_size : 0;
+  }
 
   FSA_DEVICE static void describe(const BackwardParams& params, KeyWork& work) {
     RowSegments segments(work);
@@ -129,12 +150,42 @@ struct BandRows {
 // The row tiles that a bit map keeps for this key tile, of those that `Visible` describes.
 template <class Visible, int32 kBlockN>
 struct BitmapRows {
+  static constexpr bool kSplits = true;
+
   FSA_DEVICE static void describe(const BackwardParams& params, KeyWork& work) {
     Visible::describe(params, work);
   }
 
+  FSA_DEVICE static int32 count(const BackwardParams& params, const KeyWork& work, int32 lane) {
+    const int32 words = static_cast<int32>(params.column_bits.stride_tile);
+    int32 found = 0;
+    for (int32 head = 0; head < params.forward.group_size; ++head)
+      for (int32 word = lane; word < words; word += kWarpThreads)
+        found += __popc(column_words(params, work, work.head + head)[word]);
+    return work.num_segments > 0 ? found : 0;
+  }
+
   class Walk {
    public:
+    FSA_DEVICE void skip(const BackwardParams& params, const KeyWork& work, int32 count) {
+      RowTileInfo info;
+      while (count > 0) {
+        const int32 last = min_of(end_, (tile_ / 32 + 1) * 32);  // of the same word
+        if (tile_ < last) {
+          fetch();
+          const uint32 open = bits_ >> tile_ % 32 << tile_ % 32 & 0xffffffffu >> (31 - (last - 1) % 32);
+          const int32 here = __popc(open);
+          if (here <= count) {
+            tile_ = last;
+            count -= here;
+            continue;
+          }
+        }
+        if (!next(params, work, info)) return;
+        --count;
+      }
+    }
+
     FSA_DEVICE void start(const BackwardParams& params, const KeyWork& work) {
       head_ = work.head;
       start_head(params, work);
@@ -153,10 +204,7 @@ struct BitmapRows {
           end_ = segment.first + segment.count;
           masked_ = segment.masked;
         }
-        if (tile_ / 32 != word_) {
-          word_ = tile_ / 32;
-          bits_ = static_cast<uint32>(words_[word_]);
-        }
+        fetch();
         const uint32 open = bits_ >> tile_ % 32 << tile_ % 32;
         const int32 found = open == 0 ? (word_ + 1) * 32 : word_ * 32 + __ffs(static_cast<int32>(open)) - 1;
         tile_ = min_of(found, end_);
@@ -170,10 +218,12 @@ struct BitmapRows {
     FSA_DEVICE void start_head(const BackwardParams& params, const KeyWork& work) {
       segment_ = tile_ = end_ = 0;
       word_ = -1;
-      const TileBits& map = params.column_bits;
-      const int32 before = params.forward.cu_seqlens_k ? work.k_begin / kBlockN + work.sequence : 0;
-      words_ = map.words + work.k_map_batch * map.stride_batch + head_ * map.stride_head +
-               (before + work.n_begin / kBlockN) * map.stride_tile;
+      words_ = column_words(params, work, head_);
+    }
+    FSA_DEVICE void fetch() {
+      if (tile_ / 32 == word_) return;
+      word_ = tile_ / 32;
+      bits_ = static_cast<uint32>(words_[word_]);
     }
 
     const int32* words_;
@@ -196,19 +246,52 @@ struct BitmapRows {
     for (int32 word = tile / 32 + 1; word < ceil_div(key_tiles, 32); ++word) count += __popc(words[word]);
     return count;
   }
+
+ private:
+  FSA_DEVICE static const int32* column_words(const BackwardParams& params, const KeyWork& work, int32 head) {
+    const TileBits& map = params.column_bits;
+    const int32 before = params.forward.cu_seqlens_k ? work.k_begin / kBlockN + work.sequence : 0;
+    return map.words + work.k_map_batch * map.stride_batch + head * map.stride_head +
+           (before + work.n_begin / kBlockN) * map.stride_tile;
+  }
 };
 
 // The blocks of a block mask, by the column lists of block_columns. kBlockM = 64.
 template <int32 kBlockM, int32 kBlockN>
 struct ListRows {
   static_assert(kBlockM == kRowsPerWarpgroup, "row blocks are multiples of 64 rows");
+  static constexpr bool kSplits = true;
 
   FSA_DEVICE static void describe(const BackwardParams&, KeyWork& work) {
     work.num_segments = work.n_begin < work.seqlen_k && work.seqlen_q > 0 ? 1 : 0;
   }
 
+  // To a few row tiles: the last block of a list may reach beyond the rows.
+  FSA_DEVICE static int32 count(const BackwardParams& params, const KeyWork& work, int32 lane) {
+    int32 blocks = 0;
+    for (int32 head = lane; head < params.forward.group_size && work.num_segments > 0; head += kWarpThreads)
+      blocks += params.list_count[list_of(params, work, work.head + head)];
+    return blocks * (params.forward.blocks.block_rows / kBlockM);
+  }
+
   class Walk {
    public:
+    FSA_DEVICE void skip(const BackwardParams& params, const KeyWork& work, int32 count) {
+      RowTileInfo info;
+      const int32 per_block = params.forward.blocks.block_rows / kBlockM;
+      while (count > 0) {
+        const int32 whole =
+            work.seqlen_q / params.forward.blocks.block_rows;  // blocks, whose tiles all exist
+        if (remaining_ == 0 && entry_ < count_ && count >= per_block && entries_[entry_].row_block < whole) {
+          ++entry_;
+          count -= per_block;
+          continue;
+        }
+        if (!next(params, work, info)) return;
+        --count;
+      }
+    }
+
     FSA_DEVICE void start(const BackwardParams& params, const KeyWork& work) {
       head_ = work.head;
       start_head(params, work);
@@ -245,8 +328,7 @@ struct ListRows {
       return ceil_div(min_of(keys, work.seqlen_k - begin), kBlockN);
     }
     FSA_DEVICE void start_head(const BackwardParams& params, const KeyWork& work) {
-      const int64 list = work.sequence * params.list_stride_batch + head_ * params.list_stride_head +
-                         work.n_begin / params.forward.blocks.block_keys;
+      const int64 list = list_of(params, work, head_);
       count_ = params.list_count[list];
       entries_ = params.list_entries + list * params.list_capacity;
       entry_ = remaining_ = 0;
@@ -262,6 +344,12 @@ struct ListRows {
 
   FSA_DEVICE static int32 rank(const BackwardParams&, const KeyWork&, const RowTileInfo& info) {
     return info.list_rank;
+  }
+
+ private:
+  FSA_DEVICE static int64 list_of(const BackwardParams& params, const KeyWork& work, int32 head) {
+    return work.sequence * params.list_stride_batch + head * params.list_stride_head +
+           work.n_begin / params.forward.blocks.block_keys;
   }
 };
 

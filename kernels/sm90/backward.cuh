@@ -78,6 +78,14 @@ FSA_DEVICE void load_rows(const TensorMap& map, int32 row, int32 head, int32 bat
                     {chunk * kChunkColumns, row + first, head, batch}, full);
 }
 
+template <class Types>
+FSA_DEVICE bool next_row_tile(const BackwardParams& params, BackwardStorage<Types>& storage,
+                              const KeyWork& work) {
+  if constexpr (Types::kSplits)
+    if (storage.producer.remaining-- == 0) return false;
+  return storage.producer.walk.next(params, work, storage.next);
+}
+
 // One thread. Loads run ahead of the consumers by the depth of the rings, across work units. What it walks
 // through is kept in shared memory: it has 24 registers.
 template <class Types>
@@ -100,7 +108,11 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
     }
     Types::Rows::describe(params, work);
     state.walk.start(params, work);
-    bool found = work.num_segments > 0 && state.walk.next(params, work, storage.next);
+    if constexpr (Types::kSplits) {
+      if (work.num_segments > 0) state.walk.skip(params, work, work.part.skip);
+      state.remaining = work.part.count;
+    }
+    bool found = work.num_segments > 0 && next_row_tile<Types>(params, storage, work);
     if (!found) work.num_segments = 0;
     ptx::arrive(storage.work_full[slot.stage()]);
     if (!found) continue;
@@ -111,7 +123,7 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       // All but the loads before the wait: it takes 1500 clocks through busy shared memory.
       RowTileInfo& info = storage.info[tiles % Types::kInfoStages];
       info = storage.next;
-      found = state.walk.next(params, work, storage.next);
+      found = next_row_tile<Types>(params, storage, work);
       if (!found) info.flags |= RowTileInfo::kLast;
       const int32 head = info.head, row = work.q_begin + info.tile * Types::kBlockM;
       const int32 number = static_cast<int32>(row_tile_number<Types::kBlockM>(params, work, head, info.tile));

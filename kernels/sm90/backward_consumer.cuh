@@ -3,6 +3,7 @@
 // registers, its share of dQ handed to an adder or added from registers.
 #pragma once
 
+#include "policy/column_parts.cuh"
 #include "policy/store_gradient.cuh"
 #include "ptx/reduce.cuh"
 #include "ptx/sync.cuh"
@@ -85,6 +86,7 @@ struct BackwardConsumer {
     return index * 4 + static_cast<int32>(static_cast<uint32>(thread) / kWarpThreads);
   }
   FSA_DEVICE void release(ptx::Mbarrier& empty) const {
+    __syncwarp();  // all lanes have read what it speaks of, or written it
     if (lane() == 0) ptx::arrive(empty);
   }
   FSA_DEVICE static void sync_consumers() { ptx::barrier_sync(kConsumersBarrier, Types::kConsumerThreads); }
@@ -336,7 +338,6 @@ struct BackwardConsumer {
   FSA_DEVICE void hand_over(const StagedSums& sums) {
     ptx::fence_shared_for_async();
     if (thread == 0) storage.sums[index] = sums;
-    __syncwarp();
     release(storage.sums_full[index]);
   }
 
@@ -382,8 +383,11 @@ struct BackwardConsumer {
       const float sum =
           kSplitKeys ? storage.alpha_sums.line(0, in_tile / kRowsPerWarpgroup)[in_tile % kRowsPerWarpgroup]
                      : storage.alpha_sums.line(0, 0)[in_tile] + storage.alpha_sums.line(0, 1)[in_tile];
-      store_scalar(params.grad_delta, work.k_map_batch, static_cast<int64>(work.k_begin) + key, work.kv_head,
-                   key < work.seqlen_k ? sum * params.softmax_scale : 0.0f);
+      if (is_part(work))
+        partial_deltas<Types>(params, work.part.slot)[in_tile] = sum;
+      else
+        store_scalar(params.grad_delta, work.k_map_batch, static_cast<int64>(work.k_begin) + key,
+                     work.kv_head, key < work.seqlen_k ? sum * params.softmax_scale : 0.0f);
     }
     sync_consumers();  // the next keys' sums go to the same lines
   }
@@ -448,7 +452,6 @@ struct BackwardConsumer {
     issue_gradient<GradOutRows, Types::kGradDimV>(rV, rP, nullptr, storage.grad_out[grad_out_stage]);
     issue_gradient<QueryRows, Types::kGradDim>(rK, rdS, nullptr, storage.query[stage]);
     ptx::fence_shared_for_async();
-    __syncwarp();
     release(storage.scores_full[score_stage(tiles)]);
     RowTileBrief next;
     if (!first) {
@@ -604,7 +607,44 @@ struct BackwardConsumer {
     if constexpr (kAdderReadsAlpha<Types>)
       ptx::wait(storage.scores_empty[score_stage(tiles - 1)], score_phase(tiles - 1));
     if constexpr (Types::kPairGate) store_grad_delta(work, logits);
-    store(work);
+    if (is_part(work)) {
+      store_part(work);
+      if constexpr (!Types::kStageInScores)
+        if (thread == 0) ptx::arrive(storage.keys_empty);  // all have finished with K and V
+    } else {
+      store(work);
+    }
+  }
+
+  FSA_DEVICE static bool is_part(const KeyWork& work) { return Types::kSplits && work.part.slot >= 0; }
+
+  // Sums of one part of a column, for sum_parts. Eight bytes a thread, 32 a quad: once in 64 row tiles or less.
+  FSA_DEVICE void store_part(const KeyWork& work) {
+    float* const sums = partial_rows<Types>(params, work.part.slot) + fragment_column(lane(), 0);
+    const int32 half = kSplitKeys ? 0 : index;
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+      float* const row = sums + (first_key() + fragment_row(thread, slot)) * (Types::kDim + Types::kDimV);
+#pragma unroll
+      for (int32 i = 0; i < Types::kGradDim / 2; i += 4)
+        *reinterpret_cast<float2*>(row + half * Types::kGradDim + i * 2) =
+            make_float2(rK[i + 2 * slot], rK[i + 2 * slot + 1]);
+#pragma unroll
+      for (int32 i = 0; i < Types::kGradDimV / 2; i += 4)
+        *reinterpret_cast<float2*>(row + Types::kDim + half * Types::kGradDimV + i * 2) =
+            make_float2(rV[i + 2 * slot], rV[i + 2 * slot + 1]);
+    }
+  }
+
+  // Nobody sees them.
+  FSA_DEVICE void clear_keys(const KeyWork& work) {
+    const int32 count = min_of(Types::kBlockN, work.keys - work.n_begin);
+    clear_gradient<Types::kConsumerThreads>(grad_key_rows(params), work, count, consumer_thread());
+    clear_gradient<Types::kConsumerThreads>(grad_value_rows(params), work, count, consumer_thread());
+    if constexpr (Types::kPairGate)
+      if (consumer_thread() < count)
+        store_scalar(params.grad_delta, work.k_map_batch,
+                     static_cast<int64>(work.k_begin) + work.n_begin + consumer_thread(), work.kv_head, 0.0f);
   }
 
   // Gradients leave through shared memory: the warpgroup's own lines of the stages of dS, or of K and V.
@@ -649,18 +689,15 @@ struct BackwardConsumer {
       if (work.sequence < 0) break;
       if (work.num_segments > 0) {
         differentiate_keys(work);
+      } else if (is_part(work)) {
+        float* const sums = partial_rows<Types>(params, work.part.slot);
+        for (int32 i = consumer_thread(); i < backward_slot_floats(Types::kTile);
+             i += Types::kConsumerThreads)
+          sums[i] = 0;
       } else {
-        const int32 count = min_of(Types::kBlockN, work.keys - work.n_begin);
-        clear_gradient<Types::kConsumerThreads>(grad_key_rows(params), work, count, consumer_thread());
-        clear_gradient<Types::kConsumerThreads>(grad_value_rows(params), work, count, consumer_thread());
-        if constexpr (Types::kPairGate)
-          if (consumer_thread() < count)
-            store_scalar(params.grad_delta, work.k_map_batch,
-                         static_cast<int64>(work.k_begin) + work.n_begin + consumer_thread(), work.kv_head,
-                         0.0f);
+        clear_keys(work);
       }
       unit = static_cast<uint32>(work.number) + 1;
-      __syncwarp();
       release(storage.work_empty[unit % kWorkSlots ^ 1]);
     }
     if (thread == 0) ptx::wait_stores_read();  // shared memory must outlive the stores that read it

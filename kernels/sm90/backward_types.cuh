@@ -28,7 +28,8 @@ struct BackwardTypes {
 
   using Mask = KeyMask<typename Config::Mask>;
   using Rows = typename Config::RowIterator;
-  using Schedule = KeySchedule<kBlockN, kDeterministic>;
+  static constexpr bool kSplits = Rows::kSplits;
+  using Schedule = KeySchedule<kBlockN, kDeterministic, kSplits>;
   using Logits = LogitBackward<typename Config::LogitChain>;
   static constexpr bool kPairGate = Config::LogitChain::kKeyScalars;
   static constexpr bool kFolded = kTile.row_vectors == kFoldedVectors;
@@ -109,6 +110,7 @@ struct ProducerState {
   typename Types::Schedule schedule;
   int32 units;        // of work so far
   int32 loads;        // of keys so far
+  int32 remaining;    // row tiles of this unit
   uint32 first_tile;  // of this unit
 };
 
@@ -120,8 +122,9 @@ struct alignas(kSharedAlignment) BackwardStorage {
   uint8 grad_out[Types::kGradOutStages][Types::GradOutRows::kBytes];
   uint8 scores[backward_score_slots(Types::kTile)][backward_shared_operands(Types::kTile)]
               [Types::Scores::kBytes];  // dS; P
-  [[no_unique_address]] StagedGradQuery<Types::kStagedGradQuery ? Types::kQueryColumns * 64 : 0> grad_query;
+  // Before what follows: checkers take the repeated rows of issue_row_values for 4 KB side by side.
   alignas(128) float row_vectors[Types::kQueryStages][Types::kTile.row_vectors][Types::kBlockM];
+  [[no_unique_address]] StagedGradQuery<Types::kStagedGradQuery ? Types::kQueryColumns * 64 : 0> grad_query;
   [[no_unique_address]] AlphaSums<Types::kPairGate ? Types::kScoreStages : 0, kAlphaLines<Types>,
                                   Types::kBlockM> alpha_sums;
   KeyWork work[kWorkSlots];

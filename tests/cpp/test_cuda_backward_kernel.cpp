@@ -10,6 +10,8 @@
 #include "common/backward_finish.cuh"
 #include "common/backward_prepare.cuh"
 #include "common/block_columns.cuh"
+#include "common/split_columns.cuh"
+#include "common/sum_parts.cuh"
 #include "common/transpose_bits.cuh"
 #include "policy/row_tiles.cuh"
 #include "sm90/backward.cuh"
@@ -53,6 +55,7 @@ struct Problem {
   bool block_mask = false;
   bool gate = false, alibi = false, sink = false;
   float softcap = 0;
+  int32 least_part = 0;  // row tiles; 0: columns are not cut
 };
 
 // [batch, rows, heads, columns]
@@ -276,6 +279,13 @@ void expect_zero_rows(const char* name, Tensor<T>& tensor, int32 batch, int32 us
         ASSERT_EQ(tensor.at(batch - 1, row, head, column), T()) << name << ", row " << row;
 }
 
+// Columns among those that begin at the first slots.
+int32 count_cut(const std::vector<SplitColumn>& columns, int32 slots) {
+  int32 count = 0;
+  for (int32 slot = 0; slot < slots; ++slot) count += columns[slot].parts > 0 ? 1 : 0;
+  return count;
+}
+
 template <class C>
 void check(const Problem& problem) {
   using Types = sm90::BackwardTypes<C>;
@@ -381,6 +391,23 @@ void check(const Problem& problem) {
     params.list_stride_head = c.key_blocks;
     params.list_capacity = c.row_blocks;
   }
+  constexpr int32 kSlots = 32;
+  const int32 units = ceil_div(p.seqlen_k, kN) * p.batch * p.kv_heads;
+  std::vector<ColumnPart> column_parts(units + kSlots, ColumnPart{-1, -1, -1, -1});
+  std::vector<SplitColumn> split(kSlots, SplitColumn{-1, -1});
+  std::vector<int32> column_lengths(units, -1);
+  std::vector<float4> partial_sums(kSlots * backward_slot_floats(Types::kTile) / 4,
+                                   float4{nan, nan, nan, nan});
+  PartCounts part_counts = {-1, -1, -1, -1};
+  if (p.least_part > 0) {
+    params.column_parts = column_parts.data();
+    params.split_columns = split.data();
+    params.column_lengths = column_lengths.data();
+    params.part_counts = &part_counts;
+    params.partial_sums = &partial_sums.data()->x;
+    params.most_slots = kSlots;
+    params.least_part = p.least_part;
+  }
   params.row_vectors = &vectors.data()->x;
   params.grad_query_sum = &sums.data()->x;
   params.grad_alpha_sum = alpha_sums.data();
@@ -401,7 +428,16 @@ void check(const Problem& problem) {
   if (p.block_mask)
     emulator::launch(grid(ceil_div(c.key_blocks, kColumnBlocks), p.heads, 1), kListThreads,
                      [&] { block_columns<kN>(params); });
+  if constexpr (Types::kSplits)
+    if (p.least_part > 0)
+      emulator::launch(grid(ceil_div(units, kSplitWarps), 1, 1), kSplitThreads,
+                       [&] { split_columns<Types>(params); });
   emulator::launch(grid(1, 1, 1), kBackwardThreads, [&] { sm90::backward<C>(params); });
+  if (p.least_part > 0) {
+    EXPECT_GT(part_counts.slots, 1) << "nothing was cut";
+    EXPECT_EQ(part_counts.parts, units + part_counts.slots - count_cut(split, part_counts.slots));
+    emulator::launch(grid(kSlots, kN / kSumRows, 1), kSumThreads, [&] { sum_parts<Types>(params); });
+  }
   emulator::launch(by_row_tile, 2 * kM, [&] { backward_finish<Types>(params); });
   if (p.sink) emulator::launch(grid(p.heads, 1, 1), 256, [&] { sum_sink<Types>(params); });
 
@@ -453,6 +489,21 @@ TEST(BackwardKernel, SoftcapAlibiSink) {
   problem.softcap = 5;
   check<Config<kTile128Logit, Causal, RangeRows<Causal, 64, 128>, Logit<Softcap, Alibi>, false, true>>(
       problem);
+}
+
+TEST(BackwardKernel, LongColumnsInParts) {
+  Problem problem = {1, 330, 200, 2, 1, 128, 128, 300, 190, true, true};
+  problem.gate = true;
+  problem.least_part = 1;
+  check<Config<kTile128Gate, Causal, BitmapRows<RangeRows<Causal, 64, 128>, 128>, Logit<PairGate<true>>,
+               false>>(problem);
+  problem = {1, 300, 300, 2, 1, 64, 64, 300, 300};
+  problem.block_mask = true;
+  problem.least_part = 1;
+  check<Config<kTile64Sparse, ListMask, ListRows<64, 128>, Logit<>, true>>(problem);
+  problem = {1, 300, 130, 1, 1, 256, 256, 300, 130, true, true};
+  problem.least_part = 1;
+  check<Config<kTile256, Causal, BitmapRows<RangeRows<Causal, 64, 64>, 64>, Logit<>, true>>(problem);
 }
 
 TEST(BackwardKernel, BlockMasks) {

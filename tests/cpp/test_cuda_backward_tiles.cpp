@@ -29,6 +29,37 @@ struct Visit {
   RowTileInfo info;
 };
 
+// Parts of a column, one walked after the other, are the column.
+template <class Rows>
+void expect_parts(const BackwardParams& params, const KeyWork& work, const std::vector<Visit>& column) {
+  const int32 length = static_cast<int32>(column.size());
+  int32 counted = 0;
+  for (int32 lane = 0; lane < 32; ++lane) counted += Rows::count(params, work, lane);
+  EXPECT_GE(counted, length);
+  EXPECT_LE(counted, length + 3 * kGroup) << "of a last block of 256 rows three row tiles may be missing";
+  for (const int32 part : {1, 3, 7, 40}) {
+    for (int32 first = 0; first < length; first += part) {
+      typename Rows::Walk walk;
+      walk.start(params, work);
+      walk.skip(params, work, first);
+      RowTileInfo info;
+      for (int32 i = first; i < std::min(first + part, length); ++i) {
+        ASSERT_TRUE(walk.next(params, work, info)) << i << " of " << length;
+        EXPECT_EQ(info.head, column[i].head) << i;
+        EXPECT_EQ(info.tile, column[i].row_tile) << i;
+        EXPECT_EQ(info.flags, column[i].info.flags) << i;
+        EXPECT_EQ(info.block, column[i].info.block) << i;
+        EXPECT_EQ(info.block_row, column[i].info.block_row) << i;
+      }
+    }
+  }
+  typename Rows::Walk walk;
+  walk.start(params, work);
+  walk.skip(params, work, length);
+  RowTileInfo info;
+  EXPECT_FALSE(walk.next(params, work, info));
+}
+
 // Of one sequence and one key head: every unit of work, walked to its end.
 template <class Rows>
 std::vector<Visit> walk(const BackwardParams& params, Shape shape) {
@@ -38,6 +69,7 @@ std::vector<Visit> walk(const BackwardParams& params, Shape shape) {
     work.seqlen_q = work.rows = shape.seqlen_q;
     work.seqlen_k = work.keys = shape.seqlen_k;
     work.n_begin = n * kBlockN;
+    const std::size_t before = visits.size();
     Rows::describe(params, work);
     typename Rows::Walk walk;
     walk.start(params, work);
@@ -54,6 +86,10 @@ std::vector<Visit> walk(const BackwardParams& params, Shape shape) {
       }
       visits.push_back({info.head, info.tile, n, info.masked(), info});
     }
+    if constexpr (Rows::kSplits)
+      if (work.num_segments > 0)
+        expect_parts<Rows>(params, work,
+                           {visits.begin() + static_cast<std::ptrdiff_t>(before), visits.end()});
   }
   return visits;
 }

@@ -101,6 +101,9 @@ TEST(CudaDispatch, EveryBackwardChoiceIsReachable) {
         expect_reachable(backward_finish_kernel(p));
         if (p.has_sink) expect_reachable(sum_sink_kernel(p));
         if (p.has_block_mask) expect_reachable(block_columns_kernel(p));
+        expect_reachable(sum_parts_kernel(p));
+        if (p.has_block_mask || p.has_window_sizes || config.gate_bits)
+          expect_reachable(split_columns_kernel(p));
         ASSERT_GE(config.backward.head_dim, head_dim);
         ASSERT_GE(config.backward.head_dim_v, head_dim_v);
         if (!config.gate_bits) continue;
@@ -130,6 +133,25 @@ TEST(CudaDispatch, BackwardChoices) {
   EXPECT_NE(backward_workspace(p).visible_bits, BackwardWorkspace::kAbsent);
 }
 
+TEST(CudaDispatch, LongColumnsHaveSlots) {
+  Problem p = problem();
+  p.operation = Operation::backward;
+  p.max_seqlen_q = p.max_seqlen_k = 4096;
+  p.total_q = p.total_k = 2 * 4096;
+  p.causal = true;
+  EXPECT_FALSE(splits_columns(p)) << "all columns of a causal mask are alike";
+  EXPECT_EQ(backward_workspace(p).partial_sums, BackwardWorkspace::kAbsent);
+  p.threshold = 1;
+  EXPECT_TRUE(splits_columns(p));
+  EXPECT_EQ(name_of(split_columns_kernel(p)), "split_columns_sm90_bf16_d128_causal_bits_64x128");
+  EXPECT_EQ(name_of(sum_parts_kernel(p)), "sum_parts_sm90_bf16_d128_64x128");
+  EXPECT_EQ(most_slots(p), kernels::kMostSlots) << "2 x 4 heads x 64 x 32 tiles in parts of 32";
+  const BackwardWorkspace parts = backward_workspace(p);
+  EXPECT_EQ(parts.bytes - parts.partial_sums, static_cast<std::size_t>(512 * 128 * (256 + 1) * 4));
+  p.max_seqlen_q = 64 * 2 * kernels::kLeastPart / p.group_size - 64;
+  EXPECT_FALSE(splits_columns(p)) << "a column is shorter than two parts";
+}
+
 // float32 dQ in whole row tiles, and what grows with seqlen * heads alone.
 TEST(CudaDispatch, BackwardWorkspaceIsThatOfTheFormula) {
   Problem p = problem();
@@ -143,6 +165,7 @@ TEST(CudaDispatch, BackwardWorkspaceIsThatOfTheFormula) {
   const std::int64_t columns = 2 * 4 * 16 * 1 * 4;  // a word per key tile of 128: 16 row tiles
   EXPECT_EQ(backward_workspace(p).bytes,
             static_cast<std::size_t>(64 + rows * 4 * 4 + rows * 128 * 4 + columns));
+  EXPECT_FALSE(splits_columns(p)) << "no column is long";
   p.aligned_grad_out = false;
   EXPECT_EQ(backward_workspace(p).bytes,
             static_cast<std::size_t>(64 + rows * 4 * 4 + rows * 128 * 4 + columns + 2000 * 4 * 128 * 2));

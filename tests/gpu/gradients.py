@@ -75,6 +75,67 @@ def deterministic_gradients_repeat() -> str:
     return f"{len(modes())} modes"
 
 
+def columns_seen_by_all() -> dict[str, tuple[dict[str, Any], Tensor, Tensor]]:
+    """Options, what is added to q k before scaling [rows, keys], and what is visible, of masks with a few keys that
+    every later row sees, 8192 tokens: such columns are cut in parts."""
+    n, blocks = 8192, 64
+    rows = torch.arange(n, device="cuda")
+    distance = rows[:, None] - rows
+    nothing = torch.zeros(1, 1, dtype=torch.float64, device="cuda")
+    listed = torch.eye(blocks, dtype=torch.bool, device="cuda")
+    listed[:, [0, 17]] = True
+    sizes = torch.tensor([[100, 0, 0, 256]], dtype=torch.int32, device="cuda")
+    is_open = torch.rand(blocks, generator=torch.Generator().manual_seed(3)).cuda() < 0.1
+    depth = torch.arange(blocks, 0, -1, device="cuda") * (60 * math.sqrt(128))
+    delta = torch.where(is_open, 1.0, -depth).repeat_interleave(128)
+    gate = {"alpha": torch.ones(1, n, 4, device="cuda"), "delta": delta[None, :, None].contiguous()}
+    return {
+        "blocks": (
+            {"block_mask": fsa.BlockMask.from_dense(listed[None, None])},
+            nothing,
+            listed.repeat_interleave(128, 0).repeat_interleave(128, 1),
+        ),
+        "window_sizes": (
+            {"window_sizes": sizes},
+            nothing,
+            (distance >= 0) & ((distance < 256) | (rows < 100)),
+        ),
+        "gate": (
+            {"causal": True, **gate},
+            torch.nn.functional.logsigmoid(delta.double())[None],
+            distance >= 0,
+        ),
+    }
+
+
+@test
+def long_columns_are_cut_in_parts() -> str:
+    """Against float64; twice the same bits of dk and dv; deterministic ones like the others."""
+    q, k, v = tensors = qkv(1, 8192, 8192, 4, 1, 128)
+    grad_out = torch.randn_like(q)
+    worst = 0.0
+    for name, (options, added, visible) in columns_seen_by_all().items():
+        expected = [torch.zeros_like(t, dtype=torch.float64) for t in tensors]
+        for head in range(4):
+            leaves = [t.double().requires_grad_() for t in (q[0, :, head], k[0, :, 0], v[0, :, 0])]
+            logits = (leaves[0] @ leaves[1].T + added) * 128**-0.5
+            probability = logits.masked_fill(~visible, -math.inf).softmax(-1)
+            grads = torch.autograd.grad(probability @ leaves[2], leaves, grad_out[0, :, head].double())
+            expected[0][0, :, head] = grads[0]
+            expected[1][0, :, 0] += grads[1]
+            expected[2][0, :, 0] += grads[2]
+        first = gradients(tensors, grad_out, **options)
+        for deterministic in (False, True):
+            ours = gradients(tensors, grad_out, deterministic=deterministic, **options)
+            for index in (1, 2):
+                checks.assert_same_bits(f"{name}: {'d' + 'qkv'[index]}", first[index], ours[index])
+            for index, (a, b) in enumerate(zip(ours, expected, strict=False)):
+                error = float((a.double() - b).abs().max() / b.abs().max())
+                assert error <= 1e-2, f"{name}: d{'qkv'[index]} is off by {error:.2g} of its largest element"
+                worst = max(worst, error)
+    return f"error {worst:.1e} of the largest element"
+
+
 @test
 def default_gradients_differ_in_dq_alone() -> str:
     worst = 0.0

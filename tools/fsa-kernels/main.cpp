@@ -84,7 +84,8 @@ int known_stack_bytes(const std::string& name) {
   if (!name.starts_with("backward_sm90_")) return 0;
   const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
   if (has("_loggate")) return 64;
-  if (has("_blocks")) return 16;
+  if (has("_blocks")) return 24;
+  if (has("_bits")) return 32;
   return has("_deterministic") ? 8 : 0;
 }
 

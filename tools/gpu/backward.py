@@ -41,7 +41,8 @@ DENSE = {(64, 64): (128, 128, 2, 2, 2, True), (128, 128): (64, 128, 2, 2, 3, Tru
          (256, 128): (64, 64, 2, 2, 2, False), (256, 256): (64, 64, 2, 2, 2, False)}  # fmt: skip
 TILED = {**DENSE, (64, 64): (64, 128, 4, 2, 4, True)}
 L2_BUDGET_BYTES = 40 << 20
-PARAMS_BYTES = 1984
+PARAMS_BYTES = 2048
+LEAST_PART, MOST_SLOTS = 32, 512  # of columns that are cut in parts
 FORWARD_PARAMS_BYTES = 1152
 
 
@@ -70,6 +71,11 @@ class BackwardConfig:
     @property
     def pair_gate(self) -> bool:
         return any(stage.startswith("PairGate") for stage in self.logit)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether long columns may be cut in parts."""
+        return self.bits or self.mask != "window"
 
     @property
     def name(self) -> str:
@@ -102,7 +108,7 @@ class BackwardConfig:
         scores = slots * score_bytes
         grad_query = self.stage_grad_query * self.block_m * self.head_dim * 4
         alpha = self.score_stages * self.block_n // 16 * self.block_m * 4 if self.pair_gate else 0
-        infos = 2 * 160 + (2 * self.query_stages + 1) * 32 + 64 + 32
+        infos = 2 * 176 + (2 * self.query_stages + 1) * 32 + 64 + 32
         barriers = 8 * (3 + 2 * (self.score_stages + self.query_stages + self.grad_out_stages + 4))
         return -(-(keys + queries + grad_out + grad_query + scores + alpha + infos + barriers) // 1024) * 1024
 
@@ -129,9 +135,20 @@ fsa_transpose_bits(const __grid_constant__ BackwardParams params) {{
   transpose_bits<{self.block_n}>(params);
 }}
 """
+        parts = """extern "C" __global__ void __launch_bounds__(kSplitThreads)
+fsa_split_columns(const __grid_constant__ BackwardParams params) {
+  split_columns<Types>(params);
+}
+extern "C" __global__ void __launch_bounds__(kSumThreads)
+fsa_sum_parts(const __grid_constant__ BackwardParams params) {
+  sum_parts<Types>(params);
+}
+"""
         return f"""#include "common/backward_finish.cuh"
 #include "common/backward_prepare.cuh"
 #include "common/block_columns.cuh"
+#include "common/split_columns.cuh"
+#include "common/sum_parts.cuh"
 #include "common/transpose_bits.cuh"
 #include "policy/row_tiles.cuh"
 #include "sm90/backward.cuh"
@@ -170,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(256)
 fsa_sum_sink(const __grid_constant__ BackwardParams params) {{
   if constexpr (Types::kSink) sum_sink<Types>(params);
 }}
-{transpose if self.bits else ""}{columns if self.mask == "list" else ""}"""
+{transpose if self.bits else ""}{columns if self.mask == "list" else ""}{parts if self.cuts else ""}"""
 
 
 def config_of(dims: tuple[int, int], element: str = "bf16", **options: object) -> BackwardConfig:
@@ -249,6 +266,9 @@ class Backward:
         self.sink = driver.load(cubin, 0, "fsa_sum_sink")
         self.columns = driver.load(cubin, 0, "fsa_block_columns") if config.mask == "list" else None
         self.transpose = driver.load(cubin, 0, "fsa_transpose_bits") if config.bits else None
+        self.split = driver.load(cubin, 0, "fsa_split_columns") if config.cuts else None
+        self.sum_parts = driver.load(cubin, 0, "fsa_sum_parts") if config.cuts else None
+        self.least_part = LEAST_PART
         self.processors = torch.cuda.get_device_properties(0).multi_processor_count
         # Of the forward's parameters only the part that describes the problem counts, and boxes of 64 rows.
         self.forward = Kernel.__new__(Kernel)
@@ -297,6 +317,19 @@ class Backward:
             counts = (counts, entries)
             column_grid = (-(-key_blocks // 32), mask_heads, 1)
 
+        units = -(-max_k // block_n) * batch * kv_heads
+        parts, least_part, slots = (None,) * 5, 0, 0
+        if config.cuts and -(-max_q // block_m) * (heads // kv_heads) >= 2 * self.least_part:
+            visits = batch * heads * -(-max_q // block_m) * -(-max_k // block_n)
+            least_part, slots = self.least_part, min(MOST_SLOTS, visits // self.least_part)
+            floats = block_n * (config.head_dim + config.head_dim_v + 1)
+            integers = {"dtype": torch.int32, "device": "cuda"}
+            parts = (
+                torch.full((units + slots, 4), -1, **integers), torch.full((slots, 2), -1, **integers),
+                torch.full((units,), -1, **integers), torch.full((4,), -1, **integers),
+                torch.full((slots, floats), math.nan, **nan),
+            )  # fmt: skip
+
         def pointer(tensor) -> int:
             return 0 if tensor is None else tensor.data_ptr()
 
@@ -322,11 +355,12 @@ class Backward:
         maps = b"".join([self.driver.tensor_map(given.grad_out, 64), self.driver.tensor_map(outputs["k"], 64),
                          self.driver.tensor_map(outputs["v"], 64)])  # fmt: skip
         body = struct.pack(
-            "<" + "Qqqq" * 5 + "QQQQQqQqqqQQqqiiiifi",
+            "<" + "Qqqq" * 5 + "QQQQQqQqqqQQqqiiiifiQQQQQii",
             *rows(given.grad_out, packed_q), *rows(outputs["q"], packed_q), *rows(outputs["k"], packed_k),
             *rows(outputs["v"], packed_k), *grad_lse, vectors.data_ptr(), sums.data_ptr(), pointer(alpha_sums),
             pointer(sink_sums), turns.data_ptr(), row_tiles, *bits, *lists, head_dim,
-            p.k.shape[0] if packed_k else 0, per_wave, 1 / math.sqrt(head_dim), 0,
+            p.k.shape[0] if packed_k else 0, per_wave, 1 / math.sqrt(head_dim), least_part,
+            *map(pointer, parts), slots, 0,
         ) + by_row(outputs.get("alpha"), packed_q) + by_row(outputs.get("delta"), packed_k) + pack_scalar(
             sink, *(() if sink is None else (0, 0, 1))
         )  # fmt: skip
@@ -336,7 +370,7 @@ class Backward:
         address = (ctypes.addressof(kept) + 63) // 64 * 64
         ctypes.memmove(address, params, PARAMS_BYTES)
         arguments = (ctypes.c_void_p * 1)(address)
-        alive = (kept, storage, vectors, sums, alpha_sums, sink_sums, turns, columns, counts)
+        alive = (kept, storage, vectors, sums, alpha_sums, sink_sums, turns, columns, counts, parts)
 
         def launcher(function, grid: tuple[int, int, int], threads: int, shared: int = 0):
             def launch() -> None:
@@ -349,16 +383,20 @@ class Backward:
             return launch
 
         row_grid = (max(1, -(-max_q // block_m)), heads, batch)
-        units = -(-max_k // block_n) * batch * kv_heads
         launches = [launcher(self.before, row_grid, 256)]
         if config.bits:
             words = columns.shape[-1] * p.gate_bits.shape[-1]
             launches.append(launcher(self.transpose, (-(-words // 4), heads, batch), 128))
         if column_grid is not None:
             launches.append(launcher(self.columns, column_grid, 512))
+        if slots:
+            launches.append(launcher(self.split, (-(-units // 8), 1, 1), 256))
+            units += slots
         launches.append(
             launcher(self.main, (max(1, min(self.processors, units)), 1, 1), 384, config.shared_bytes)
         )
+        if slots:
+            launches.append(launcher(self.sum_parts, (slots, block_n // 32, 1), 128))
         launches.append(launcher(self.after, row_grid, 2 * block_m))
         if config.sink:
             launches.append(launcher(self.sink, (heads, 1, 1), 256))
@@ -689,6 +727,7 @@ def check(args: argparse.Namespace) -> bool:
     for name, (_, problems) in chosen.items():
         config = configs[name]
         kernel = Backward(driver, config, cubins[config])
+        kernel.least_part = args.least_part
         torch.manual_seed(0)
         failures, worst, count = [], 0.0, 0
         for i, (case, p) in enumerate(problems()):
@@ -906,6 +945,9 @@ def main() -> int:
     parser.add_argument("--element", nargs="*", default=["bf16", "fp16"])
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument(
+        "--least-part", type=int, default=LEAST_PART, help="check: row tiles of a part of a column"
+    )
     parser.add_argument("--deterministic", action="store_true", help="bench: that mode too")
     parser.add_argument("--parts", action="store_true", help="bench: each kernel on its own")
     parser.add_argument("--watchdog", action="store_true", help="trap instead of hanging; slower code")

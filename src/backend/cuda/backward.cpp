@@ -18,6 +18,8 @@ namespace {
 constexpr std::int64_t kBackwardL2Bytes = std::int64_t{40} << 20;
 constexpr unsigned kTransposeWarps = 4;  // of a block of transpose_bits
 constexpr unsigned kColumnBlocks = 32;   // key blocks of a block of block_columns
+constexpr std::int64_t kSplitWarps = 8;  // of a block of split_columns
+constexpr int kSumRows = 32;             // keys of a block of sum_parts
 
 unsigned extent(std::int64_t value) { return static_cast<unsigned>(value); }
 
@@ -43,10 +45,17 @@ class BackwardCall : KernelCall {
     launch(loaded(backward_prepare_kernel(p_)), row_tiles, &params_);
     if (config_.gate_bits) prepare_bits();
     if (p_.has_block_mask) prepare_lists();
-    const std::int64_t units =
+    const std::int64_t key_tiles =
         ceil_div(p_.max_seqlen_k, config_.backward.block_n) * p_.batch * p_.num_kv_heads;
+    const bool splits = parts_.column_parts != kAbsent;
+    if (splits)
+      launch(loaded(split_columns_kernel(p_)), {extent(ceil_div(key_tiles, kSplitWarps))}, &params_);
+    const std::int64_t units = key_tiles + params_.most_slots;
     // One at least, for rows of a packed tensor that no sequence holds.
     launch(loaded(config_), {extent(std::clamp<std::int64_t>(units, 1, processors()))}, &params_);
+    if (splits)
+      launch(loaded(sum_parts_kernel(p_)),
+             {extent(params_.most_slots), extent(config_.backward.block_n / kSumRows)}, &params_);
     launch(loaded(backward_finish_kernel(p_)), row_tiles, &params_);
     if (args_.grad_sink.present()) launch(loaded(sum_sink_kernel(p_)), {extent(p_.num_heads)}, &params_);
     copy_back(parts_.grad_query, grad_query_, args_.grad_query, q_rows(), p_.num_heads, p_.head_dim);
@@ -62,6 +71,10 @@ class BackwardCall : KernelCall {
     if (config_.gate_bits) loaded(transpose_bits_kernel(p_));
     if (parts_.visible_bits != kAbsent) loaded(gate_bitmap_kernel(p_));
     if (p_.has_block_mask) loaded(block_columns_kernel(p_));
+    if (parts_.column_parts != kAbsent) {
+      loaded(split_columns_kernel(p_));
+      loaded(sum_parts_kernel(p_));
+    }
     for (const std::size_t part : {parts_.query, parts_.key, parts_.value, parts_.out, parts_.grad_out,
                                    parts_.grad_query, parts_.grad_key, parts_.grad_value, parts_.seqused_q})
       if (part != kAbsent) loaded(copy_rows_kernel());
@@ -143,6 +156,15 @@ class BackwardCall : KernelCall {
     params_.grad_sink_sum = part<float>(parts_.grad_sink_sum);
     params_.turns = part<std::int32_t>(parts_.turns);
     params_.row_tiles = backward_row_tiles(p_);
+    if (parts_.column_parts != kAbsent) {
+      params_.column_parts = part<kernels::ColumnPart>(parts_.column_parts);
+      params_.split_columns = part<kernels::SplitColumn>(parts_.split_columns);
+      params_.column_lengths = part<std::int32_t>(parts_.column_lengths);
+      params_.part_counts = part<kernels::PartCounts>(parts_.part_counts);
+      params_.partial_sums = part<float>(parts_.partial_sums);
+      params_.most_slots = static_cast<std::int32_t>(most_slots(p_));
+      params_.least_part = kernels::kLeastPart;
+    }
     // Of a head: Q, dO, and what is added to dQ.
     const std::int64_t row_bytes = kernels::kElementBytes * (p_.head_dim + p_.head_dim_v) + 4 * p_.head_dim;
     const std::int64_t bytes = std::max<std::int64_t>(p_.max_seqlen_q, 1) * p_.group_size * row_bytes;

@@ -119,6 +119,23 @@ KernelConfig sum_sink_kernel(const Problem& problem) {
   return config;
 }
 
+KernelConfig split_columns_kernel(const Problem& problem) {
+  KernelConfig config = around(problem, KernelKind::split_columns);
+  set_mask(problem, config);
+  config.gate_bits = walks_bits(problem);
+  config.deterministic = problem.deterministic;
+  config.gate = GateKind::none;  // it looks at the mask alone
+  config.element = ElementType::bf16;
+  config.backward.row_vectors = kFoldedVectors;
+  return config;
+}
+
+KernelConfig sum_parts_kernel(const Problem& problem) {
+  KernelConfig config = around(problem, KernelKind::sum_parts);
+  config.deterministic = problem.deterministic;
+  return config;
+}
+
 KernelConfig block_columns_kernel(const Problem& problem) {
   KernelConfig config;
   config.kind = KernelKind::block_columns;
@@ -136,6 +153,19 @@ KernelConfig transpose_bits_kernel(const Problem& problem) {
 std::int64_t backward_row_tiles(const Problem& p) {
   const std::int64_t block_m = backward_kernel(p).backward.block_m;
   return p.packed_q ? p.total_q / block_m + p.batch : ceil_div(p.max_seqlen_q, block_m);
+}
+
+bool splits_columns(const Problem& p) {
+  const KernelConfig main = backward_kernel(p);
+  return (main.gate_bits || main.mask != MaskKind::window) &&
+         p.group_size * ceil_div(p.max_seqlen_q, main.backward.block_m) >= 2 * kernels::kLeastPart;
+}
+
+std::int64_t most_slots(const Problem& p) {
+  const BackwardTile tile = backward_kernel(p).backward;
+  const std::int64_t tiles =
+      p.batch * p.num_heads * ceil_div(p.max_seqlen_q, tile.block_m) * ceil_div(p.max_seqlen_k, tile.block_n);
+  return std::min<std::int64_t>(tiles / kernels::kLeastPart, kernels::kMostSlots);
 }
 
 BackwardWorkspace backward_workspace(const Problem& p) {
@@ -170,6 +200,15 @@ BackwardWorkspace backward_workspace(const Problem& p) {
     const std::int64_t columns = column_batch(p) * p.mask_heads * p.key_blocks();
     parts.list_count = carver.take(columns * 4);
     parts.list_entries = carver.take(columns * p.row_blocks() * std::int64_t{sizeof(kernels::ColumnEntry)});
+  }
+  if (splits_columns(p)) {
+    const std::int64_t slots = most_slots(p);
+    const std::int64_t key_tiles = ceil_div(p.max_seqlen_k, tile.block_n) * p.batch * p.num_kv_heads;
+    parts.column_parts = carver.take((key_tiles + slots) * std::int64_t{sizeof(kernels::ColumnPart)});
+    parts.split_columns = carver.take(slots * std::int64_t{sizeof(kernels::SplitColumn)});
+    parts.column_lengths = carver.take(key_tiles * 4);
+    parts.part_counts = carver.take(sizeof(kernels::PartCounts));
+    parts.partial_sums = carver.take(slots * kernels::backward_slot_floats(tile) * std::int64_t{4});
   }
   parts.bytes = carver.used();
   return parts;
@@ -216,6 +255,7 @@ std::vector<KernelConfig> reachable_backward_kernels() {
               each(p.has_alibi, [&] {
                 p.has_gate = false;
                 add(backward_kernel(p));
+                if (walks_bits(p) || p.has_window_sizes) add(split_columns_kernel(p));
                 p.has_gate = true;
                 each(p.gate_test, [&] { each(p.log_sigmoid_gate, [&] { add(backward_kernel(p)); }); });
                 p.has_gate = false;
@@ -228,7 +268,10 @@ std::vector<KernelConfig> reachable_backward_kernels() {
         p.has_block_mask = true;
         for (const double softcap : {0.0, 1.0}) {
           p.softcap = softcap;
-          each(p.has_alibi, [&] { add(backward_kernel(p)); });
+          each(p.has_alibi, [&] {
+            add(backward_kernel(p));
+            add(split_columns_kernel(p));
+          });
         }
         if (!p.deterministic) add(block_columns_kernel(p));
         p.has_block_mask = false;
@@ -240,6 +283,7 @@ std::vector<KernelConfig> reachable_backward_kernels() {
               each(p.has_sink, [&] { add(backward_prepare_kernel(p)); });
               add(backward_finish_kernel(p));
               add(sum_sink_kernel(p));
+              add(sum_parts_kernel(p));
             });
           });
         }
@@ -258,12 +302,13 @@ std::vector<KernelConfig> shipped_backward_kernels() {
   for (const KernelConfig& c : reachable_backward_kernels()) {
     const int features = logits(c) + (c.mask != MaskKind::window) + c.gate_bits + c.deterministic;
     const bool causal = c.window_right && !c.window_left;
+    const bool small = c.kind == KernelKind::split_columns;  // one for each kind of column
     // As of the forward: each feature once, on the commonest head_dim.
     const bool sample = c.element == ElementType::bf16 && c.backward.head_dim == 128 &&
                         (c.mask != MaskKind::window || causal);
-    const bool plain = features == 0 && (c.element == ElementType::bf16 || causal);
+    const bool plain = !small && features == 0 && (c.element == ElementType::bf16 || causal);
     if (c.kind == KernelKind::transpose_bits || c.kind == KernelKind::block_columns ||
-        (c.kind == KernelKind::backward
+        (c.kind == KernelKind::backward || small
              ? plain || (features == 1 && sample)
              : plain_around(c) ||
                    (c.element == ElementType::bf16 && c.backward.head_dim == 128 && features + c.sink == 1)))

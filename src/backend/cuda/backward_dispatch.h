@@ -21,11 +21,20 @@ KernelConfig backward_prepare_kernel(const Problem& problem);
 KernelConfig backward_finish_kernel(const Problem& problem);
 KernelConfig sum_sink_kernel(const Problem& problem);
 KernelConfig transpose_bits_kernel(const Problem& problem);
+KernelConfig split_columns_kernel(const Problem& problem);
+KernelConfig sum_parts_kernel(const Problem& problem);
 KernelConfig block_columns_kernel(const Problem& problem);
 
 // Whether the row tiles come from a bit map: the skip map of the forward, or, where the order of deterministic
 // sums asks for one, a map of the visible tiles.
 bool walks_bits(const Problem& problem);
+
+// Whether some column, the row tiles of a key tile, may be long enough to be cut in parts, and the mask of a kind whose
+// columns differ.
+bool splits_columns(const Problem& problem);
+
+// Parts of columns at most; each has a slot for its sums.
+std::int64_t most_slots(const Problem& problem);
 
 struct BackwardWorkspace : InputCopies {
   std::size_t out = kAbsent, grad_out = kAbsent;
@@ -35,11 +44,13 @@ struct BackwardWorkspace : InputCopies {
   std::size_t row_vectors = kAbsent, grad_query_sum = kAbsent, grad_alpha_sum = kAbsent;
   std::size_t grad_sink_sum = kAbsent, turns = kAbsent;
   std::size_t visible_bits = kAbsent, column_bits = kAbsent;
+  std::size_t column_parts = kAbsent, split_columns = kAbsent, column_lengths = kAbsent;
+  std::size_t part_counts = kAbsent, partial_sums = kAbsent;
   std::size_t no_blocks = kAbsent, list_count = kAbsent, list_entries = kAbsent;
   std::size_t bytes = 0;
 };
-// float32 dQ in whole row tiles, two or three floats a row, and the transposed map or lists; besides what
-// InputCopies names.
+// float32 dQ in whole row tiles, two to four floats a row, the transposed map or lists, and sums of at most 512 parts of
+// long columns (128 KB each at head_dim 128); besides what InputCopies names.
 BackwardWorkspace backward_workspace(const Problem& problem);
 
 // Batch entries of the column lists of a block mask.

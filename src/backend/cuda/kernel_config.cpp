@@ -13,7 +13,7 @@ using kernels::ForwardTile;
 constexpr unsigned kBitmapThreads = 128;
 constexpr unsigned kCopyThreads = 256;
 constexpr unsigned kPrepareThreads = 256, kSumSinkThreads = 256, kColumnThreads = 128;
-constexpr unsigned kListThreads = 512;
+constexpr unsigned kListThreads = 512, kSplitThreads = 256, kSumThreads = 128;
 
 std::ostringstream text_stream() {
   std::ostringstream text;
@@ -94,6 +94,10 @@ const char* backward_kind_name(KernelKind kind) {
       return "backward_finish";
     case KernelKind::sum_sink:
       return "sum_sink";
+    case KernelKind::split_columns:
+      return "split_columns";
+    case KernelKind::sum_parts:
+      return "sum_parts";
     default:
       return "backward";
   }
@@ -105,7 +109,8 @@ std::string backward_name(const KernelConfig& config) {
   std::ostringstream name = text_stream();
   name << backward_kind_name(config.kind) << "_sm90_" << element_name(config)
        << dims_name(t.head_dim, t.head_dim_v);
-  if (config.kind == KernelKind::backward) name << "_" << mask_name(config);
+  if (config.kind == KernelKind::backward || config.kind == KernelKind::split_columns)
+    name << "_" << mask_name(config);
   name << gate_name(config);
   if (config.gate_bits) name << "_bits";
   if (config.softcap == SoftcapKind::fast) name << "_softcap";
@@ -127,6 +132,8 @@ std::string backward_text(const KernelConfig& config) {
   std::ostringstream text = text_stream();
   text << "#include \"common/backward_finish.cuh\"\n"
        << "#include \"common/backward_prepare.cuh\"\n"
+       << "#include \"common/split_columns.cuh\"\n"
+       << "#include \"common/sum_parts.cuh\"\n"
        << "#include \"policy/row_tiles.cuh\"\n"
        << "#include \"sm90/backward.cuh\"\n\n"
        << "namespace fsa::kernels {\n"
@@ -257,6 +264,8 @@ std::string name_of(const KernelConfig& config) {
     case KernelKind::backward_prepare:
     case KernelKind::backward_finish:
     case KernelKind::sum_sink:
+    case KernelKind::split_columns:
+    case KernelKind::sum_parts:
       return backward_name(config);
     case KernelKind::forward:
       break;
@@ -282,6 +291,8 @@ jit::KernelSource source_of(const KernelConfig& config) {
     case KernelKind::backward_prepare:
     case KernelKind::backward_finish:
     case KernelKind::sum_sink:
+    case KernelKind::split_columns:
+    case KernelKind::sum_parts:
       return {name, arch, std::string("fsa_") + backward_kind_name(config.kind), backward_text(config)};
     case KernelKind::forward:
       break;
@@ -309,6 +320,10 @@ unsigned threads_of(const KernelConfig& config) {
       return static_cast<unsigned>(2 * config.backward.block_m);
     case KernelKind::sum_sink:
       return kSumSinkThreads;
+    case KernelKind::split_columns:
+      return kSplitThreads;
+    case KernelKind::sum_parts:
+      return kSumThreads;
     case KernelKind::forward:
       break;
   }

@@ -25,7 +25,9 @@ enum class KernelKind : std::uint8_t {
   backward_finish,
   sum_sink,
   transpose_bits,
-  block_columns
+  block_columns,
+  split_columns,
+  sum_parts
 };
 enum class MaskKind : std::uint8_t { window, bands, blocks };  // bands: window_sizes; blocks: a block mask
 enum class SoftcapKind : std::uint8_t { none, fast, exact };
