@@ -32,6 +32,13 @@ FSA_DEVICE int32 load_acquire(const int32* from) {
   return value;
 }
 
+// Ordered before later accesses by a fence_global() between.
+FSA_DEVICE int32 load_relaxed(const int32* from) {
+  int32 value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
 FSA_DEVICE void wait_until_equal(const int32* counter, int32 value) {
 #ifdef FSA_DEVICE_CHECKS
   for (int32 spins = 0; load_acquire(counter) != value; ++spins)

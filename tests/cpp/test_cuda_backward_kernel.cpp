@@ -391,7 +391,7 @@ void check(const Problem& problem) {
     params.list_stride_head = c.key_blocks;
     params.list_capacity = c.row_blocks;
   }
-  constexpr int32 kSlots = 32;
+  constexpr int32 kSlots = 16;
   const int32 units = ceil_div(p.seqlen_k, kN) * p.batch * p.kv_heads;
   std::vector<ColumnPart> column_parts(units + kSlots, ColumnPart{-1, -1, -1, -1});
   std::vector<SplitColumn> split(kSlots, SplitColumn{-1, -1});

@@ -16,6 +16,10 @@ inline void add_four(float* to, float a, float b, float c, float d) {
 }
 inline void fence_async_global() {}
 inline void fence_global() {}
+inline int32 load_relaxed(const int32* from) {
+  const std::lock_guard lock(emulator::memory);
+  return *from;
+}
 inline void wait_until_equal(const int32* counter, int32 value) {
   emulator::poll([&] { return *counter == value; });
 }
