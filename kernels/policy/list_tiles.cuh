@@ -146,6 +146,21 @@ struct ListTiles {
     work.num_segments = work.seqlen_k > 0 && Walk(params, work).next(first) ? 1 : 0;
     if (work.num_segments > 0) work.first = first;
   }
+
+  // Blocks listed for the rows of `work`, of which only sequence, head and m_begin are known.
+  FSA_DEVICE static int32 length(const ForwardParams& params, const WorkTile& work) {
+    int32 blocks = 0, previous = -1;
+#pragma unroll
+    for (int32 w = 0; w < kRowTiles; ++w) {
+      const int32 row = min_of(work.m_begin + w * kRowsPerWarpgroup, params.max_seqlen_q - 1);
+      const int32 row_block = row / params.blocks.block_rows;
+      const int32 listed =
+          full_list(params, work, row_block).count + partial_list(params, work, row_block).count;
+      blocks += row_block != previous ? listed : 0;
+      previous = row_block;
+    }
+    return blocks;
+  }
 };
 
 }  // namespace fsa::kernels

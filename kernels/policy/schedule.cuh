@@ -30,17 +30,15 @@ FSA_DEVICE void describe_sequence(const ForwardParams& params, int32 sequence, i
 template <int32 kBlockM>
 class LongestFirst {
  public:
+  static constexpr bool kByWarp = false;  // next() is for one thread
+
   FSA_DEVICE explicit LongestFirst(const ForwardParams&) {}
 
   // False when there is no more; otherwise everything but the segments is filled in.
   FSA_DEVICE bool next(const ForwardParams& params, WorkTile& work) {
     do {
-      if (index_ < 0)
-        index_ = static_cast<int32>(blockIdx.x);
-      else
-        index_ = static_cast<int32>(gridDim.x) +
-                 (params.work_counter ? atomicAdd(params.work_counter, 1) : index_);
-      if (index_ >= blocks(params) * heads(params)) return false;
+      take(params);
+      if (index_ >= count(params)) return false;
     } while (!describe(params, index_, work));
     return true;
   }
@@ -54,24 +52,37 @@ class LongestFirst {
     }
   }
 
- private:
+ protected:
+  FSA_DEVICE void take(const ForwardParams& params) {
+    if (index_ < 0)
+      index_ = static_cast<int32>(blockIdx.x);
+    else
+      index_ =
+          static_cast<int32>(gridDim.x) + (params.work_counter ? atomicAdd(params.work_counter, 1) : index_);
+  }
+
   // Recomputed, not kept: the producer has few registers.
   FSA_DEVICE static int32 blocks(const ForwardParams& params) {
     return ceil_div(params.max_seqlen_q, kBlockM);
   }
   FSA_DEVICE static int32 heads(const ForwardParams& params) { return params.batch * params.num_heads; }
 
-  FSA_DEVICE static bool describe(const ForwardParams& params, int32 index, WorkTile& work) {
+  FSA_DEVICE static int32 count(const ForwardParams& params) { return blocks(params) * heads(params); }
+
+  // Of the batch's heads, and the tile's first row.
+  FSA_DEVICE static int32 head_of(const ForwardParams& params, int32 index, int32& m_begin) {
     const int32 wave = index / (params.heads_per_wave * blocks(params));
     const int32 first_head = wave * params.heads_per_wave;
     const int32 wave_heads = min_of(params.heads_per_wave, heads(params) - first_head);
     const int32 in_wave = index - first_head * blocks(params);
-    const int32 m_block = blocks(params) - 1 - in_wave / wave_heads;
-    const int32 batch_head = first_head + in_wave % wave_heads;
-    const int32 sequence = batch_head / params.num_heads;
+    m_begin = (blocks(params) - 1 - in_wave / wave_heads) * kBlockM;
+    return first_head + in_wave % wave_heads;
+  }
 
+  FSA_DEVICE static bool describe(const ForwardParams& params, int32 index, WorkTile& work) {
+    const int32 batch_head = head_of(params, index, work.m_begin);
+    const int32 sequence = batch_head / params.num_heads;
     describe_sequence(params, sequence, batch_head - sequence * params.num_heads, work);
-    work.m_begin = m_block * kBlockM;
     return work.m_begin < work.rows;
   }
 

@@ -48,8 +48,8 @@ struct ForwardTypes {
 
   // 64 K registers: a launch gives each of the warpgroups the same share, setmaxnreg moves it to the
   // consumers.
-  static constexpr int32 kConsumerRegisters = kNumConsumers == 3 ? 160 : 232;
-  static constexpr int32 kProducerRegisters = kNumConsumers == 3 ? 32 : 40;
+  static constexpr int32 kConsumerRegisters = kNumConsumers == 3 ? 160 : Schedule::kByWarp ? 224 : 232;
+  static constexpr int32 kProducerRegisters = kNumConsumers == 3 ? 32 : Schedule::kByWarp ? 56 : 40;
 
   static_assert(kNumConsumers == 2 || kNumConsumers == 3,
                 "block_m is 128 or 192: two or three consumer warpgroups");

@@ -88,9 +88,12 @@ class ForwardConfig:
         tiles = self.tiles_type(self.block_m)
         if self.gate_bits:
             tiles = f"BitmapTiles<{tiles}, {self.block_m}>"
+        listed = self.mask == "list"
+        schedule = f"LongestListFirst<{tiles}, {self.block_m}>" if listed else f"LongestFirst<{self.block_m}>"
         return f"""#include "policy/band_mask.cuh"
 #include "policy/bitmap_tiles.cuh"
 #include "policy/contiguous_tma.cuh"
+#include "policy/list_schedule.cuh"
 #include "policy/list_tiles.cuh"
 #include "policy/logit.cuh"
 #include "policy/mask.cuh"
@@ -111,7 +114,7 @@ struct Config {{
   using KvSource = ContiguousTma;
   using Mask = {self.mask_type};
   using TileIterator = {tiles};
-  using Schedule = LongestFirst<{self.block_m}>;
+  using Schedule = {schedule};
   using LogitChain = Logit<{", ".join(self.logit)}>;
   using Skip = {self.skip};
   using Epilogue = StoreOutput<{"LearnableSink" if self.sink else "NoSink"}>;

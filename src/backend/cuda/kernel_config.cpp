@@ -181,8 +181,9 @@ std::string forward_text(const KernelConfig& config) {
   std::string tiles = tiles_type(config, t.block_m);
   if (config.gate_bits) tiles = "BitmapTiles<" + tiles + ", " + std::to_string(t.block_m) + ">";
   std::ostringstream text = text_stream();
-  for (const char* policy : {"band_mask", "bitmap_tiles", "contiguous_tma", "list_tiles", "logit", "mask",
-                             "range_tiles", "schedule", "skip", "store_output"})
+  const bool listed = config.mask == MaskKind::blocks;
+  for (const char* policy : {"band_mask", "bitmap_tiles", "contiguous_tma", "list_schedule", "list_tiles",
+                             "logit", "mask", "range_tiles", "schedule", "skip", "store_output"})
     text << "#include \"policy/" << policy << ".cuh\"\n";
   text << "#include \"sm90/forward.cuh\"\n\n"
        << "namespace fsa::kernels {\n"
@@ -196,7 +197,8 @@ std::string forward_text(const KernelConfig& config) {
        << "  using KvSource = ContiguousTma;\n"
        << "  using Mask = " << mask_type(config) << ";\n"
        << "  using TileIterator = " << tiles << ";\n"
-       << "  using Schedule = LongestFirst<" << t.block_m << ">;\n"
+       << "  using Schedule = " << (listed ? "LongestListFirst<" + tiles + ", " : "LongestFirst<")
+       << t.block_m << ">;\n"
        << "  using LogitChain = Logit<" << logit_stages(config) << ">;\n"
        << "  using Skip = " << (config.threshold ? "ThresholdSkip" : "Never") << ";\n"
        << "  using Epilogue = StoreOutput<" << (config.sink ? "LearnableSink" : "NoSink") << ">;\n"
