@@ -54,6 +54,7 @@ struct BandMask {
 template <int32 kBlockM, int32 kBlockN>
 struct BandTiles {
   static constexpr bool kListed = false;
+  static constexpr bool kHalfFirst = false, kHalfLast = false;
   static constexpr bool kInOrder = true;  // from right to left
   using Walk = SegmentWalk;
 

@@ -13,6 +13,7 @@ namespace fsa::kernels {
 template <class Visible, int32 kBlockM>
 struct BitmapTiles {
   static constexpr bool kListed = true;
+  static constexpr bool kHalfFirst = false, kHalfLast = false;
   static constexpr bool kInOrder = true;
   static constexpr int32 kRowTiles = kBlockM / kRowsPerWarpgroup;
 

@@ -68,6 +68,7 @@ struct ListMask {
 template <int32 kBlockM, int32 kBlockN>
 struct ListTiles {
   static constexpr bool kListed = true;
+  static constexpr bool kHalfFirst = false, kHalfLast = false;
   static constexpr bool kInOrder = false;
   static constexpr int32 kRowTiles = kBlockM / kRowsPerWarpgroup;
 

@@ -49,6 +49,8 @@ FSA_DEVICE void hide_unseen(float (&rS)[kCount], int32 slot, int32 word, uint32 
 // kLeft, kRight: the window is limited on that side (causal: on the right, by zero).
 template <bool kLeft, bool kRight>
 struct WindowMask {
+  static constexpr bool kLeftEdge = kLeft, kRightEdge = kRight;
+
   FSA_DEVICE static KeyRange visible(const ForwardParams& params, const WorkTile& work, int32 row) {
     const int32 diagonal = row + work.offset();
     KeyRange range = {0, work.seqlen_k};

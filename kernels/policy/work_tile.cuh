@@ -13,7 +13,12 @@ namespace fsa::kernels {
 struct Segment {
   int32 first;
   int32 count;
-  int32 masked;  // some element of these tiles is invisible to some row
+  int32 masked;  // not 0: some element of these tiles is invisible to some row
+
+  // In `masked`: of the first tile at a right edge, of the only one of a run at a left edge, warpgroup w sees nothing of
+  // the outer half.
+  static constexpr int32 half(int32 warpgroup) { return 2 << warpgroup; }
+  FSA_DEVICE bool sees_half(int32 warpgroup) const { return (masked & half(warpgroup)) != 0; }
 };
 
 // One key tile of a list.

@@ -30,6 +30,7 @@ inline constexpr int32 kWarpgroupBarrier = 1;
 template <class Types>
 struct Consumer {
   using Scores = float[Types::kBlockN / 2];
+  using HalfScores = float[Types::kBlockN / 4];
   using LogitChain = typename Types::LogitChain;
   using Skip = typename Types::Skip;
   using Walk = typename Types::Tiles::Walk;
@@ -100,16 +101,17 @@ struct Consumer {
 
   // ---- Multiplies ----
 
-  // S = Q K^T
-  FSA_DEVICE void issue_scores(Scores& r) {
+  // S = Q K^T; all columns of a tile, or as many as `r` has from column kBegin.
+  template <int32 kBegin = 0, int32 kCount>
+  FSA_DEVICE void issue_scores(float (&r)[kCount]) {
     using QueryTile = typename Types::QueryTile;
     using KeyTile = typename Types::KeyTile;
     ptx::wgmma_fence();
     const uint64 a = QueryTile::inner_columns(query_address);
-    const uint64 b = KeyTile::inner_columns(shared_address(storage.key[key.stage()]));
+    const uint64 b = KeyTile::inner_columns(shared_address(storage.key[key.stage()]) + kBegin * kLineBytes);
 #pragma unroll
     for (int32 step = 0; step < Types::kHeadDim / 16; ++step)
-      ptx::multiply_shared<Types::kElement, Types::kBlockN>(
+      ptx::multiply_shared<Types::kElement, 2 * kCount>(
           r, QueryTile::advance(a, QueryTile::inner_columns_offset(step)),
           KeyTile::advance(b, KeyTile::inner_columns_offset(step)), step != 0);
     ptx::wgmma_commit();
@@ -137,16 +139,18 @@ struct Consumer {
   // Behind the exponentials: ptxas moves a wait up through straight-line code, to before them, which would then
   // no longer run beside P V. It does not move one across a branch. All take this one, for the whole warpgroup
   // has to execute a wait together, but ptxas cannot know that.
-  FSA_DEVICE void wait_output_late() {
-    ptx::settle(rS);
+  template <int32 kCount>
+  FSA_DEVICE void wait_output_late(float (&r)[kCount]) {
+    ptx::settle(r);
     if (params.batch > 0) ptx::wgmma_wait<0>();
     wait_output();
   }
 
   // Once the next keys are there. Returns their stage, for take_scores.
-  FSA_DEVICE int32 start_scores(Scores& r) {
+  template <int32 kBegin = 0, int32 kCount>
+  FSA_DEVICE int32 start_scores(float (&r)[kCount]) {
     wait_key();
-    issue_scores(r);
+    issue_scores<kBegin>(r);
     const int32 stage = key.stage();
     if constexpr (kListed) following = storage.following[stage].info();
     key.advance();
@@ -154,26 +158,32 @@ struct Consumer {
   }
 
   // The stage of a complete S is free once the logits have read its key scalars.
-  FSA_DEVICE void take_scores(const LogitChain& logit, Scores& r, int32 tile, int32 stage) {
+  template <int32 kBegin = 0, int32 kCount>
+  FSA_DEVICE void take_scores(const LogitChain& logit, float (&r)[kCount], int32 tile, int32 stage) {
     ptx::settle(r);
     if constexpr (Types::kKeyScalars) {
-      logit.apply({tile * Types::kBlockN, storage.key_scalars.of(stage)}, r);
+      logit.apply({tile * Types::kBlockN + kBegin, storage.key_scalars.of(stage) + kBegin}, r);
       __syncwarp();
       release_key(stage);
     } else {
       if constexpr (kListed) __syncwarp();  // every lane has read what follows
       release_key(stage);
-      logit.apply({tile * Types::kBlockN, nullptr}, r);
+      logit.apply({tile * Types::kBlockN + kBegin, nullptr}, r);
     }
   }
 
-  FSA_DEVICE void mask(const WorkTile& work, const TileInfo& info, Scores& r) {
-    Types::Mask::apply(params, work, info, r, work.m_begin + row, info.tile * Types::kBlockN);
+  template <int32 kBegin = 0, int32 kCount>
+  FSA_DEVICE void mask(const WorkTile& work, const TileInfo& info, float (&r)[kCount]) {
+    Types::Mask::apply(params, work, info, r, work.m_begin + row, info.tile * Types::kBlockN + kBegin);
   }
 
-  FSA_DEVICE void pack_probabilities(const Scores& r) {
+  template <int32 kBegin = 0, int32 kCount>
+  FSA_DEVICE void pack_probabilities(const float (&r)[kCount]) {
 #pragma unroll
-    for (int32 i = 0; i < Types::kBlockN / 4; ++i) rP[i] = ptx::pack<Types::kElement>(r[2 * i], r[2 * i + 1]);
+    for (int32 i = 0; i < Types::kBlockN / 4; ++i) {
+      const int32 from = 2 * i - kBegin / 2;
+      rP[i] = from >= 0 && from < kCount ? ptx::pack<Types::kElement>(r[from], r[from + 1]) : 0;
+    }
   }
 
   // Keys beyond the used length have p = 0, but 0 * NaN is NaN: their values must not be what memory holds.
@@ -194,33 +204,35 @@ struct Consumer {
   // ---- Every tile counts ----
 
   // With nothing in flight.
-  FSA_DEVICE void first_step(const WorkTile& work, const LogitChain& logit, TileInfo info) {
-    const int32 stage = start_scores(rS);
+  template <int32 kBegin, int32 kCount>
+  FSA_DEVICE void first_step(const WorkTile& work, const LogitChain& logit, TileInfo info,
+                             float (&r)[kCount]) {
+    const int32 stage = start_scores<kBegin>(r);
     ptx::wgmma_wait<0>();
-    take_scores(logit, rS, info.tile, stage);
-    if (info.masked()) mask(work, info, rS);
+    take_scores<kBegin>(logit, r, info.tile, stage);
+    if (info.masked()) mask<kBegin>(work, info, r);
     clear_unused_values(work, info.tile);
-    softmax.update(rS, logit.scale());
+    softmax.update(r, logit.scale());
     if constexpr (kListed) {  // O may hold earlier tiles
       if (softmax.grown) softmax.rescale(rO);
     }
-    pack_probabilities(rS);
+    pack_probabilities<kBegin>(r);
     pending = true;
   }
 
-  template <bool kMasked>
-  FSA_DEVICE void step(const WorkTile& work, const LogitChain& logit, TileInfo info) {
-    const int32 stage = start_scores(rS);
+  template <bool kMasked, int32 kBegin, int32 kCount>
+  FSA_DEVICE void step(const WorkTile& work, const LogitChain& logit, TileInfo info, float (&r)[kCount]) {
+    const int32 stage = start_scores<kBegin>(r);
     wait_value();
     issue_output();
     ptx::wgmma_wait<1>();
-    take_scores(logit, rS, info.tile, stage);
-    if constexpr (kMasked) mask(work, info, rS);
-    softmax.update(rS, logit.scale());
-    wait_output_late();
+    take_scores<kBegin>(logit, r, info.tile, stage);
+    if constexpr (kMasked) mask<kBegin>(work, info, r);
+    softmax.update(r, logit.scale());
+    wait_output_late(r);
     if (softmax.grown) softmax.rescale(rO);
     release_value();
-    pack_probabilities(rS);
+    pack_probabilities<kBegin>(r);
     if constexpr (kMasked && kListed) clear_unused_values(work, info.tile);
   }
 
@@ -235,16 +247,33 @@ struct Consumer {
   // The last P V remains, as in all ways but sweep_private.
   FSA_DEVICE void sweep(const WorkTile& work, const LogitChain& logit) {
     const Segment& first = work.segments[0];
-    first_step(work, logit, {first.first, first.masked ? TileInfo::kMasked : 0, -1, 0});
+    const TileInfo info = {first.first, first.masked != 0 ? TileInfo::kMasked : 0, -1, 0};
+    if constexpr (Types::Tiles::kHalfFirst) {
+      HalfScores r;
+      if (first.sees_half(index))
+        first_step<0>(work, logit, info, r);
+      else
+        first_step<0>(work, logit, info, rS);
+    } else {
+      first_step<0>(work, logit, info, rS);
+    }
     release_query();
     for (int32 s = 0; s < work.num_segments; ++s) {
       const Segment segment = work.segments[s];
       const int32 end = segment.first - segment.count;
       int32 tile = segment.first - (s == 0);
-      if (segment.masked)
-        for (; tile > end; --tile) step<true>(work, logit, {tile, TileInfo::kMasked, -1, 0});
-      else
-        for (; tile > end; --tile) step<false>(work, logit, {tile, 0, -1, 0});
+      bool half = false;
+      if constexpr (Types::Tiles::kHalfLast) half = s > 0 && segment.sees_half(index);
+      if (half) {
+        if constexpr (Types::Tiles::kHalfLast) {
+          HalfScores r;
+          step<true, Types::kBlockN / 2>(work, logit, {tile, TileInfo::kMasked, -1, 0}, r);
+        }
+      } else if (segment.masked) {
+        for (; tile > end; --tile) step<true, 0>(work, logit, {tile, TileInfo::kMasked, -1, 0}, rS);
+      } else {
+        for (; tile > end; --tile) step<false, 0>(work, logit, {tile, 0, -1, 0}, rS);
+      }
     }
   }
 
@@ -273,13 +302,13 @@ struct Consumer {
         if (pending) last_output();
         pass_over_value();
       } else if (!pending) {
-        first_step(work, logit, info);
+        first_step<0>(work, logit, info, rS);
         release_query();
       } else if (info.masked()) {
-        step<true>(work, logit, info);
+        step<true, 0>(work, logit, info, rS);
       } else {  // a loop of its own, where registers keep their places
         do {
-          step<false>(work, logit, following);
+          step<false, 0>(work, logit, following, rS);
         } while (following.belongs_to(index) && !following.masked());
       }
     }
@@ -350,7 +379,7 @@ struct Consumer {
       if (warpgroup_thread() == 0) Skip::record(params, work, work.m_begin + row, info.tile);
       softmax.update(rS, top, logit.scale());
     }
-    wait_output_late();
+    wait_output_late(rS);
     if (keep && softmax.grown) softmax.rescale(rO);
     if constexpr (kPending) release_value();
     if (keep) {
@@ -468,7 +497,7 @@ struct Consumer {
         if (!vote<false>(logit, skip, rS, top)) break;
         fetch_value(work, tile.tile);
         softmax.update(rS, top, logit.scale());
-        wait_output_late();
+        wait_output_late(rS);
         if (softmax.grown) softmax.rescale(rO);
         pack_probabilities(rS);
       }
