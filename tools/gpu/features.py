@@ -46,12 +46,17 @@ VOTING = {
     (192, 192): (128, 64, 1, 2, 4, True), (256, 256): (128, 64, 1, 2, 2, False),
 }  # fmt: skip
 
+SOFTCAP = (192, 80, 2, 2, 4)  # dense, head_dim 128, the fast softcap
+
 
 def config_of(dims: tuple[int, int], element: str = "bf16", **options: object) -> ForwardConfig:
     """The shipped tile of a pair of padded head dimensions with the given policies."""
     voting = options.get("skip", "Never") != "Never"
     tiled = options.get("gate_bits") or options.get("mask") == "list"
     m, n, q, k, v, *private = (VOTING if voting else TILED if tiled else DENSE)[dims]
+    logit = options.get("logit", ())
+    if "Softcap" in logit and not (voting or tiled or logit[0].startswith("PairGate")) and dims == (128, 128):
+        m, n, q, k, v = SOFTCAP
     if voting and tiled and m == 192:  # three warpgroups have no registers for the pair gate beside a vote
         m, v = 128, 4
     return ForwardConfig(
