@@ -46,8 +46,8 @@ FSA_DEVICE void add_staged_sums(const BackwardParams& params, BackwardStorage<Ty
           storage.grad_query.of_warp(index * (kBackwardWarps / 2)), kFloats * 4);
       ptx::commit_stores();
     }
+    __syncwarp();  // all lanes have read what the leader is about to give up
     if constexpr (kAdderReadsAlpha<Types>) {
-      __syncwarp();
       if (index == 0) {
         add_grad_alpha<Types, kWarpThreads>(params, storage, sums.number, sums.stage, own_lane());
         if (leads) ptx::arrive(storage.scores_empty[sums.stage]);
