@@ -19,6 +19,7 @@
 #include "core/block_mask.h"
 #include "core/env.h"
 #include "core/skip_tile.h"
+#include "core/visibility.h"
 #include "fsa/attention.h"
 #include "fsa/error.h"
 
@@ -115,12 +116,41 @@ std::int64_t row_tiles_bound(const Problem& p) {
 // speed.
 std::int64_t backward_segments(const Problem& p) {
   const std::int64_t copy_bytes = row_tiles_bound(p) * kSkipTileRows * p.num_heads * p.head_dim * 4;
-  const std::int64_t most =
-      std::clamp<std::int64_t>((std::int64_t{1} << 27) / std::max<std::int64_t>(1, copy_bytes), 2, 8);
+  const std::int64_t most = std::clamp<std::int64_t>(
+      (std::int64_t{1} << 27) / std::max<std::int64_t>(1, copy_bytes), 2, kMostSegments);
   const std::int64_t heads = std::max<std::int64_t>(1, p.batch * p.num_kv_heads);
   const std::int64_t keys = 2 * skip_tile_keys(p.head_dim);
   return std::clamp<std::int64_t>(ceil_div(32, heads), 1,
                                   std::clamp<std::int64_t>(ceil_div(p.max_seqlen_k, keys), 1, most));
+}
+
+// Keys of a sequence that one segment takes: whole key tiles.
+std::int64_t keys_per_segment(const Problem& p, std::int64_t keys, std::int64_t segments) {
+  const std::int64_t tile_keys = skip_tile_keys(p.head_dim);
+  return ceil_div(ceil_div(keys, segments), tile_keys) * tile_keys;
+}
+
+// Parts of all segments, or more: with a causal mask or a window few rows see a segment, wherever the sequences end.
+std::int64_t parts_bound(const Problem& p, std::int64_t segments) {
+  const std::int64_t tiles = row_tiles_bound(p);
+  if (p.packed_q || p.packed_k || p.has_window_sizes) return segments * p.num_heads * tiles;
+  Sequence s;
+  s.seqlen_q = p.max_seqlen_q;
+  s.seqlen_k = p.max_seqlen_k;
+  const Visibility v = make_visibility(p, s, nullptr);
+  const Band band = v.bands[0];
+  const std::int64_t per_segment = keys_per_segment(p, p.max_seqlen_k, segments);
+  // Rows end where the keys end, and so no further from the first key than this.
+  const std::int64_t end = v.key_base > 0 ? p.max_seqlen_k * v.key_stride + p.compress_block : p.max_seqlen_k;
+  std::int64_t parts = 0;
+  for (std::int64_t begin = 0; begin < p.max_seqlen_k; begin += per_segment) {
+    const std::int64_t first = position_of_key(v, begin);
+    const std::int64_t last = position_of_key(v, std::min(begin + per_segment, p.max_seqlen_k) - 1);
+    const std::int64_t rows = std::min(end - first - band.low, last + band.high - first - band.low + 1);
+    parts += std::clamp<std::int64_t>(ceil_div(std::max<std::int64_t>(rows, 0), kSkipTileRows) + 1, 0,
+                                      tiles / std::max<std::int64_t>(1, p.batch));
+  }
+  return p.batch * p.num_heads * parts;
 }
 
 // The table of the block mask, in the workspace.
@@ -154,9 +184,10 @@ BackwardBuffers backward_buffers(const Problem& p, Carver& memory) {
   b.lse_log2 = memory.take<float>(tiles * kSkipTileRows);
   b.lse_log2_low = memory.take<float>(tiles * kSkipTileRows);
   b.sink_partial = memory.take<double>(p.has_sink ? tiles : 0);
-  b.grad_query = memory.take<float>(b.segments * tiles * grad_query_floats(p));
-  b.grad_alpha = memory.take<float>(p.has_gate ? b.segments * tiles * kSkipTileRows : 0);
-  b.touched = memory.take<std::uint8_t>(b.segments * tiles);
+  const std::int64_t parts = parts_bound(p, b.segments);
+  b.grad_query = memory.take<float>(parts * grad_query_floats(p));
+  b.grad_alpha = memory.take<float>(p.has_gate ? parts * kSkipTileRows : 0);
+  b.touched = memory.take<std::uint8_t>(parts);
   b.packed_row_bytes = static_cast<std::int64_t>(kernels().packed_row_bytes(p));
   b.packed_rows = memory.take<char>(tiles * b.packed_row_bytes);
   return b;
@@ -299,23 +330,45 @@ void fill_unused_grads(const Problem& p, const Arguments& args) {
 struct BackwardPlan {
   std::vector<RowTileItem> rows;
   std::vector<BackwardItem> keys;
+  std::vector<RowParts> row_parts;  // as BackwardBuffers has them
+  std::int64_t parts = 0;
 };
+
+// The row tiles between the first and the last one that see a key of [key_begin, key_end); `begin` is left open.
+RowParts rows_that_see(const Problem& p, const Arguments& args, const Sequence& s, std::int64_t kv_head,
+                       std::int64_t key_begin, std::int64_t key_end) {
+  std::int64_t sizes[4] = {};
+  if (p.has_window_sizes)
+    for (int c = 0; c < 4; ++c)
+      sizes[c] = args.window_sizes
+                     .data[kv_head * args.window_sizes.stride_row + c * args.window_sizes.stride_column];
+  const TileRanges ranges = visible_row_tiles(make_visibility(p, s, sizes), s.seqlen_q, key_begin,
+                                              std::min(key_end, s.seqlen_k), kSkipTileRows);
+  if (ranges.count == 0) return {};
+  const std::int64_t first = ranges.range[0].begin;
+  return {0, first, ranges.range[ranges.count - 1].end - first};
+}
 
 BackwardPlan backward_plan(const Problem& p, const Arguments& args, std::int64_t segments) {
   BackwardPlan plan;
-  const std::int64_t tile_keys = skip_tile_keys(p.head_dim);
+  plan.row_parts.resize(static_cast<std::size_t>(p.batch * p.num_kv_heads * segments));
   std::int64_t tile_begin = 0;
   for (std::int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = sequence(p, args, b);
     const std::int64_t tiles = ceil_div(s.seqlen_q, kSkipTileRows);
     for (std::int64_t head = 0; head < p.num_heads; ++head)
       for (std::int64_t t = 0; t < tiles; ++t) plan.rows.push_back({s, tile_begin, head, t});
-    const std::int64_t per_segment = ceil_div(ceil_div(s.keys, segments), tile_keys) * tile_keys;
+    const std::int64_t per_segment = keys_per_segment(p, s.keys, segments);
     for (std::int64_t segment = 0; segment * per_segment < s.keys;
-         ++segment)                                               // left first: with a causal mask
-      for (std::int64_t head = 0; head < p.num_kv_heads; ++head)  // more rows see those keys
-        plan.keys.push_back({s, tile_begin, head, segment, segment * per_segment,
-                             std::min(s.keys, (segment + 1) * per_segment)});
+         ++segment)                                                 // left first: with a causal mask
+      for (std::int64_t head = 0; head < p.num_kv_heads; ++head) {  // more rows see those keys
+        const std::int64_t begin = segment * per_segment, end = std::min(s.keys, begin + per_segment);
+        RowParts rows = rows_that_see(p, args, s, head, begin, end);
+        rows.begin = plan.parts;
+        plan.parts += p.group_size * rows.tiles;
+        plan.row_parts[static_cast<std::size_t>((b * p.num_kv_heads + head) * segments + segment)] = rows;
+        plan.keys.push_back({s, tile_begin, head, begin, end, rows});
+      }
     tile_begin += tiles;
   }
   if (p.packed_k || args.seqused_k.present || args.seqused_q.present)
@@ -349,9 +402,10 @@ void run_backward(const Problem& p, const Arguments& args, Workspace workspace) 
     table = make_block_codes(p, args, take_block_codes(p, memory));
     buffers.blocks = &table;
   }
-  std::fill_n(buffers.touched, buffers.segments * p.num_heads * buffers.tiles_per_head, std::uint8_t{0});
   fill_unused_grads(p, args);
   const BackwardPlan plan = backward_plan(p, args, buffers.segments);
+  buffers.row_parts = plan.row_parts.data();
+  std::fill_n(buffers.touched, plan.parts, std::uint8_t{0});
   const std::size_t scratch = k.backward_scratch(p);
   const auto rows = static_cast<std::int64_t>(plan.rows.size());
   parallel_for(rows, [&](std::int64_t i) {

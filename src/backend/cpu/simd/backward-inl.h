@@ -69,6 +69,10 @@ HWY_INLINE std::int64_t buffer_tile(const BackwardBuffers& b, std::int64_t head,
   return head * b.tiles_per_head + tile_begin + tile;
 }
 
+HWY_INLINE std::int64_t part_of(const RowParts& parts, std::int64_t head_in_group, std::int64_t tile) {
+  return parts.begin + head_in_group * parts.tiles + tile - parts.first_tile;
+}
+
 // Phase 1, per row tile: rowsum(out * grad_out) - grad_lse, the base-2 lse, and the sink's share of its gradient.
 HWY_INLINE void row_statistics(const Problem& p, const Arguments& args, const BackwardBuffers& buffers,
                                const RowTileItem& item, void* memory) {
@@ -281,7 +285,7 @@ HWY_INLINE void backward_row_tile(const Problem& p, const Arguments& args, const
   PartialTile partial;
   bool packed = false;
   const std::int64_t slot = buffer_tile(buffers, head, item.tile_begin, m);
-  const std::int64_t segment_slot = item.segment * p.num_heads * buffers.tiles_per_head + slot;
+  const std::int64_t part = part_of(item.rows, head - item.kv_head * p.group_size, m);
   for (std::int64_t key_begin = block.begin; key_begin < block.end; key_begin += tile_keys) {
     const std::int64_t n = key_begin / tile_keys;
     if (map != nullptr && (static_cast<std::uint32_t>(map[n >> 5]) >> (n & 31) & 1u) == 0) continue;
@@ -301,10 +305,10 @@ HWY_INLINE void backward_row_tile(const Problem& p, const Arguments& args, const
       t.dots = buffers.out_dot_grad + slot * kRows;
       t.lse_log2 = buffers.lse_log2 + slot * kRows;
       t.lse_log2_low = buffers.lse_log2_low + slot * kRows;
-      t.grad_query = buffers.grad_query + segment_slot * grad_query_floats(p);
-      t.grad_alpha = p.has_gate ? buffers.grad_alpha + segment_slot * kRows : nullptr;
+      t.grad_query = buffers.grad_query + part * grad_query_floats(p);
+      t.grad_alpha = p.has_gate ? buffers.grad_alpha + part * kRows : nullptr;
       t.packed = buffers.packed_rows + slot * buffers.packed_row_bytes;
-      t.touched = buffers.touched[segment_slot] != 0;
+      t.touched = buffers.touched[part] != 0;
       if (p.has_gate && !t.touched) zero(t.grad_alpha, kRows);
       s.arithmetic.pack_row_tile(p, args, logit, sequence, head, t, s);
       packed = true;
@@ -320,7 +324,7 @@ HWY_INLINE void backward_row_tile(const Problem& p, const Arguments& args, const
                       masked ? &partial : nullptr);
     t.touched = true;
   }
-  if (packed) buffers.touched[segment_slot] = 1;
+  if (packed) buffers.touched[part] = 1;
 }
 
 template <class Arithmetic>
@@ -389,28 +393,34 @@ HWY_INLINE void backward(const Problem& p, const Arguments& args, const Backward
 HWY_INLINE void finish_rows(const Problem& p, const Arguments& args, const BackwardBuffers& buffers,
                             const RowTileItem& item, void* memory) {
   const Sequence& sequence = item.sequence;
-  const std::int64_t slot = buffer_tile(buffers, item.head, item.tile_begin, item.tile);
   const std::int64_t begin = item.tile * kRows;
   const std::int64_t rows = min_of(kRows, sequence.seqlen_q - begin);
-  const std::int64_t size = p.head_dim * kRows;
   const std::int64_t pitch = round_up(p.head_dim, 4);
   float* sum = static_cast<float*>(memory);
   float* staging = sum + pitch * kRows;
   float grad_alpha[kRows];
-  zero(sum, size);
   zero(grad_alpha, kRows);
+  const float* parts[kMostSegments];  // read side by side: one at a time they come at half the rate
+  std::int64_t count = 0;
+  const std::int64_t kv_head = item.head / p.group_size;
+  const RowParts* of_segment =
+      buffers.row_parts + (sequence.batch * p.num_kv_heads + kv_head) * buffers.segments;
   for (std::int64_t segment = 0; segment < buffers.segments; ++segment) {
-    const std::int64_t segment_slot = segment * p.num_heads * buffers.tiles_per_head + slot;
-    if (buffers.touched[segment_slot] == 0) continue;
-    const float* part = buffers.grad_query + segment_slot * grad_query_floats(p);
-    for (std::int64_t c = 0; c < p.head_dim; ++c)
-      for (std::int64_t r = 0; r < round_up(rows, kLanes); r += kLanes) {
-        const std::int64_t i = c * kRows + r;
-        hn::Store(hn::Add(hn::Load(kFloat, sum + i), hn::Load(kFloat, part + i)), kFloat, sum + i);
-      }
+    const RowParts& seen = of_segment[segment];
+    if (item.tile < seen.first_tile || item.tile >= seen.first_tile + seen.tiles) continue;
+    const std::int64_t part = part_of(seen, item.head - kv_head * p.group_size, item.tile);
+    if (buffers.touched[part] == 0) continue;
+    parts[count++] = buffers.grad_query + part * grad_query_floats(p);
     if (p.has_gate)
-      for (std::int64_t r = 0; r < rows; ++r) grad_alpha[r] += buffers.grad_alpha[segment_slot * kRows + r];
+      for (std::int64_t r = 0; r < rows; ++r) grad_alpha[r] += buffers.grad_alpha[part * kRows + r];
   }
+  for (std::int64_t c = 0; c < p.head_dim; ++c)
+    for (std::int64_t r = 0; r < round_up(rows, kLanes); r += kLanes) {
+      const std::int64_t i = c * kRows + r;
+      Float total = hn::Zero(kFloat);
+      for (std::int64_t n = 0; n < count; ++n) total = hn::Add(total, hn::Load(kFloat, parts[n] + i));
+      hn::Store(total, kFloat, sum + i);
+    }
   transpose(sum, kRows, pitch, round_up(rows, 4), staging, pitch);
   const float scale = static_cast<float>(p.softmax_scale);
   const RowSource target = row_source(args.grad_query, sequence.batch, sequence.q_begin, item.head);

@@ -20,7 +20,16 @@ struct ForwardItem {
   const BlockCodes* blocks = nullptr;  // of the block mask; null: none
 };
 
+inline constexpr std::int64_t kMostSegments = 8;     // of the keys, in a backward
 inline constexpr std::int64_t kMaxUnitsPerItem = 8;  // row tiles that share one packing of a key tile
+
+// Row tiles of one sequence that may see the keys of a segment, for every head of the group: part number
+// begin + g * tiles + (tile - first_tile). Sums that a segment leaves for its rows have one place for each part.
+struct RowParts {
+  std::int64_t begin = 0;
+  std::int64_t first_tile = 0;
+  std::int64_t tiles = 0;
+};
 
 // Row tiles of all (sequence, head) pairs, numbered for the per-row buffers of backward: tile t of head h of the
 // sequence is (head_stride * h + tile_begin + t).
@@ -33,12 +42,13 @@ struct BackwardBuffers {
   float* lse_log2 = nullptr;
   float* lse_log2_low = nullptr;
   double* sink_partial = nullptr;  // [num_heads, tiles_per_head]
-  float* grad_query = nullptr;     // [segments, num_heads, tiles_per_head, grad_query_floats], unscaled
-  float* grad_alpha = nullptr;     // [segments, num_heads, tiles_per_head, 64], unscaled
   char* packed_rows = nullptr;     // [num_heads, tiles_per_head, packed_row_bytes]
   std::int64_t packed_row_bytes = 0;
-  std::uint8_t* touched = nullptr;     // [segments, num_heads, tiles_per_head]: the two above were written
-  const BlockCodes* blocks = nullptr;  // of the block mask; null: none
+  const RowParts* row_parts = nullptr;  // [batch, num_kv_heads, segments]
+  float* grad_query = nullptr;          // [parts, grad_query_floats], unscaled
+  float* grad_alpha = nullptr;          // [parts, 64], unscaled
+  std::uint8_t* touched = nullptr;      // [parts]: the two above were written
+  const BlockCodes* blocks = nullptr;   // of the block mask; null: none
 };
 
 // dQ of a row tile: [head_dim, 64], head_dim in whole tiles of 16.
@@ -55,9 +65,9 @@ struct BackwardItem {
   Sequence sequence;
   std::int64_t tile_begin = 0;
   std::int64_t kv_head = 0;
-  std::int64_t segment = 0;
   std::int64_t key_begin = 0;  // keys of the tensors, the unused ones at the end included
   std::int64_t key_end = 0;
+  RowParts rows;
 };
 
 // Partial results of decode, one per (sequence, query head, split).
