@@ -11,6 +11,7 @@ dispatch mode, or with a subclass.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,8 +134,25 @@ def _empty_lse(inputs: Inputs) -> Tensor:
     )
 
 
-def _workspace(like: Tensor, size: int) -> Tensor | None:
-    return empty(like, (size,), torch.uint8) if size else None
+KEPT_WORKSPACE = 128 << 20
+_kept = threading.local()
+
+
+def workspace(like: Tensor, size: int) -> Tensor | None:
+    """``size`` bytes on the device of ``like``; None for 0.
+
+    On a CPU the thread keeps them for its next call, up to KEPT_WORKSPACE: fresh memory is cleared by the system
+    page by page, a quarter of the time of a sparse backward at 8k.
+    """
+    if not size:
+        return None
+    if not like.is_cpu or size > KEPT_WORKSPACE:
+        return empty(like, (size,), torch.uint8)
+    kept: Tensor | None = getattr(_kept, "workspace", None)
+    if kept is None or kept.numel() < size:
+        kept = _kept.workspace = None  # the smaller one goes before its successor comes
+        kept = _kept.workspace = empty(like, (size,), torch.uint8)
+    return kept
 
 
 def run_forward(
@@ -183,8 +201,8 @@ def run_backward(
         for i, wants in zip((QUERY, KEY, VALUE, ALPHA, DELTA, SINK), wanted, strict=True)
     )
     size = _C.workspace_size_backward(inputs, options, out, skip_map, grad_out, grad_lse)
-    workspace = _workspace(query, size)
-    _C.backward(inputs, options, out, lse, skip_map, grad_out, grad_lse, *grads, workspace)
+    scratch = workspace(query, size)
+    _C.backward(inputs, options, out, lse, skip_map, grad_out, grad_lse, *grads, scratch)
     return grads
 
 
@@ -204,7 +222,7 @@ def run_decode(
         out = empty(query, (*query.shape[:-1], inputs[VALUE].shape[-1]))
     if lse is None and want_lse:
         lse = empty(query, query.shape[:-1], lse_dtype(query.dtype))
-    _C.decode(inputs, options, num_splits, batch_invariant, out, lse, _workspace(query, workspace_size))
+    _C.decode(inputs, options, num_splits, batch_invariant, out, lse, workspace(query, workspace_size))
     return out, lse
 
 

@@ -14,13 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..ops import define, empty, is_plain, lse_dtype
+from ..ops import define, empty, is_plain, lse_dtype, workspace
 
 Scale = float | None
-
-
-def workspace(like: Tensor, size: int) -> Tensor | None:
-    return empty(like, (size,), torch.uint8) if size else None
 
 
 def dispatch(name: str, run: Callable, *args: Any) -> Any:
