@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import checks
 import flash_sparse_attention as fsa
 import pytest
@@ -155,3 +157,27 @@ def test_lse_buffer_of_the_twelve_functions():
     expected = checks.call(problem)
     checks.assert_same_bits("out", out.view, expected.out)
     checks.assert_same_bits("lse", lse.view, expected.lse)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "seqlen", "window"),
+    [(1, 4, 2, 4096, None), (1, 8, 8, 2048, None), (1, 2, 1, 8192, (255, 0)), (2, 3, 3, 1000, (100, 50))],
+)
+def test_backward_workspace_is_that_of_the_formula(batch, heads, kv_heads, seqlen, window):
+    """docs/semantics.md, "Workspace": float32, without a gate or a sink."""
+    query = torch.empty(batch, seqlen, heads, 64)
+    key = torch.empty(batch, seqlen, kv_heads, 64)
+    mask = {"causal": True} if window is None else {"window_size": window}
+    left, right = window or (math.inf, 0)
+    tiles = math.ceil(seqlen / 64)
+    most = min(max(2**27 // (batch * tiles * 64 * heads * 64 * 4), 2), 8)
+    segments = min(math.ceil(32 / (batch * kv_heads)), math.ceil(seqlen / 256), most)
+    keys = math.ceil(math.ceil(seqlen / segments) / 128) * 128
+    parts = 0
+    for begin in range(0, seqlen, keys):
+        end = min(seqlen, begin + keys)
+        rows = min(seqlen - begin + right, end - begin + left + right)
+        parts += min(tiles, math.ceil(rows / 64) + 1) * batch * heads
+    arrays = [heads * batch * tiles * 64 * 4] * 3 + [parts * 64 * 64 * 4, parts]
+    expected = sum(math.ceil(size / 64) * 64 for size in arrays)
+    assert fsa.explain(query, key, key, backward=True, **mask)["workspace"] == expected

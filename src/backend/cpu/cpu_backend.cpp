@@ -404,9 +404,9 @@ void run_backward(const Problem& p, const Arguments& args, Workspace workspace) 
   }
   fill_unused_grads(p, args);
   const BackwardPlan plan = backward_plan(p, args, buffers.segments);
-  if (plan.parts > parts_bound(p, buffers.segments))
+  if (const std::int64_t room = parts_bound(p, buffers.segments); plan.parts > room)
     throw Error(ErrorCode::internal, "workspace: " + std::to_string(plan.parts) + " parts of dQ, room for " +
-                                         std::to_string(parts_bound(p, buffers.segments)));
+                                         std::to_string(room));
   buffers.row_parts = plan.row_parts.data();
   std::fill_n(buffers.touched, plan.parts, std::uint8_t{0});
   const std::size_t scratch = k.backward_scratch(p);
