@@ -30,11 +30,7 @@ from backward_problems import (
     judge,
 )
 from features import BlockMask
-from forward import (
-    Driver,
-    Problem,
-    interleaved_ms,
-)
+from forward_launch import Driver, Problem, interleaved_ms
 from nvrtc import with_checks
 
 

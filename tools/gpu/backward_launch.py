@@ -10,12 +10,7 @@ import re
 import struct
 from dataclasses import dataclass, field
 
-from forward import (
-    Driver,
-    Kernel,
-    Problem,
-    pack_scalar,
-)
+from forward_launch import Driver, Kernel, Problem, pack_scalar
 from nvrtc import Compiled, ForwardConfig, compile_config, disassemble
 
 # (head_dim, head_dim_v) -> block_m, block_n, stages of query, grad_out and dS, dQ staged. TILED: where one bit is

@@ -14,15 +14,8 @@ from backward_launch import (
     config_of,
 )
 from features import random_blocks
-from forward import (
-    Problem,
-    hidden_keys,
-    logits_of,
-    map_bits,
-    new_skip_map,
-    sequences,
-    take,
-)
+from forward_launch import Problem
+from forward_problems import hidden_keys, logits_of, map_bits, new_skip_map, sequences, take
 
 
 def kept_keys(p: Problem, b: int, used_q: int, used_k: int, block_n: int):

@@ -16,18 +16,8 @@ import struct
 import sys
 from dataclasses import dataclass, replace
 
-from forward import (
-    Driver,
-    Kernel,
-    Problem,
-    compile_all,
-    interleaved_ms,
-    judge,
-    judge_threshold,
-    new_skip_map,
-    reference,
-    topics,
-)  # fmt: skip
+from forward_launch import Driver, Kernel, Problem, compile_all, interleaved_ms
+from forward_problems import judge, judge_threshold, new_skip_map, reference, topics
 from nvrtc import ForwardConfig, GateConfig, with_checks
 
 # (head_dim, head_dim_v) -> block_m, block_n, stages of query, key and value. Dense, and where one bit is one
