@@ -15,6 +15,7 @@ constexpr int32 skip_tile_keys(int32 head_dim) { return head_dim <= 128 ? 128 : 
 inline constexpr int32 kChunkColumns = 64;       // 128 bytes: the widest swizzled TMA box
 inline constexpr int32 kMaxSegments = 8;         // runs of key tiles that one work tile may visit
 inline constexpr int32 kWorkSlots = 2;           // work tiles announced ahead of the consumers
+inline constexpr float kLargestBoundedCap = 38;  // of SoftcapBounded: 2^55 and 2^-55 at the ends
 inline constexpr int32 kSharedAlignment = 1024;  // of a 128-byte swizzled tile
 
 // The shape of one forward kernel. Padded head dimensions: the tensor maps fill the columns beyond the real
@@ -31,6 +32,8 @@ struct ForwardTile {
   // tiles are skipped by a vote; 0: the producer loads every V once for all.
   int32 private_values;
   int32 key_scalars;  // 1: one float per key travels with K (delta of the pair gate)
+  int32
+      rounded_sums;  // 1: O is divided by sums of P as rounded for the multiply, by a line of ones; bounded softcap
 };
 
 constexpr int32 round_up(int32 value, int32 multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -47,6 +50,7 @@ constexpr int32 forward_value_bytes(const ForwardTile& t) {
   return t.block_n * forward_row_bytes(t.head_dim_v);
 }
 
+inline constexpr int32 kOnesBytes = 128;  // eight rows of eight elements, read as B of a multiply
 inline constexpr int32 kWorkTileBytes = 144;
 inline constexpr int32 kListedTileBytes = 12;
 
@@ -57,7 +61,7 @@ constexpr int32 forward_shared_bytes(const ForwardTile& t) {
   const int32 barriers = 8 * 2 * (t.query_stages + t.key_stages + t.value_stages + kWorkSlots);
   const int32 scalars = t.key_scalars * t.key_stages * t.block_n * 4;
   const int32 infos = kWorkSlots * (kWorkTileBytes + kListedTileBytes) + t.key_stages * kListedTileBytes;
-  return round_up(tiles + scalars + infos + barriers, kSharedAlignment);
+  return round_up(tiles + scalars + t.rounded_sums * kOnesBytes + infos + barriers, kSharedAlignment);
 }
 
 // One producer warpgroup beside the consumers.

@@ -27,6 +27,7 @@ struct LogitTile {
 // more per element than dense; an exact one would be two more.
 struct Softcap {
   static constexpr bool kKeyScalars = false;
+  static constexpr bool kBounded = false;
   float scale_out, factor;
 
   FSA_DEVICE Softcap(const ForwardParams& params, const WorkTile&, int32, float scale_in)
@@ -39,9 +40,18 @@ struct Softcap {
   }
 };
 
+// The same for caps up to kLargestBoundedCap. Where it comes last (kBounded) p = 2^logit lies between 2^-55 and 2^55,
+// which float32 and bf16 hold without a row maximum and fp16 does not. Finding and subtracting one made a step a
+// seventh longer.
+struct SoftcapBounded : Softcap {
+  static constexpr bool kBounded = true;
+  using Softcap::Softcap;
+};
+
 // Absolute error 2^-22 of the cap: where tiles are voted on, 2^-11 of a large logit would be felt.
 struct SoftcapExact {
   static constexpr bool kKeyScalars = false;
+  static constexpr bool kBounded = false;
   float scale_out, factor;
 
   FSA_DEVICE SoftcapExact(const ForwardParams& params, const WorkTile&, int32, float scale_in)
@@ -58,6 +68,7 @@ struct SoftcapExact {
 
 struct Alibi {
   static constexpr bool kKeyScalars = false;
+  static constexpr bool kBounded = false;
   float scale_out;
   float slope;  // in units of the values
   int32 position;
@@ -82,22 +93,38 @@ struct Alibi {
 template <bool kLogSigmoid>
 struct PairGate {
   static constexpr bool kKeyScalars = true;
+  static constexpr bool kBounded = false;
+  static constexpr float kUnit = kLogSigmoid ? kLog2e : 1;
   float scale_out;
-  float alpha[kRowsPerThread];
+  float alpha[kRowsPerThread];  // times kUnit
 
   FSA_DEVICE PairGate(const ForwardParams& params, const WorkTile& work, int32 row, float scale_in)
       : scale_out(scale_in) {
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot)
-      alpha[slot] = row + 8 * slot < work.seqlen_q ? load_scalar(params.alpha, work.q_map_batch,
-                                                                 work.q_begin + row + 8 * slot, work.head)
-                                                   : 0.0f;
+      alpha[slot] =
+          row + 8 * slot < work.seqlen_q
+              ? kUnit * load_scalar(params.alpha, work.q_map_batch, work.q_begin + row + 8 * slot, work.head)
+              : 0.0f;
   }
 
   // log sigmoid x = min(x, 0) - log(1 + e^-|x|)
   FSA_DEVICE static float gate(float x) {
     if constexpr (!kLogSigmoid) return x;
     return fminf(x, 0.0f) - kLn2 * ptx::log2_approx(1 + ptx::exp2_approx(-kLog2e * fabsf(x)));
+  }
+
+  // value + gate(x / kUnit). The logarithm of 1 + y by a polynomial, right to 1e-5 (times softmax_scale in a logit): a
+  // special function takes a warp as long as four or five other instructions. Degree 3 would do for out, not for lse.
+  FSA_DEVICE static float add(float value, float x) {
+    if constexpr (!kLogSigmoid) return value + x;
+    const float y = ptx::exp2_approx(-fabsf(x));
+    float p = 0.0321481787f;
+    p = p * y - 0.136035472f;
+    p = p * y + 0.289449185f;
+    p = p * y - 0.491899014f;
+    p = p * y + 0.999494195f;
+    return value + kLn2 * fminf(x, 0.0f) - y * p;
   }
 
   template <int32 kCount>
@@ -107,10 +134,10 @@ struct PairGate {
 #pragma unroll
     for (int32 i = 0; i < kCount; i += 4) {
       const float2 delta = pairs[fragment_column(0, i) / 2];
-      rS[i] += gate(alpha[0] * delta.x);
-      rS[i + 1] += gate(alpha[0] * delta.y);
-      rS[i + 2] += gate(alpha[1] * delta.x);
-      rS[i + 3] += gate(alpha[1] * delta.y);
+      rS[i] = add(rS[i], alpha[0] * delta.x);
+      rS[i + 1] = add(rS[i + 1], alpha[0] * delta.y);
+      rS[i + 2] = add(rS[i + 2], alpha[1] * delta.x);
+      rS[i + 3] = add(rS[i + 3], alpha[1] * delta.y);
     }
   }
 };
@@ -121,6 +148,7 @@ struct Logit;
 template <>
 struct Logit<> {
   static constexpr bool kKeyScalars = false;
+  static constexpr bool kBounded = false;
   float scale_out;
 
   FSA_DEVICE Logit(const ForwardParams&, const WorkTile&, int32, float scale_in) : scale_out(scale_in) {}
@@ -132,6 +160,8 @@ struct Logit<> {
 template <class First, class... Rest>
 struct Logit<First, Rest...> {
   static constexpr bool kKeyScalars = First::kKeyScalars || Logit<Rest...>::kKeyScalars;
+  static constexpr bool kBounded =
+      sizeof...(Rest) == 0 ? First::kBounded : Logit<Rest...>::kBounded;  // the last stage's
   First first;
   Logit<Rest...> rest;
 

@@ -94,6 +94,7 @@ struct LogitBackward<Alibi> {
 // registers; sums per query row are left in shared memory, one line per warp.
 template <bool kLogSigmoid>
 struct LogitBackward<PairGate<kLogSigmoid>> {
+  using Gate = PairGate<kLogSigmoid>;
   static constexpr bool kNeedsValue = false;
   float scale_out;
   float delta[kRowsPerThread];
@@ -113,7 +114,7 @@ struct LogitBackward<PairGate<kLogSigmoid>> {
   FSA_DEVICE void apply(const BackwardParams&, const LogitRows& rows, float (&rS)[kCount]) const {
 #pragma unroll
     for (int32 i = 0; i < kCount; ++i)
-      rS[i] += PairGate<kLogSigmoid>::gate(alpha(rows, i) * delta[fragment_slot(i)]);
+      rS[i] = Gate::add(rS[i], alpha(rows, i) * (Gate::kUnit * delta[fragment_slot(i)]));
   }
   template <int32 kCount>
   FSA_DEVICE void derive(const BackwardParams&, const LogitRows&, float (&)[kCount],

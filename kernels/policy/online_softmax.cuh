@@ -19,6 +19,7 @@ struct OnlineSoftmax {
   float row_max[kRowsPerThread] = {-kInfinity, -kInfinity};
   float row_sum[kRowsPerThread] = {0, 0};  // of this thread's columns only, until finish()
   float factor[kRowsPerThread] = {1, 1};   // what rescale() has to apply
+  float added[kRowsPerThread] = {0, 0};    // to the sum of the keys, by add_term()
   bool grown = false;                      // the same in the whole warp
 
   struct RowPair {
@@ -34,7 +35,20 @@ struct OnlineSoftmax {
   template <int32 kCount>
   FSA_DEVICE void update(float (&rS)[kCount], const RowPair& top, float scale) {
     raise(top, scale);
-    exponentiate(rS, scale);
+    float base[kRowsPerThread];
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot)  // a row that has seen no key: 2^-inf, not 2^NaN
+      base[slot] = row_max[slot] == -kInfinity ? 0.0f : row_max[slot] * scale;
+    exponentiate(rS, scale, base);
+  }
+
+  // The same for logits near enough to zero: m = 0, and nothing ever grows.
+  template <int32 kCount>
+  FSA_DEVICE void update_bounded(float (&rS)[kCount], float scale) {
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) row_max[slot] = 0;
+    const float base[kRowsPerThread] = {0, 0};
+    exponentiate(rS, scale, base);
   }
 
   template <int32 kCount>
@@ -72,6 +86,7 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
       row_sum[slot] = total(slot);
+      if (row_sum[slot] == 0) row_max[slot] = -kInfinity;  // of update_bounded
       factor[slot] = 1;
     }
   }
@@ -83,7 +98,8 @@ struct OnlineSoftmax {
     for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
       const float top = fmaxf(row_max[slot] * scale, term);
       factor[slot] = ptx::exp2_approx(row_max[slot] * scale - top);
-      row_sum[slot] = row_sum[slot] * factor[slot] + ptx::exp2_approx(term - top);
+      added[slot] = ptx::exp2_approx(term - top);
+      row_sum[slot] = row_sum[slot] * factor[slot] + added[slot];
       row_max[slot] = top / scale;
     }
   }
@@ -114,11 +130,7 @@ struct OnlineSoftmax {
   }
 
   template <int32 kCount>
-  FSA_DEVICE void exponentiate(float (&rS)[kCount], float scale) {
-    float base[kRowsPerThread];
-#pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot)  // a row that has seen no key: 2^-inf, not 2^NaN
-      base[slot] = row_max[slot] == -kInfinity ? 0.0f : row_max[slot] * scale;
+  FSA_DEVICE void exponentiate(float (&rS)[kCount], float scale, const float (&base)[kRowsPerThread]) {
     float chain[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int32 i = 0; i < kCount; ++i) {

@@ -52,6 +52,16 @@ struct StoreOutput {
     return factors;
   }
 
+  // The same with these sums of the keys' p in place of the float32 ones.
+  FSA_DEVICE static void divide_by(Factors& factors, const OnlineSoftmax& softmax,
+                                   const OnlineSoftmax::RowPair& sums) {
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+      const float sum = softmax.factor[slot] * sums.of[slot] + softmax.added[slot];
+      if (factors.of[slot] >= 0) factors.of[slot] = softmax.factor[slot] * ptx::reciprocal_approx(sum);
+    }
+  }
+
   // Where a warpgroup stages its rows: `shared` is the first of its rows in a tile of kTileRows rows. It may
   // be overwritten after wait_staging().
   template <ElementType kElement, int32 kTileRows, int32 kColumns>

@@ -56,6 +56,8 @@ FSA_DEVICE void settle(uint32 (&registers)[kCount]) {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 
+#define FSA_TEXT_N8 "%0, %1, %2, %3"
+#define FSA_LIST_N8(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define FSA_TEXT_N32 FSA_TEXT_0 ", " FSA_TEXT_1
 #define FSA_LIST_N32(d) FSA_LIST_8(d, 0), FSA_LIST_8(d, 8)
 #define FSA_TEXT_N64 FSA_TEXT_N32 ", " FSA_TEXT_2 ", " FSA_TEXT_3
@@ -233,7 +235,9 @@ template <ElementType kElement, int32 kN, bool kAccumulate>
 FSA_DEVICE void multiply_registers_columns(float (&d)[kN / 2], uint32 a0, uint32 a1, uint32 a2, uint32 a3,
                                            uint64 b) {
   constexpr bool kBf16 = kElement == ElementType::bf16;
-  if constexpr (kN == 32) {
+  if constexpr (kN == 8) {
+    FSA_WGMMA_REGISTERS_COLUMNS(8, "%4", "%5", "%6", "%7", "%8");
+  } else if constexpr (kN == 32) {
     FSA_WGMMA_REGISTERS_COLUMNS(32, "%16", "%17", "%18", "%19", "%20");
   } else if constexpr (kN == 64) {
     FSA_WGMMA_REGISTERS_COLUMNS(64, "%32", "%33", "%34", "%35", "%36");
@@ -260,6 +264,8 @@ FSA_DEVICE void multiply_registers_columns(float (&d)[kN / 2], uint32 a0, uint32
 #undef FSA_TEXT_13
 #undef FSA_TEXT_14
 #undef FSA_TEXT_15
+#undef FSA_TEXT_N8
+#undef FSA_LIST_N8
 #undef FSA_TEXT_N32
 #undef FSA_LIST_N32
 #undef FSA_TEXT_N64

@@ -164,6 +164,7 @@ FSA_DEVICE void forward(const ForwardParams& params) {
   if (threadIdx.x == 0) {
     Types::Source::prefetch(params);
     init_barriers(storage);
+    storage.ones.fill();
   }
   __syncthreads();
 

@@ -50,6 +50,10 @@ struct Consumer {
   Scores rS;
   float rO[Types::kHeadDimV / 2];
   uint32 rP[Types::kBlockN / 4];
+  // P times ones: row sums of P as the multiply with V sees it, two copies of each. P of a row's only key need not be
+  // 1 where there is no row maximum, and O must be V even so, or the row would get a gradient: its dP - sum(dO O) is
+  // then what rounding left.
+  float rounded_sums[4];
   OnlineSoftmax softmax;
   bool output_staged = false;  // the previous query stage still holds output rows
   bool pending = false;        // rP waits for its multiply
@@ -127,6 +131,13 @@ struct Consumer {
       ptx::multiply_registers<Types::kElement, Types::kHeadDimV>(
           rO, rP[4 * step], rP[4 * step + 1], rP[4 * step + 2], rP[4 * step + 3],
           ValueTile::advance(b, ValueTile::inner_rows_offset(step)));
+    if constexpr (Types::kRoundedSums) {
+      const uint64 ones = repeated_rows(shared_address(storage.ones.values));
+#pragma unroll
+      for (int32 step = 0; step < Types::kBlockN / 16; ++step)
+        ptx::multiply_registers_columns<Types::kElement, 8, true>(
+            rounded_sums, rP[4 * step], rP[4 * step + 1], rP[4 * step + 2], rP[4 * step + 3], ones);
+    }
     ptx::wgmma_commit();
   }
 
@@ -134,6 +145,7 @@ struct Consumer {
     ptx::wgmma_wait<0>();
     ptx::settle(rO);
     ptx::settle(rP);
+    if constexpr (Types::kRoundedSums) ptx::settle(rounded_sums);
   }
 
   // Behind the exponentials: ptxas moves a wait up through straight-line code, to before them, which would then
@@ -177,6 +189,14 @@ struct Consumer {
     Types::Mask::apply(params, work, info, r, work.m_begin + row, info.tile * Types::kBlockN + kBegin);
   }
 
+  template <int32 kCount>
+  FSA_DEVICE void update_softmax(const LogitChain& logit, float (&r)[kCount]) {
+    if constexpr (LogitChain::kBounded)
+      softmax.update_bounded(r, logit.scale());
+    else
+      softmax.update(r, logit.scale());
+  }
+
   template <int32 kBegin = 0, int32 kCount>
   FSA_DEVICE void pack_probabilities(const float (&r)[kCount]) {
 #pragma unroll
@@ -212,7 +232,7 @@ struct Consumer {
     take_scores<kBegin>(logit, r, info.tile, stage);
     if (info.masked()) mask<kBegin>(work, info, r);
     clear_unused_values(work, info.tile);
-    softmax.update(r, logit.scale());
+    update_softmax(logit, r);
     if constexpr (kListed) {  // O may hold earlier tiles
       if (softmax.grown) softmax.rescale(rO);
     }
@@ -228,7 +248,7 @@ struct Consumer {
     ptx::wgmma_wait<1>();
     take_scores<kBegin>(logit, r, info.tile, stage);
     if constexpr (kMasked) mask<kBegin>(work, info, r);
-    softmax.update(r, logit.scale());
+    update_softmax(logit, r);
     wait_output_late(r);
     if (softmax.grown) softmax.rescale(rO);
     release_value();
@@ -528,6 +548,10 @@ struct Consumer {
   FSA_DEVICE void clear_output() {
 #pragma unroll
     for (int32 i = 0; i < Types::kHeadDimV / 2; ++i) rO[i] = 0;
+    if constexpr (Types::kRoundedSums) {
+#pragma unroll
+      for (int32 i = 0; i < 4; ++i) rounded_sums[i] = 0;
+    }
   }
 
   // The last P V, lse beside it, and the output, for which the queries make room.
@@ -545,6 +569,8 @@ struct Consumer {
     } else {
       factors = Epilogue::close(params, work, row_begin, softmax, scale);
     }
+    if constexpr (Types::kRoundedSums)
+      Epilogue::divide_by(factors, softmax, {rounded_sums[0], rounded_sums[2]});
     Epilogue::template store<Types::kElement, Types::kBlockM, Types::kHeadDimV>(
         params, work, row_begin,
         storage.query[(query.position - 1) % Types::kQueryStages] + index * (kRowsPerWarpgroup * kLineBytes),

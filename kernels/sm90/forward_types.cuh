@@ -6,6 +6,7 @@
 #include "core/params.h"
 #include "policy/work_tile.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/sync.cuh"
 #include "ptx/wgmma.cuh"
 #include "tile/swizzle.cuh"
 
@@ -44,6 +45,7 @@ struct ForwardTypes {
   using KeyTile = SwizzledTile<kBlockN, kPaddedDim>;
   using ValueTile = SwizzledTile<kBlockN, kPaddedDimV>;
   static constexpr bool kKeyScalars = LogitChain::kKeyScalars;
+  static constexpr bool kRoundedSums = LogitChain::kBounded;
   static constexpr int32 kKeyScalarBytes = kKeyScalars ? kBlockN * 4 : 0;
 
   // 64 K registers: a launch gives each of the warpgroups the same share, setmaxnreg moves it to the
@@ -63,6 +65,10 @@ struct ForwardTypes {
   static_assert(!(kKeyScalars && Skip::kVotes && kNumConsumers == 3),
                 "160 registers do not hold the pair gate beside a vote: use block_m 128");
   static_assert((kTile.key_scalars != 0) == kKeyScalars, "the pair gate needs delta beside K");
+  static_assert((kTile.rounded_sums != 0) == kRoundedSums,
+                "without row maxima O is divided by sums of rounded P");
+  static_assert(!(LogitChain::kBounded && (Skip::kVotes || kElement != ElementType::bf16)),
+                "a vote needs row maxima, and fp16 holds too few powers of two to do without");
   static_assert(kBlockN <= 256, "a TMA box has at most 256 rows");
   static_assert(KeyTile::kBytes % kSharedAlignment == 0 && ValueTile::kBytes % kSharedAlignment == 0,
                 "every stage must start on a swizzle period");
@@ -77,11 +83,28 @@ struct KeyScalarStages {
 template <int32 kStages>
 struct KeyScalarStages<kStages, 0> {};
 
+// B of the multiply that adds up P; nothing when kThere is false.
+template <ElementType kElement, bool kThere>
+struct Ones {
+  alignas(128) uint16 values[kOnesBytes / kElementBytes];
+  FSA_DEVICE void fill() {
+#pragma unroll
+    for (int32 i = 0; i < kOnesBytes / kElementBytes; ++i)
+      values[i] = kElement == ElementType::bf16 ? 0x3f80 : 0x3c00;
+    ptx::fence_shared_for_async();
+  }
+};
+template <ElementType kElement>
+struct Ones<kElement, false> {
+  FSA_DEVICE void fill() {}
+};
+
 template <class Types>
 struct alignas(kSharedAlignment) ForwardStorage {
   uint8 query[Types::kQueryStages][Types::QueryTile::kBytes];
   uint8 key[Types::kKeyStages][Types::KeyTile::kBytes];
   uint8 value[Types::kValueStages][Types::ValueTile::kBytes];
+  [[no_unique_address]] Ones<Types::kElement, Types::kRoundedSums> ones;
   [[no_unique_address]] KeyScalarStages<Types::kKeyStages, Types::kKeyScalarBytes / 4> key_scalars;
   ListedTile following[Types::kKeyStages];  // the listed tile after the one whose keys are there
   ListedWorkTile work[kWorkSlots];

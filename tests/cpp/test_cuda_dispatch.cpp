@@ -113,6 +113,25 @@ TEST(CudaDispatch, EveryBackwardChoiceIsReachable) {
       }
 }
 
+TEST(CudaDispatch, SoftcapChoices) {
+  Problem p = problem();
+  p.softcap = 30;
+  EXPECT_EQ(forward_kernel(p).softcap, SoftcapKind::bounded);
+  EXPECT_EQ(name_of(forward_kernel(p)), "forward_sm90_bf16_d128_full_boundedcap_192x80");
+  EXPECT_EQ(backward_kernel(p).softcap, SoftcapKind::fast) << "of the same function";
+  p.softcap = 50;
+  EXPECT_EQ(forward_kernel(p).softcap, SoftcapKind::fast) << "2^-72 to 2^72 would leave values too little";
+  p.softcap = 30;
+  p.has_alibi = true;
+  EXPECT_EQ(forward_kernel(p).softcap, SoftcapKind::fast) << "ALiBi has no bound";
+  p.has_alibi = false;
+  p.dtype = DType::float16;
+  EXPECT_EQ(forward_kernel(p).softcap, SoftcapKind::fast) << "p would leave the range of fp16";
+  p.dtype = DType::bfloat16;
+  p.threshold = 1;
+  EXPECT_EQ(forward_kernel(p).softcap, SoftcapKind::exact);
+}
+
 TEST(CudaDispatch, BackwardChoices) {
   Problem p = problem();
   p.operation = Operation::backward;

@@ -36,7 +36,7 @@ VOTING = {
     (192, 192): (128, 64, 1, 2, 4, True), (256, 256): (128, 64, 1, 2, 2, False),
 }  # fmt: skip
 
-SOFTCAP = (192, 80, 2, 2, 4)  # dense, head_dim 128, the fast softcap
+SOFTCAP = (192, 80, 2, 2, 4)  # dense, head_dim 128, the fast softcap, bounded or not
 
 
 def config_of(dims: tuple[int, int], element: str = "bf16", **options: object) -> ForwardConfig:
@@ -45,7 +45,11 @@ def config_of(dims: tuple[int, int], element: str = "bf16", **options: object) -
     tiled = options.get("gate_bits") or options.get("mask") == "list"
     m, n, q, k, v, *private = (VOTING if voting else TILED if tiled else DENSE)[dims]
     logit = options.get("logit", ())
-    if "Softcap" in logit and not (voting or tiled or logit[0].startswith("PairGate")) and dims == (128, 128):
+    if (
+        {"Softcap", "SoftcapBounded"} & {*logit}
+        and not (voting or tiled or logit[0].startswith("PairGate"))
+        and dims == (128, 128)
+    ):
         m, n, q, k, v = SOFTCAP
     if voting and tiled and m == 192:  # three warpgroups have no registers for the pair gate beside a vote
         m, v = 128, 4
@@ -200,6 +204,15 @@ def cases() -> dict[str, tuple[ForwardConfig, list]]:
         alpha = tensor(*p.q.shape[:-1], scale=spread)
         return replace(p, alpha=alpha, delta=tensor(*p.k.shape[:-1], scale=spread), **options)
 
+    def spread(p: Problem) -> Problem:
+        """Logits of up to ten caps, of either sign in whole rows."""
+        import torch
+
+        sign = 1 - torch.arange(p.q.shape[1], device="cuda") // 50 % 3
+        return replace(
+            p, q=(p.q.abs() * sign[:, None, None] * 12).to(p.q.dtype), k=(p.k.abs() * 3).to(p.k.dtype)
+        )
+
     def closing(p: Problem) -> Problem:
         """Gates that close tiles, and not the same ones in neighbouring row tiles: alpha's sign alternates, and
         delta's from one tile of keys to the next but three."""
@@ -242,6 +255,14 @@ def cases() -> dict[str, tuple[ForwardConfig, list]]:
                         [lambda: batched(1, 700, 700, 2, 2, 128, 128, softcap=5.0, **causal)])  # fmt: skip
     found["softcap exact"] = (config_of(b128, right=True, logit=("SoftcapExact",)),
                               [lambda: batched(1, 700, 700, 2, 2, 128, 128, softcap=5.0, **causal)])  # fmt: skip
+    for d in (64, 128, 256):
+        found[f"softcap bounded {d}"] = (
+            config_of((d, d), right=True, logit=("SoftcapBounded",), sink=True),
+            [lambda d=d: batched(1, 700, 700, 2, 2, d, d, softcap=5.0, sink=tensor(2), **causal),
+             lambda d=d: spread(batched(2, 500, 300, 2, 1, d, d, softcap=38.0, sink=tensor(2) * 80, **causal)),
+             lambda d=d: packed([130, 0, 70], [300, 5, 0], 37, 4, 2, d, softcap=30.0, sink=tensor(4) * 80,
+                                **causal)],
+        )  # fmt: skip
     for d in (64, 128):
         found[f"alibi {d}"] = (
             config_of((d, d), logit=("Alibi",)),
@@ -269,6 +290,10 @@ def cases() -> dict[str, tuple[ForwardConfig, list]]:
                     gated(batched(2, 500, 700, 4, 2, d, d, softcap=8.0, alibi=tensor(4).abs() * 0.1,
                                   sink=tensor(4), log_sigmoid=False, **causal), 1.0), 128)],
             )  # fmt: skip
+        found[f"log gate {d}"] = (
+            config_of((d, d), right=True, logit=("PairGate<true>",)),
+            [lambda d=d, s=s: gated(batched(2, 500, 700, 4, 2, d, d, **causal), s) for s in (1.0, 4.0, 20.0)],
+        )  # fmt: skip
         gate = {"gate_test": True, "causal_lengths": True, **causal}
         gate_cases = [
             lambda d=d, gate=gate: gated(batched(1, 1300, 1300, 4, 2, d, d, **gate), 1.0, gate_threshold=1.0),
@@ -309,7 +334,7 @@ def check(args: argparse.Namespace) -> bool:
             if p.alpha is not None:
                 gate.prepare(kernel, p, out, lse)()
             tolerance = 1e-4
-            if "Softcap" in config.logit:
+            if {"Softcap", "SoftcapBounded"} & set(config.logit):
                 tolerance += 2**-11 * p.softcap
             if config.skip != "Never" or p.gate_test:
                 p.skip_map = new_skip_map(p, config.block_n) if config.skip != "Never" else p.gate_bits
@@ -377,7 +402,7 @@ def bench(args: argparse.Namespace) -> bool:
     n, d, dims = args.seqlen, 128, (128, 128)
     base = {"full": config_of(dims), "causal": config_of(dims, right=True)}
     configs = {
-        **base, "softcap": config_of(dims, right=True, logit=("Softcap",)),
+        **base, "softcap": config_of(dims, right=True, logit=("SoftcapBounded",)),
         "alibi": config_of(dims, right=True, logit=("Alibi",)), "sink": config_of(dims, right=True, sink=True),
         "window": config_of(dims, left=True, right=True), "band": config_of(dims, mask="band"),
         "list": config_of(dims, mask="list"),

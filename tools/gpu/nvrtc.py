@@ -47,6 +47,10 @@ class ForwardConfig:
         return any(stage.startswith("PairGate") for stage in self.logit)
 
     @property
+    def rounded_sums(self) -> bool:
+        return self.logit[-1:] == ("SoftcapBounded",)
+
+    @property
     def name(self) -> str:
         window = {(False, False): "full", (False, True): "causal"}.get((self.left, self.right), "window")
         parts = [window if self.mask == "window" else self.mask]
@@ -68,7 +72,7 @@ class ForwardConfig:
         dim, dim_v = (-(-d // 64) * 64 for d in (self.head_dim, self.head_dim_v))
         tiles = self.query_stages * self.block_m * dim * 2
         tiles += self.block_n * (self.key_stages * dim + self.value_stages * dim_v) * 2
-        scalars = self.key_scalars * self.key_stages * self.block_n * 4
+        scalars = self.key_scalars * self.key_stages * self.block_n * 4 + self.rounded_sums * 128
         barriers = 8 * 2 * (self.query_stages + self.key_stages + self.value_stages + 2)
         return -(-(tiles + scalars + 2 * (144 + 12) + self.key_stages * 12 + barriers) // 1024) * 1024
 
@@ -110,7 +114,7 @@ struct Config {{
       .head_dim = {self.head_dim}, .head_dim_v = {self.head_dim_v}, .block_m = {self.block_m},
       .block_n = {self.block_n}, .query_stages = {self.query_stages}, .key_stages = {self.key_stages},
       .value_stages = {self.value_stages}, .private_values = {int(self.private_values)},
-      .key_scalars = {int(self.key_scalars)}}};
+      .key_scalars = {int(self.key_scalars)}, .rounded_sums = {int(self.rounded_sums)}}};
   using KvSource = ContiguousTma;
   using Mask = {self.mask_type};
   using TileIterator = {tiles};

@@ -92,6 +92,7 @@ KernelConfig backward_kernel(const Problem& problem) {
   set_mask(problem, config);
   // As the forward computed it, or p would not be 2^(s - lse).
   config.softcap = forward_kernel(problem).softcap;
+  if (config.softcap == SoftcapKind::bounded) config.softcap = SoftcapKind::fast;  // the same function
   if (problem.has_gate) config.gate = problem.log_sigmoid_gate ? GateKind::log_sigmoid : GateKind::linear;
   config.gate_bits = walks_bits(problem);
   config.alibi = problem.has_alibi;

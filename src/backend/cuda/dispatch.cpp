@@ -59,7 +59,8 @@ ForwardTile tile_of(const KernelConfig& config, int row) {
   const bool gated = config.gate != GateKind::none;
   const bool tiled = gated || config.mask == MaskKind::blocks;
   const TileRow& plain = (config.threshold ? kVoting : tiled ? kTiled : kDense)[row];
-  const bool softcap = config.softcap == SoftcapKind::fast && !config.threshold && !tiled &&
+  const bool bounded = config.softcap == SoftcapKind::bounded;
+  const bool softcap = (config.softcap == SoftcapKind::fast || bounded) && !config.threshold && !tiled &&
                        plain.head_dim == kSoftcap.head_dim && plain.head_dim_v == kSoftcap.head_dim_v;
   const TileRow& r = softcap ? kSoftcap : plain;
   ForwardTile tile = {};
@@ -72,6 +73,7 @@ ForwardTile tile_of(const KernelConfig& config, int row) {
   tile.value_stages = r.value_stages;
   tile.private_values = r.private_values;
   tile.key_scalars = gated;
+  tile.rounded_sums = bounded;
   if (config.threshold && gated && r.block_m == 192) {  // three warpgroups have too few registers for both
     tile.block_m = 128;
     tile.value_stages = 4;
@@ -171,13 +173,26 @@ std::string reject_forward(const Problem& problem) {
   return reject_features(problem);
 }
 
+namespace {
+
+SoftcapKind softcap_kind(const Problem& problem) {
+  if (!(problem.softcap > 0)) return SoftcapKind::none;
+  // Where tiles are voted on, the error of the fast one would be felt.
+  if (problem.threshold > 0) return SoftcapKind::exact;
+  // ALiBi has no bound; fp16 holds too few powers of two.
+  const bool bounded = problem.softcap <= kernels::kLargestBoundedCap && !problem.has_alibi &&
+                       problem.dtype == DType::bfloat16;
+  return bounded ? SoftcapKind::bounded : SoftcapKind::fast;
+}
+
+}  // namespace
+
 KernelConfig forward_kernel(const Problem& problem) {
   KernelConfig config;
   config.element = problem.dtype == DType::bfloat16 ? ElementType::bf16 : ElementType::fp16;
   set_mask(problem, config);
   config.threshold = problem.threshold > 0;
-  // Where tiles are voted on, the error of the fast one would be felt.
-  if (problem.softcap > 0) config.softcap = config.threshold ? SoftcapKind::exact : SoftcapKind::fast;
+  config.softcap = softcap_kind(problem);
   if (problem.has_gate) config.gate = problem.log_sigmoid_gate ? GateKind::log_sigmoid : GateKind::linear;
   config.gate_bits = problem.gate_test;
   config.alibi = problem.has_alibi;
@@ -237,6 +252,9 @@ std::vector<KernelConfig> reachable_forward_kernels() {
   Problem p;
   const auto add_forward = [&] {
     KernelConfig config = forward_kernel(p);
+    // Of the two softcaps one leads to a kernel that any leads to.
+    if (p.softcap > 0 && (config.softcap == SoftcapKind::fast) != (p.softcap > kernels::kLargestBoundedCap))
+      return;
     for (int row = 0; row < kRows; ++row) {
       config.tile = tile_of(config, row);
       found.push_back(config);
@@ -262,7 +280,7 @@ std::vector<KernelConfig> reachable_forward_kernels() {
     p.dtype = dtype;
     each_mask([&] {
       for (const double threshold : {0.0, 1.0})
-        for (const double softcap : {0.0, 1.0}) {
+        for (const double softcap : {0.0, 1.0, 2.0 * kernels::kLargestBoundedCap}) {
           p.threshold = threshold;
           p.softcap = softcap;
           each(p.has_alibi, [&] {
@@ -277,7 +295,7 @@ std::vector<KernelConfig> reachable_forward_kernels() {
     });
     p.has_block_mask = true;
     p.threshold = 0;
-    for (const double softcap : {0.0, 1.0}) {
+    for (const double softcap : {0.0, 1.0, 2.0 * kernels::kLargestBoundedCap}) {
       p.softcap = softcap;
       each(p.has_alibi, [&] { each(p.has_sink, add_forward); });
     }

@@ -53,6 +53,7 @@ std::string logit_stages(const KernelConfig& config) {
   add(config.gate == GateKind::log_sigmoid, "PairGate<true>");
   add(config.softcap == SoftcapKind::fast, "Softcap");
   add(config.softcap == SoftcapKind::exact, "SoftcapExact");
+  add(config.softcap == SoftcapKind::bounded, "SoftcapBounded");
   add(config.alibi, "Alibi");
   return stages;
 }
@@ -78,7 +79,10 @@ std::string forward_name(const KernelConfig& config) {
   name << "forward_sm90_" << element_name(config) << dims_name(t.head_dim, t.head_dim_v);
   name << "_" << mask_name(config) << gate_name(config);
   if (config.gate_bits) name << "_test";
-  if (config.softcap != SoftcapKind::none) name << "_softcap";
+  if (config.softcap == SoftcapKind::bounded)
+    name << "_boundedcap";
+  else if (config.softcap != SoftcapKind::none)
+    name << "_softcap";
   if (config.alibi) name << "_alibi";
   if (config.sink) name << "_sink";
   if (config.threshold) name << "_threshold";
@@ -193,7 +197,7 @@ std::string forward_text(const KernelConfig& config) {
        << ", .head_dim_v = " << t.head_dim_v << ", .block_m = " << t.block_m << ", .block_n = " << t.block_n
        << ",\n    .query_stages = " << t.query_stages << ", .key_stages = " << t.key_stages
        << ", .value_stages = " << t.value_stages << ", .private_values = " << t.private_values
-       << ", .key_scalars = " << t.key_scalars << "};\n"
+       << ", .key_scalars = " << t.key_scalars << ", .rounded_sums = " << t.rounded_sums << "};\n"
        << "  using KvSource = ContiguousTma;\n"
        << "  using Mask = " << mask_type(config) << ";\n"
        << "  using TileIterator = " << tiles << ";\n"

@@ -30,7 +30,7 @@ enum class KernelKind : std::uint8_t {
   sum_parts
 };
 enum class MaskKind : std::uint8_t { window, bands, blocks };  // bands: window_sizes; blocks: a block mask
-enum class SoftcapKind : std::uint8_t { none, fast, exact };
+enum class SoftcapKind : std::uint8_t { none, fast, exact, bounded };  // bounded: fast, without row maxima
 enum class GateKind : std::uint8_t { none, linear, log_sigmoid };
 
 // The key of the kernels in memory. A kind that does not use a field leaves it zero.
@@ -49,7 +49,6 @@ struct KernelConfig {
   bool sink = false;
   bool threshold = false;      // tiles are voted on
   bool deterministic = false;  // backward: key tiles add to dQ in turn
-  std::uint8_t unused[4] = {};
 
   friend bool operator==(const KernelConfig& a, const KernelConfig& b) {
     return std::memcmp(&a, &b, sizeof(KernelConfig)) == 0;
