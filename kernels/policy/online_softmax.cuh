@@ -21,20 +21,35 @@ struct OnlineSoftmax {
   float factor[kRowsPerThread] = {1, 1};   // what rescale() has to apply
   float added[kRowsPerThread] = {0, 0};    // to the sum of the keys, by add_term()
   bool grown = false;                      // the same in the whole warp
+  bool positive = false;                   // every row_max of the warp is
 
   struct RowPair {
     float of[kRowsPerThread];
   };
 
-  // Turns logits into p and updates m and l; if `grown`, the accumulated output still needs rescale().
-  template <int32 kCount>
+  // Turns logits into p and updates m and l; if `grown`, the accumulated output still needs rescale(). kIntegers: row
+  // maxima as integers, see maximum_above(), in warps whose m are all above zero.
+  template <bool kIntegers, int32 kCount>
   FSA_DEVICE void update(float (&rS)[kCount], float scale) {
-    update(rS, row_maximum(rS, [](float a, float b) { return fmaxf(a, b); }), scale);
+    const auto max = [](float a, float b) { return fmaxf(a, b); };
+    if (kIntegers && positive) {
+      raise(over_quad(maximum_above(row_max, rS), max), scale);
+    } else {
+      raise<kIntegers>(row_maximum(rS, max), scale);
+      if constexpr (kIntegers) positive = __all_sync(0xffffffffu, row_max[0] > 0 && row_max[1] > 0);
+    }
+    exponentiate(rS, scale);
   }
   // The same when the row maxima are known already.
   template <int32 kCount>
   FSA_DEVICE void update(float (&rS)[kCount], const RowPair& top, float scale) {
     raise(top, scale);
+    exponentiate(rS, scale);
+  }
+
+  // p under the maxima that are known.
+  template <int32 kCount>
+  FSA_DEVICE void exponentiate(float (&rS)[kCount], float scale) {
     float base[kRowsPerThread];
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot)  // a row that has seen no key: 2^-inf, not 2^NaN
@@ -70,6 +85,28 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int32 i = 4; i < kCount; ++i) chain[i % 4] = max(chain[i % 4], rS[i]);
     return {max(chain[0], chain[1]), max(chain[2], chain[3])};
+  }
+
+  // The larger of `bound`, not below zero, and the thread's columns: floats above zero are ordered as the integers of
+  // the same bits, and all others are less. Integers have a maximum of three, so half of the instructions are enough.
+  // A NaN of a multiply (0x7fffffff) is the largest.
+  template <int32 kCount>
+  FSA_DEVICE static RowPair maximum_above(const float (&bound)[kRowsPerThread], const float (&rS)[kCount]) {
+    static_assert(kCount % 8 == 0);
+    const auto bits = [](float x) { return __builtin_bit_cast(int32, x); };
+    int32 chain[4] = {bits(bound[0]), bits(bound[0]), bits(bound[1]), bits(bound[1])};  // two a row
+#pragma unroll
+    for (int32 i = 0; i < kCount; i += 8) {
+#pragma unroll
+      for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+        int32& low = chain[2 * slot];
+        int32& high = chain[2 * slot + 1];
+        low = max_of(max_of(low, bits(rS[i + 2 * slot])), bits(rS[i + 2 * slot + 1]));
+        high = max_of(max_of(high, bits(rS[i + 2 * slot + 4])), bits(rS[i + 2 * slot + 5]));
+      }
+    }
+    return {__builtin_bit_cast(float, max_of(chain[0], chain[1])),
+            __builtin_bit_cast(float, max_of(chain[2], chain[3]))};
   }
 
   template <class Max>
@@ -111,6 +148,8 @@ struct OnlineSoftmax {
   }
 
  private:
+  // kAboveZero: for a maximum that is not above zero it is enough to have grown if it can become so.
+  template <bool kAboveZero = false>
   FSA_DEVICE void raise(const RowPair& top, float scale) {
     float next[kRowsPerThread];
     bool mine = false;
@@ -118,6 +157,7 @@ struct OnlineSoftmax {
     for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
       next[slot] = fmaxf(row_max[slot], top.of[slot]);
       mine = mine || (next[slot] - row_max[slot]) * scale > kSlack;  // false for -inf - -inf
+      if constexpr (kAboveZero) mine = mine || (row_max[slot] <= 0 && next[slot] > 0);
     }
     grown = __any_sync(0xffffffffu, mine);
 #pragma unroll

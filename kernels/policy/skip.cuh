@@ -51,6 +51,11 @@ class ThresholdSkip {
     }
   }
 
+  // Whether no row of the warp wants a tile for logits of zero or less.
+  FSA_DEVICE bool positive() const {
+    return __all_sync(0xffffffffu, (!used_[0] || cut_[0] > 0) && (!used_[1] || cut_[1] > 0));
+  }
+
   // One thread for the row tile of `row`; key tile `tile` was kept.
   FSA_DEVICE static void record(const ForwardParams& params, const WorkTile& work, int32 row, int32 tile) {
     if (params.skip_map == nullptr) return;

@@ -45,6 +45,11 @@ struct SwizzledTile {
   FSA_DEVICE static uint64 advance(uint64 descriptor, int32 bytes) {
     return descriptor + static_cast<uint32>(bytes >> 4);
   }
+  // The same in 32 bits: nothing carries into the upper half.
+  FSA_DEVICE static uint64 advance_low(uint64 descriptor, int32 bytes) {
+    return (descriptor & 0xffffffff00000000u) |
+           (static_cast<uint32>(descriptor) + static_cast<uint32>(bytes >> 4));
+  }
 
  private:
   // `chunk_stride` leads from one group of 64 columns to the next; the hardware ignores it for inner columns.
