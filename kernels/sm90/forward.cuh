@@ -157,8 +157,7 @@ FSA_DEVICE void forward(const ForwardParams& params) {
   using Storage = ForwardStorage<Types>;
   static_assert(sizeof(Storage) == forward_shared_bytes(Types::kTile),
                 "the host must know the shared memory size");
-  extern __shared__ uint8 shared[];
-  Storage& storage = *reinterpret_cast<Storage*>(shared);
+  Storage& storage = *reinterpret_cast<Storage*>(dynamic_shared());
 
   const int32 warpgroup = warp_uniform(static_cast<int32>(threadIdx.x) / kWarpgroupThreads);
   if (threadIdx.x == 0) {

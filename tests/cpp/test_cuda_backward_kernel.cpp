@@ -15,6 +15,7 @@
 #include "common/transpose_bits.cuh"
 #include "policy/row_tiles.cuh"
 #include "sm90/backward.cuh"
+#include "test_emulator.h"
 
 namespace fsa::test {
 namespace {
@@ -57,34 +58,6 @@ struct Problem {
   float softcap = 0;
   int32 least_part = 0;  // row tiles; 0: columns are not cut
 };
-
-// [batch, rows, heads, columns]
-template <class T>
-struct Tensor {
-  int32 rows, heads, columns;
-  std::vector<T> values;
-
-  Tensor(int32 batch, int32 rows_, int32 heads_, int32 columns_, T fill = T())
-      : rows(rows_),
-        heads(heads_),
-        columns(columns_),
-        values(static_cast<std::size_t>(batch) * rows * heads * columns, fill) {}
-  T& at(int32 b, int32 row, int32 head, int32 column) {
-    return values[((static_cast<std::size_t>(b) * rows + row) * heads + head) * columns + column];
-  }
-  int64 stride_batch() const { return static_cast<int64>(rows) * heads * columns; }
-  int64 stride_row() const { return static_cast<int64>(heads) * columns; }
-  int64 stride_head() const { return columns; }
-
-  TensorMap map(int32 batch) {
-    return kernels::ptx::tensor_map(
-        {values.data(), {columns, rows, heads, batch}, {1, stride_row(), stride_head(), stride_batch()}});
-  }
-  ScalarOperand operand() {
-    return {values.data(), stride_batch(), stride_row(), stride_head(), ScalarType::float32, 0};
-  }
-};
-constexpr uint16 kNan = 0x7fc0;
 
 // Everything that a call reads and writes, and its gradients in float64.
 class Call {

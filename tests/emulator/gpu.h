@@ -7,6 +7,7 @@
 // done at once, so it does not show a missing wait for one.
 #pragma once
 
+#include <atomic>
 #include <barrier>
 #include <bit>
 #include <cmath>
@@ -81,6 +82,7 @@ struct NamedBarrier {
   std::mutex mutex;
   std::condition_variable open;
   int arrived = 0;
+  std::atomic<bool> any = false;  // of those who vote
   unsigned generation = 0;
 
   void sync(int threads) {
@@ -151,7 +153,25 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   sync_warp();
   return votes;
 }
+template <class T>
+T __shfl_down_sync(unsigned, T value, unsigned by) {
+  const int from = fsa::emulator::lane() + static_cast<int>(by);
+  return fsa::emulator::exchange(value, from < fsa::emulator::kWarp ? from : fsa::emulator::lane());
+}
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == ~0u; }
+template <class Combine>
+int reduce_warp(int value, Combine combine) {
+  for (int distance = 1; distance < fsa::emulator::kWarp; distance *= 2)
+    value = combine(value, __shfl_xor_sync(~0u, value, distance));
+  return value;
+}
+inline int __reduce_add_sync(unsigned, int value) {
+  return reduce_warp(value, [](int a, int b) { return a + b; });
+}
+inline int __reduce_max_sync(unsigned, int value) {
+  return reduce_warp(value, [](int a, int b) { return a < b ? b : a; });
+}
 template <class T>
 T atomicAdd(T* to, T value) {
   const std::lock_guard lock(fsa::emulator::memory);
