@@ -82,22 +82,23 @@ FSA_DEVICE void backward_finish(const BackwardParams& params) {
   }
 }
 
-// One block of 256 threads per head.
+inline constexpr int32 kSumSinkThreads = 256;
+
+// One block of so many threads per head.
 template <class Types>
 FSA_DEVICE void sum_sink(const BackwardParams& params) {
-  constexpr int32 kThreads = 256;
-  __shared__ float of_thread[kThreads];
+  __shared__ float of_thread[kSumSinkThreads];
   const int32 head = static_cast<int32>(blockIdx.x), thread = thread_id();
   float sum = 0;
   for (int32 sequence = 0; sequence < params.forward.batch; ++sequence) {
     WorkTile work;
     describe_sequence(params.forward, sequence, head, work);
     const int64 first = row_tile_number<Types::kBlockM>(params, work, head, 0);
-    for (int32 tile = thread; tile < ceil_div(work.rows, Types::kBlockM); tile += kThreads)
+    for (int32 tile = thread; tile < ceil_div(work.rows, Types::kBlockM); tile += kSumSinkThreads)
       sum += params.grad_sink_sum[first + tile];
   }
   of_thread[thread] = sum;
-  for (int32 half = kThreads / 2; half > 0; half /= 2) {
+  for (int32 half = kSumSinkThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (thread < half) of_thread[thread] += of_thread[thread + half];
   }

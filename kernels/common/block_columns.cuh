@@ -14,8 +14,7 @@
 namespace fsa::kernels {
 
 inline constexpr int32 kListThreads = 512;
-inline constexpr int32 kColumnBlocks = 32;  // bits of a word
-inline constexpr int32 kListRows = 1024;    // row blocks at a time
+inline constexpr int32 kListRows = 1024;  // row blocks at a time
 
 // Key tiles of the key blocks from `first` on.
 template <int32 kBlockN>

@@ -10,7 +10,6 @@
 namespace fsa::kernels {
 
 inline constexpr int32 kSumThreads = 128;
-inline constexpr int32 kSumRows = 32;
 
 // Blocks of kSumThreads threads, grid (most_slots, block_n / kSumRows): at its first slot a column has kSumRows keys for
 // each.

@@ -113,6 +113,11 @@ struct PartCounts {
 inline constexpr int32 kLeastPart = 32;
 inline constexpr int32 kMostSlots = 512;
 
+inline constexpr int32 kSumRows = 32;  // keys of a block of sum_parts
+
+// Key blocks of a block of block_columns: bits of a word.
+inline constexpr int32 kColumnBlocks = 32;
+
 // Floats of a slot: sums of key and value gradients, a line per key, then those of delta.
 constexpr int32 backward_slot_floats(const BackwardTile& t) {
   return t.block_n * (t.head_dim + t.head_dim_v + 1);

@@ -379,9 +379,9 @@ struct BackwardConsumer {
   // Through the lines of alpha's sums, which nobody reads any more.
   FSA_DEVICE void store_grad_delta(const KeyWork& work, const Logits& logits) {
 #pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
-      const float sum = reduce_row(logits.first.delta_sum[slot], [](float a, float b) { return a + b; });
-      if (lane() % 4 == 0) storage.alpha_sums.line(0, index)[fragment_row(thread, slot)] = sum;
+    for (int32 row = 0; row < kRowsPerThread; ++row) {
+      const float sum = reduce_row(logits.first.delta_sum[row], [](float a, float b) { return a + b; });
+      if (lane() % 4 == 0) storage.alpha_sums.line(0, index)[fragment_row(thread, row)] = sum;
     }
     sync_consumers();
     const int32 in_tile = consumer_thread(), key = work.n_begin + in_tile;
@@ -618,7 +618,7 @@ struct BackwardConsumer {
       ptx::wait(storage.scores_empty[score_stage(tiles - 1)], score_phase(tiles - 1));
     if constexpr (Types::kPairGate) store_grad_delta(work, logits);
     if (is_part(work)) {
-      store_part(work);
+      store_part<Types>(params, work.part.slot, first_key(), kSplitKeys ? 0 : index, rK, rV);
       if constexpr (!Types::kStageInScores)
         if (thread == 0) ptx::arrive(storage.keys_empty);  // all have finished with K and V
     } else {
@@ -627,24 +627,6 @@ struct BackwardConsumer {
   }
 
   FSA_DEVICE static bool is_part(const KeyWork& work) { return Types::kSplits && work.part.slot >= 0; }
-
-  // Sums of one part of a column, for sum_parts. Eight bytes a thread, 32 a quad: once in 64 row tiles or less.
-  FSA_DEVICE void store_part(const KeyWork& work) {
-    float* const sums = partial_rows<Types>(params, work.part.slot) + fragment_column(lane(), 0);
-    const int32 half = kSplitKeys ? 0 : index;
-#pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
-      float* const row = sums + (first_key() + fragment_row(thread, slot)) * (Types::kDim + Types::kDimV);
-#pragma unroll
-      for (int32 i = 0; i < Types::kGradDim / 2; i += 4)
-        *reinterpret_cast<float2*>(row + half * Types::kGradDim + i * 2) =
-            make_float2(rK[i + 2 * slot], rK[i + 2 * slot + 1]);
-#pragma unroll
-      for (int32 i = 0; i < Types::kGradDimV / 2; i += 4)
-        *reinterpret_cast<float2*>(row + Types::kDim + half * Types::kGradDimV + i * 2) =
-            make_float2(rV[i + 2 * slot], rV[i + 2 * slot + 1]);
-    }
-  }
 
   // Nobody sees them.
   FSA_DEVICE void clear_keys(const KeyWork& work) {
@@ -700,10 +682,7 @@ struct BackwardConsumer {
       if (work.num_segments > 0) {
         differentiate_keys(work);
       } else if (is_part(work)) {
-        float* const sums = partial_rows<Types>(params, work.part.slot);
-        for (int32 i = consumer_thread(); i < backward_slot_floats(Types::kTile);
-             i += Types::kConsumerThreads)
-          sums[i] = 0;
+        clear_part<Types>(params, work.part.slot, consumer_thread());
       } else {
         clear_keys(work);
       }

@@ -412,7 +412,7 @@ void check(const Problem& problem) {
     emulator::launch(grid(kSlots, kN / kSumRows, 1), kSumThreads, [&] { sum_parts<Types>(params); });
   }
   emulator::launch(by_row_tile, 2 * kM, [&] { backward_finish<Types>(params); });
-  if (p.sink) emulator::launch(grid(p.heads, 1, 1), 256, [&] { sum_sink<Types>(params); });
+  if (p.sink) emulator::launch(grid(p.heads, 1, 1), kSumSinkThreads, [&] { sum_sink<Types>(params); });
 
   EXPECT_EQ(counter[0], 0) << "the work counter must be left as it was found";
   expect_near("grad_query", c.want_query, grad_query);

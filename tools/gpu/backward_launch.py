@@ -161,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(2 * Types::kBlockM)
 fsa_backward_finish(const __grid_constant__ BackwardParams params) {{
   backward_finish<Types>(params);
 }}
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(kSumSinkThreads)
 fsa_sum_sink(const __grid_constant__ BackwardParams params) {{
   if constexpr (Types::kSink) sum_sink<Types>(params);
 }}

@@ -16,10 +16,6 @@ namespace {
 
 // Queries, gradients and float32 sums of the heads that run at one time; K and V stay with their processors.
 constexpr std::int64_t kBackwardL2Bytes = std::int64_t{40} << 20;
-constexpr unsigned kTransposeWarps = 4;  // of a block of transpose_bits
-constexpr unsigned kColumnBlocks = 32;   // key blocks of a block of block_columns
-constexpr std::int64_t kSplitWarps = 8;  // of a block of split_columns
-constexpr int kSumRows = 32;             // keys of a block of sum_parts
 
 unsigned extent(std::int64_t value) { return static_cast<unsigned>(value); }
 
@@ -48,14 +44,16 @@ class BackwardCall : KernelCall {
     const std::int64_t key_tiles =
         ceil_div(p_.max_seqlen_k, config_.backward.block_n) * p_.batch * p_.num_kv_heads;
     const bool splits = parts_.column_parts != kAbsent;
-    if (splits)
-      launch(loaded(split_columns_kernel(p_)), {extent(ceil_div(key_tiles, kSplitWarps))}, &params_);
+    if (splits) {
+      const LoadedKernel& kernel = loaded(split_columns_kernel(p_));
+      launch(kernel, {extent(ceil_div(key_tiles, kernel.threads / 32))}, &params_);
+    }
     const std::int64_t units = key_tiles + params_.most_slots;
     // One at least, for rows of a packed tensor that no sequence holds.
     launch(loaded(config_), {extent(std::clamp<std::int64_t>(units, 1, processors()))}, &params_);
     if (splits)
       launch(loaded(sum_parts_kernel(p_)),
-             {extent(params_.most_slots), extent(config_.backward.block_n / kSumRows)}, &params_);
+             {extent(params_.most_slots), extent(config_.backward.block_n / kernels::kSumRows)}, &params_);
     launch(loaded(backward_finish_kernel(p_)), row_tiles, &params_);
     if (args_.grad_sink.present()) launch(loaded(sum_sink_kernel(p_)), {extent(p_.num_heads)}, &params_);
     copy_back(parts_.grad_query, grad_query_, args_.grad_query, q_rows(), p_.num_heads, p_.head_dim);
@@ -187,8 +185,9 @@ class BackwardCall : KernelCall {
     const std::int64_t width = column_words(p_), tiles = gate_tiles(p_);
     params_.column_bits = {part<std::int32_t>(parts_.column_bits),
                            p_.packed_k ? 0 : p_.num_heads * tiles * width, tiles * width, width};
-    launch(loaded(transpose_bits_kernel(p_)),
-           {extent(ceil_div(width * params_.forward.gate_bits.stride_tile, kTransposeWarps)),
+    const LoadedKernel& kernel = loaded(transpose_bits_kernel(p_));
+    launch(kernel,
+           {extent(ceil_div(width * params_.forward.gate_bits.stride_tile, kernel.threads / 32)),
             extent(p_.num_heads), extent(p_.batch)},
            &params_);
   }
@@ -203,7 +202,8 @@ class BackwardCall : KernelCall {
     params_.list_stride_batch = batch > 1 ? key_blocks * p_.mask_heads : 0;
     params_.list_capacity = static_cast<std::int32_t>(p_.row_blocks());
     launch(loaded(block_columns_kernel(p_)),
-           {extent(ceil_div(key_blocks, kColumnBlocks)), extent(p_.mask_heads), extent(batch)}, &params_);
+           {extent(ceil_div(key_blocks, kernels::kColumnBlocks)), extent(p_.mask_heads), extent(batch)},
+           &params_);
   }
 
   static std::int32_t padded(std::int64_t dim) { return static_cast<std::int32_t>(ceil_div(dim, 8) * 8); }

@@ -126,6 +126,29 @@ std::string backward_name(const KernelConfig& config) {
   return name.str();
 }
 
+// The constant of common/ that says how many threads a block has.
+const char* backward_threads_name(KernelKind kind) {
+  switch (kind) {
+    case KernelKind::backward_prepare:
+      return "kPrepareThreads";
+    case KernelKind::sum_sink:
+      return "kSumSinkThreads";
+    case KernelKind::split_columns:
+      return "kSplitThreads";
+    case KernelKind::sum_parts:
+      return "kSumThreads";
+    default:
+      return nullptr;
+  }
+}
+
+// Where the device knows their number by a name.
+std::string thread_check(const char* threads, const KernelConfig& config) {
+  if (threads == nullptr) return {};
+  return std::string("static_assert(") + threads + " == " + std::to_string(threads_of(config)) +
+         ", \"the host launches that many\");\n";
+}
+
 std::string backward_text(const KernelConfig& config) {
   const kernels::BackwardTile& t = config.backward;
   const std::string shape = std::to_string(t.block_m) + ", " + std::to_string(t.block_n) + ">";
@@ -157,6 +180,7 @@ std::string backward_text(const KernelConfig& config) {
        << "using Types = sm90::BackwardTypes<Config>;\n"
        << "}  // namespace fsa::kernels\n\n"
        << "using namespace fsa::kernels;\n"
+       << thread_check(backward_threads_name(config.kind), config)
        << "extern \"C\" __global__ void __launch_bounds__(" << threads_of(config) << ", 1)\n"
        << "fsa_" << backward_kind_name(config.kind) << "(const __grid_constant__ BackwardParams params) {\n"
        << (config.kind == KernelKind::backward
@@ -171,9 +195,8 @@ std::string columns_text(const KernelConfig& config, const char* function, const
   std::ostringstream text = text_stream();
   text << "#include \"common/" << function << ".cuh\"\n\n"
        << "using namespace fsa::kernels;\n"
-       << "static_assert(" << threads << " == " << threads_of(config)
-       << ", \"the host launches that many\");\n"
-       << "extern \"C\" __global__ void __launch_bounds__(" << threads_of(config) << ")\n"
+       << thread_check(threads, config) << "extern \"C\" __global__ void __launch_bounds__("
+       << threads_of(config) << ")\n"
        << "fsa_" << function << "(const __grid_constant__ BackwardParams params) {\n"
        << "  " << function << "<" << config.tile.block_n << ">(params);\n"
        << "}\n";
@@ -231,9 +254,8 @@ std::string gate_bitmap_text(const KernelConfig& config) {
        << "#include \"policy/band_mask.cuh\"\n"
        << "#include \"policy/range_tiles.cuh\"\n\n"
        << "using namespace fsa::kernels;\n"
-       << "static_assert(32 * kBitmapWarps == " << threads_of(config)
-       << ", \"the host launches that many\");\n"
-       << "extern \"C\" __global__ void __launch_bounds__(" << threads_of(config) << ")\n"
+       << thread_check("32 * kBitmapWarps", config) << "extern \"C\" __global__ void __launch_bounds__("
+       << threads_of(config) << ")\n"
        << "fsa_gate_bitmap(const __grid_constant__ ForwardParams params) {\n"
        << "  gate_bitmap<" << tiles_type(config, kernels::kRowsPerWarpgroup) << ", " << config.tile.block_n
        << ">(params);\n"
