@@ -63,7 +63,7 @@ constexpr int32 backward_shared_bytes(const BackwardTile& t) {
   const int32 infos = kWorkSlots * kKeyWorkBytes + (2 * t.query_stages + 1) * kRowTileInfoBytes +
                       kProducerBytes + kBackwardConsumers * kStagedSumsBytes;
   const int32 barriers =
-      8 * (3 + 2 * (t.score_stages + t.query_stages + t.grad_out_stages + kWorkSlots + kBackwardConsumers));
+      8 * (4 + 2 * (t.score_stages + t.query_stages + t.grad_out_stages + kWorkSlots + kBackwardConsumers));
   const int32 alpha = t.row_vectors == 3 ? t.score_stages * (t.block_n / 16) * t.block_m * 4 : 0;
   return round_up(keys + queries + grad_out + grad_query + backward_score_slots(t) * backward_score_bytes(t) +
                       alpha + infos + barriers,

@@ -21,11 +21,11 @@
 // Invariants. Stage s of Q is free when every consumer warp has arrived on query_empty[s], which it does once
 // its dK is complete; dO likewise once dV is. A stage of dS is full when the warps of both warpgroups have
 // stored their share and empty when both have their dQ of it. dQ is staged in shared memory, a warpgroup's share
-// at a time, and added by a warp of the producer's warpgroup, which may have to wait for its turn. K and V are
-// free when both warpgroups have their last dQ; gradients of keys and values leave through the stages of dS,
-// where these are large enough, and else through those of K and V. Warpgroups that share every multiply (64
-// keys) meet at a named barrier once a tile instead; two stages of P and dS keep the faster one from overwriting
-// what the other reads.
+// at a time, and added by a warp of the producer's warpgroup, which may have to wait for its turn. Gradients of
+// keys and values leave through the stages of dS, where these are large enough: then V is free when both
+// warpgroups have their last dP, and K when they have their last dQ. Else they leave through K and V, which are
+// free once that has happened. Warpgroups that share every multiply (64 keys) meet at a named barrier once a tile
+// instead; two stages of P and dS keep the faster one from overwriting what the other reads.
 #pragma once
 
 #include "ptx/mbarrier.cuh"
@@ -42,7 +42,8 @@ FSA_DEVICE void init_barriers(BackwardStorage<Types>& storage) {
   constexpr int32 kWarps = Types::kConsumerThreads / kWarpThreads;
   ptx::init(storage.key_full, 1);
   ptx::init(storage.value_full, 1);
-  ptx::init(storage.keys_empty, Types::kStageInScores ? kWarps : kBackwardConsumers);
+  ptx::init(storage.key_empty, Types::kStageInScores ? kWarps : kBackwardConsumers);
+  ptx::init(storage.value_empty, Types::kStageInScores ? kWarps : kBackwardConsumers);
   for (int32 i = 0; i < Types::kQueryStages; ++i) {
     ptx::init(storage.query_full[i], 1);
     ptx::init(storage.query_empty[i], kWarps);
@@ -151,15 +152,15 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
           params.grad_out_map, row, head, batch, storage.grad_out[grad_out.stage()], grad_out_full);
 
       if (tiles == state.first_tile) {  // after Q and dO, which need not wait for the keys before
-        ptx::wait(storage.keys_empty, (work.loads & 1) ^ 1);
-        ptx::arrive_expect_bytes(storage.key_full, Types::KeyRows::kBytes);
-        load_rows<typename Types::KeyRows, Types::kBlockN>(params.forward.key_map,
-                                                           work.k_begin + work.n_begin, work.kv_head,
-                                                           work.k_map_batch, storage.key, storage.key_full);
+        const int32 key = work.k_begin + work.n_begin;
+        ptx::wait(storage.value_empty, (work.loads & 1) ^ 1);
         ptx::arrive_expect_bytes(storage.value_full, Types::ValueRows::kBytes);
         load_rows<typename Types::ValueRows, Types::kBlockN>(
-            params.forward.value_map, work.k_begin + work.n_begin, work.kv_head, work.k_map_batch,
-            storage.value, storage.value_full);
+            params.forward.value_map, key, work.kv_head, work.k_map_batch, storage.value, storage.value_full);
+        ptx::wait(storage.key_empty, (work.loads & 1) ^ 1);
+        ptx::arrive_expect_bytes(storage.key_full, Types::KeyRows::kBytes);
+        load_rows<typename Types::KeyRows, Types::kBlockN>(params.forward.key_map, key, work.kv_head,
+                                                           work.k_map_batch, storage.key, storage.key_full);
       }
     }
   }

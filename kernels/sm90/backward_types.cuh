@@ -137,7 +137,8 @@ struct alignas(kSharedAlignment) BackwardStorage {
   };
   ptx::Mbarrier key_full;
   ptx::Mbarrier value_full;
-  ptx::Mbarrier keys_empty;  // both
+  ptx::Mbarrier key_empty;
+  ptx::Mbarrier value_empty;
   ptx::Mbarrier query_full[Types::kQueryStages];
   ptx::Mbarrier query_empty[Types::kQueryStages];
   ptx::Mbarrier grad_out_full[Types::kGradOutStages];
