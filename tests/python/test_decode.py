@@ -10,7 +10,7 @@ import flash_sparse_attention as fsa
 import oracle
 import pytest
 import torch
-from cases import Problem, build, case_named, load_cases
+from cases import Lengths, Problem, build, case_named, load_cases
 
 DECODE = load_cases("test", "decode")
 
@@ -51,6 +51,54 @@ def test_splits_change_no_decision(case, num_splits):
     again = checks.call_decode(problem, num_splits=num_splits)
     checks.assert_same_bits("out of a second call", again[0], out)
     checks.assert_same_bits("lse of a second call", again[1], lse)
+
+
+# Where one code path of the kernels ends and the next begins: heads of a group in blocks of 16, head_dim in blocks of
+# 16 and 32 and beyond four of them, keys in blocks of 16, 32 and tiles, pages of whole blocks and others, several key
+# heads whose tiles are walked together.
+SHAPES = (
+    # query heads, key heads, head_dim, of the value, used keys, page size
+    (10, 10, 64, None, (2100, 900), None),
+    (33, 11, 128, None, (1300, 1025), None),
+    (16, 1, 96, 40, (127, 16), None),
+    (17, 1, 128, 17, (129, 15), None),
+    (40, 1, 32, 136, (1033, 1), None),
+    (8, 2, 200, 64, (1100, 31), None),
+    (4, 4, 130, 5, (65, 700), None),
+    (6, 3, 31, 33, (300, 129), None),
+    (32, 8, 128, None, (1500, 49), 16),
+    (8, 4, 64, 80, (1200, 333), 24),
+    (12, 12, 80, None, (640, 77), 256),
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, dtype):
+    """Within twice the error of naive attention, NaN beyond the used lengths; the same bits on one thread and five."""
+    heads, kv_heads, head_dim, head_dim_v, used, page_size = shape
+    case = case_named("decode_contiguous" if page_size is None else "decode_paged").replace(
+        batch=2,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v or head_dim,
+        seqlen_k=max(used) + 70,
+        lengths_k=Lengths(held=(max(used) + 70,) * 2, used=used),
+        page_size=page_size,
+    )
+    problem = build(case, dtype, seed=69)
+    checks.verify_decode(problem)
+    results = []
+    before = fsa.num_threads()
+    try:
+        for threads in (1, 5):
+            fsa.set_num_threads(threads)
+            results.append(checks.call_decode(problem))
+    finally:
+        fsa.set_num_threads(before)
+    checks.assert_same_bits("out", results[0][0], results[1][0])
+    checks.assert_same_bits("lse", results[0][1], results[1][1])
 
 
 @named([c for c in DECODE if c.form in ("decode", "decode_paged", "decode_packed")])

@@ -196,6 +196,7 @@ BackwardBuffers backward_buffers(const Problem& p, Carver& memory) {
 // A split of decode covers this many keys whatever the shape, so a result never depends on its neighbours in the
 // batch. 1024 keys are 0.25 to 1 MB of K and V: 30 microseconds and more of work, against 5 to wake a thread.
 constexpr std::int64_t kKeysPerSplit = 1024;
+constexpr std::int64_t kMostDecodeSplits = 8;  // of an item
 
 DecodeBuffers decode_buffers(const Problem& p, Carver& memory) {
   DecodeBuffers b;
@@ -425,17 +426,38 @@ void run_backward(const Problem& p, const Arguments& args, Workspace workspace) 
 
 // ---------------------------------------------------------------------------------------------- decode
 
+// Items of several heads and splits where that leaves four for each thread.
+std::vector<DecodeItem> decode_items(const Problem& p, const Arguments& args, const DecodeBuffers& buffers) {
+  const auto splits_of = [&](const Sequence& s) {
+    return ceil_div(p.gathered ? p.gather_size : s.seqlen_k, buffers.keys_per_split);
+  };
+  std::int64_t units = 0;
+  for (std::int64_t b = 0; b < p.batch; ++b) units += splits_of(sequence(p, args, b)) * p.num_kv_heads;
+  const std::int64_t per_item = std::max<std::int64_t>(1, units / (4 * num_threads()));
+  const std::int64_t most = std::clamp<std::int64_t>(per_item, 1, decode_heads(p));
+  const std::int64_t heads = ceil_div(p.num_kv_heads, ceil_div(p.num_kv_heads, most));
+  const std::int64_t splits = std::clamp<std::int64_t>(per_item / heads, 1, kMostDecodeSplits);
+  std::vector<DecodeItem> items;
+  for (std::int64_t b = 0; b < p.batch; ++b) {
+    const Sequence s = sequence(p, args, b);
+    // Splits without a key, too: each leaves its sums.
+    for (std::int64_t split = 0; split < buffers.splits; split += splits)
+      for (std::int64_t head = 0; head < p.num_kv_heads; head += heads)
+        items.push_back({s, head, std::min(heads, p.num_kv_heads - head), split,
+                         std::min(splits, buffers.splits - split)});
+  }
+  return items;
+}
+
 void run_decode(const Problem& p, const Arguments& args, Workspace workspace) {
   const KernelTable& k = kernels();
   Carver memory(workspace.data);
   const DecodeBuffers buffers = decode_buffers(p, memory);
   const std::size_t scratch = k.decode_scratch(p);
-  std::vector<DecodeItem> heads, splits;
+  std::vector<DecodeItem> heads;
   for (std::int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = sequence(p, args, b);
-    for (std::int64_t head = 0; head < p.num_kv_heads; ++head) heads.push_back({s, head, 0});
-    for (std::int64_t split = 0; split < buffers.splits; ++split)
-      for (std::int64_t head = 0; head < p.num_kv_heads; ++head) splits.push_back({s, head, split});
+    for (std::int64_t head = 0; head < p.num_kv_heads; ++head) heads.push_back({s, head});
   }
   const auto each = [&](auto phase, const std::vector<DecodeItem>& items) {
     parallel_for(static_cast<std::int64_t>(items.size()), [&](std::int64_t i) {
@@ -443,7 +465,7 @@ void run_decode(const Problem& p, const Arguments& args, Workspace workspace) {
     });
   };
   if (p.skips_tiles()) each(k.decode_plan, heads);
-  each(k.decode, splits);
+  each(k.decode, decode_items(p, args, buffers));
   each(k.decode_combine, heads);
 }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The set "avx512_amx": bfloat16 prefill and backward on AMX tiles, all else as in "avx512". Compiled once, with the
+// The set "avx512_amx": bfloat16 on AMX tiles, all else as in "avx512". Compiled once, with the
 // flags of that set.
 #include "backend/cpu/simd/kernel_table.h"
 #include "backend/cpu/simd/tile_backward-inl.h"
+#include "backend/cpu/simd/tile_decode-inl.h"
 #include "backend/cpu/simd/tile_forward-inl.h"
 
 namespace fsa::cpu {
@@ -41,6 +42,24 @@ void run_backward(const Problem& p, const Arguments& a, const BackwardBuffers& b
   backward<TileBackward>(p, a, b, item, scratch);
 }
 
+std::size_t decode_scratch_bytes(const Problem& p) {
+  return on_tiles(p) ? decode_scratch<TileDecode>(p) : avx512_kernels().decode_scratch(p);
+}
+
+void run_decode_plan(const Problem& p, const Arguments& a, const DecodeBuffers& b, const DecodeItem& item,
+                     void* scratch) {
+  if (!on_tiles(p)) return avx512_kernels().decode_plan(p, a, b, item, scratch);
+  const TileSession session;
+  decode_plan<TileDecode>(p, a, b, item, scratch);
+}
+
+void run_decode(const Problem& p, const Arguments& a, const DecodeBuffers& b, const DecodeItem& item,
+                void* scratch) {
+  if (!on_tiles(p)) return avx512_kernels().decode(p, a, b, item, scratch);
+  const TileSession session;
+  decode<TileDecode>(p, a, b, item, scratch);
+}
+
 }  // namespace
 
 const KernelTable& avx512_amx_kernels() {
@@ -53,6 +72,9 @@ const KernelTable& avx512_amx_kernels() {
     t.packed_row_bytes = packed_row_bytes;
     t.row_statistics = run_row_statistics;
     t.backward = run_backward;
+    t.decode_scratch = decode_scratch_bytes;
+    t.decode_plan = run_decode_plan;
+    t.decode = run_decode;
     return t;
   }();
   return table;

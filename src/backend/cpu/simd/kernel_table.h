@@ -2,11 +2,13 @@
 // What one instruction set's copy of the kernels offers: work items that any thread may compute in any order.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
 #include "core/block_codes.h"
 #include "core/problem.h"
+#include "core/skip_tile.h"
 
 namespace fsa::cpu {
 
@@ -84,10 +86,23 @@ struct DecodeBuffers {
   float* cut = nullptr;  // [batch, num_heads]: R + log2 thr; only with a threshold
 };
 
+// Neighbouring heads lie side by side in memory, a row of one head 2 KB from its next: an item walks the tiles of
+// several heads together, so that memory is read in its order. As many as 1 MB of K and V: with the tiles that are fetched
+// meanwhile a second-level cache of 2 MB. One where each head has tiles of its own.
+inline constexpr std::int64_t kMostDecodeHeads = 16;
+inline std::int64_t decode_heads(const Problem& p) {
+  if (p.skips_tiles()) return 1;
+  const std::int64_t row_bytes = (p.head_dim + p.head_dim_v) * static_cast<std::int64_t>(size_of(p.dtype));
+  const std::int64_t fit = (std::int64_t{1} << 20) / (skip_tile_keys(p.head_dim) * row_bytes);
+  return std::max<std::int64_t>(1, std::min({fit, kMostDecodeHeads, p.num_kv_heads}));
+}
+
 struct DecodeItem {
   Sequence sequence;
   std::int64_t kv_head = 0;
+  std::int64_t heads = 1;  // from kv_head on, decode_heads() at most
   std::int64_t split = 0;
+  std::int64_t splits = 1;  // from split on
 };
 
 struct KernelTable {

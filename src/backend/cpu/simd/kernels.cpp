@@ -44,11 +44,12 @@ const KernelTable& FSA_JOIN(FSA_SIMD_TARGET, _kernels)() {
           HWY_ATTR { FSA_SIMD_TARGET::backward<FSA_SIMD_TARGET::FloatBackward>(p, a, b, item, scratch); },
       [](const Problem& p, const Arguments& a, const BackwardBuffers& b, const RowTileItem& item,
          void* scratch) HWY_ATTR { FSA_SIMD_TARGET::finish_rows(p, a, b, item, scratch); },
-      [](const Problem& p) HWY_ATTR { return FSA_SIMD_TARGET::decode_scratch(p); },
+      [](const Problem& p)
+          HWY_ATTR { return FSA_SIMD_TARGET::decode_scratch<FSA_SIMD_TARGET::FloatDecode>(p); },
       [](const Problem& p, const Arguments& a, const DecodeBuffers& b, const DecodeItem& item, void* scratch)
-          HWY_ATTR { FSA_SIMD_TARGET::decode_plan(p, a, b, item, scratch); },
+          HWY_ATTR { FSA_SIMD_TARGET::decode_plan<FSA_SIMD_TARGET::FloatDecode>(p, a, b, item, scratch); },
       [](const Problem& p, const Arguments& a, const DecodeBuffers& b, const DecodeItem& item, void* scratch)
-          HWY_ATTR { FSA_SIMD_TARGET::decode(p, a, b, item, scratch); },
+          HWY_ATTR { FSA_SIMD_TARGET::decode<FSA_SIMD_TARGET::FloatDecode>(p, a, b, item, scratch); },
       [](const Problem& p, const Arguments& a, const DecodeBuffers& b, const DecodeItem& item, void* scratch)
           HWY_ATTR { FSA_SIMD_TARGET::decode_combine(p, a, b, item, scratch); },
   };
