@@ -27,6 +27,10 @@ struct Fetch {
   std::int64_t bytes = 0;      // of a piece
   std::int64_t row = 0, head = 0;
 
+  // Of one head, 8 KB: rows of 256 bytes, 2 KB apart, are read at 8 GB/s without fetching, at 16 with 32 rows ahead; 8 and
+  // 128 are no better than none.
+  HWY_INLINE std::int64_t rows_ahead() const { return max_of<std::int64_t>(1, 8192 / bytes); }
+
   HWY_INLINE void pieces(std::int64_t n) {
     for (; n > 0 && row < count; --n) {
       const char* piece = rows[row] + head * head_step;
@@ -97,7 +101,8 @@ struct DecodeContext {
   DecodeScratch<Arithmetic> s;
   DecodeRows rows;
   Fetch key_fetch, value_fetch;
-  std::int64_t fetched = -1;  // the tile that was fetched ahead
+  std::int64_t fetched = -1;    // the tile whose first keys were fetched ahead
+  bool values_fetched = false;  // and its first values: not where a vote spared those before them
 
   HWY_INLINE DecodeContext(const Problem& problem, const Arguments& arguments, const DecodeItem& item,
                            void* memory)
@@ -169,8 +174,8 @@ struct DecodeContext {
   }
 
   // Before tile n is read. Several heads: the tile `next` (-1: none) is fetched whole while this one is computed, memory
-  // in its order. One head, whose rows lie apart: rows kRowsAhead further on, the first ones of `next` at the end.
-  // Values that a vote may spare are fetched when it has not.
+  // in its order. One head, whose rows lie apart: rows a little further on, the first ones of `next` at the end.
+  // Of values that a vote may spare the first rows alone are fetched before it.
   HWY_INLINE void start_tile(std::int64_t n, std::int64_t next) {
     const std::int64_t keys = keys_of(n), more = next < 0 ? 0 : keys_of(next);
     pointers(key, n, rows.key);
@@ -182,25 +187,14 @@ struct DecodeContext {
     const auto start = [&](Fetch& fetch, std::int64_t count, bool ahead) HWY_ATTR {
       fetch.count = count;
       fetch.head = 0;
-      fetch.row = heads > 1 ? keys : ahead ? kRowsAhead : 0;
-      if (fetch.row == 0) fetch.pieces(kRowsAhead);
+      fetch.row = heads > 1 ? keys : ahead ? fetch.rows_ahead() : 0;
+      if (fetch.row == 0) fetch.pieces(fetch.rows_ahead());
     };
     start(key_fetch, keys + more, fetched == n);
-    if (p.threshold > 0)
-      value_fetch.count = 0;
-    else
-      start(value_fetch, keys + more, fetched == n);
+    start(value_fetch, keys + more, fetched == n && values_fetched);
+    values_fetched = false;
     fetched = next;
   }
-  HWY_INLINE void fetch_kept_values(std::int64_t n) {
-    if (!(p.threshold > 0)) return;
-    value_fetch.count = keys_of(n);
-    value_fetch.row = value_fetch.head = 0;
-    value_fetch.pieces(kRowsAhead);
-  }
-
-  // 2 KB apart, rows of one head come at 8 GB/s without this, at 16 with it; 8 and 128 rows are no better than none.
-  static constexpr std::int64_t kRowsAhead = 32;
 };
 
 // Products of `rows` query rows with one key row.
@@ -543,9 +537,9 @@ HWY_INLINE void decode_split(DecodeContext<Arithmetic>& c, const DecodeBuffers& 
       if (seen[h] == TileVisibility::none) continue;
       decode_scores(c, head, n, seen[h]);
       if (cut != nullptr && !probes.contains(n) && !decode_vote(c, cut, keys)) continue;
-      c.fetch_kept_values(n);
       decode_softmax(c, head, keys);
       s.arithmetic.add_values(c, head, keys);
+      c.values_fetched = true;
     }
   }
   for (std::int64_t h = 0; h < c.heads; ++h) {
