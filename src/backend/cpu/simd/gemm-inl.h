@@ -15,6 +15,30 @@
 
 namespace fsa::cpu::FSA_SIMD_TARGET {
 
+// Rows that the next step needs, asked for a few lines at a time, one portion per register block of a product: a burst
+// of them waits for the fill buffers as the loads themselves would.
+struct Fetch {
+  struct Rows {
+    const char* next;
+    std::int64_t row_bytes, bytes, left;
+  };
+  Rows rows[4];
+  int count = 0, at = 0;
+
+  HWY_INLINE void add(const void* first, std::int64_t row_bytes, std::int64_t bytes,
+                      std::int64_t count_rows) {
+    rows[count++] = {static_cast<const char*>(first), row_bytes, bytes, count_rows};
+  }
+  HWY_INLINE void some() {
+    for (std::int64_t lines = 8; lines > 0 && at < count;) {
+      Rows& r = rows[at];
+      for (std::int64_t b = 0; b < r.bytes; b += 64, --lines) __builtin_prefetch(r.next + b, 0, 2);
+      r.next += r.row_bytes;
+      if (--r.left == 0) ++at;
+    }
+  }
+};
+
 struct Gemm {
   const float* a;
   std::int64_t a_pitch;
@@ -29,6 +53,7 @@ struct Gemm {
   HWY_INLINE const float* b_row(std::int64_t n) const { return b + n * b_n; }
   HWY_INLINE std::int64_t b_step() const { return b_k; }
   HWY_INLINE float* c_row(std::int64_t n) const { return c + n * c_pitch; }
+  HWY_INLINE void fetch() const {}
 };
 
 // The same product with the rows of one operand in a list of addresses: rows that were selected one by one are read,
@@ -41,11 +66,13 @@ struct GemmListedA {
   std::int64_t k;
   float* c;
   std::int64_t c_pitch;
+  Fetch* ahead;
 
   HWY_INLINE const float* a_row(std::int64_t i) const { return a[i]; }
   HWY_INLINE const float* b_row(std::int64_t n) const { return b + n * b_n; }
   HWY_INLINE std::int64_t b_step() const { return b_k; }
   HWY_INLINE float* c_row(std::int64_t n) const { return c + n * c_pitch; }
+  HWY_INLINE void fetch() const { ahead->some(); }
 };
 
 struct GemmListedB {
@@ -55,11 +82,13 @@ struct GemmListedB {
   std::int64_t k;
   float* c;
   std::int64_t c_pitch;
+  Fetch* ahead;
 
   HWY_INLINE const float* a_row(std::int64_t i) const { return a + i * a_pitch; }
   HWY_INLINE const float* b_row(std::int64_t n) const { return b[n]; }
   HWY_INLINE std::int64_t b_step() const { return 1; }
   HWY_INLINE float* c_row(std::int64_t n) const { return c + n * c_pitch; }
+  HWY_INLINE void fetch() const { ahead->some(); }
 };
 
 struct GemmListedC {
@@ -69,11 +98,13 @@ struct GemmListedC {
   std::int64_t b_n;
   std::int64_t k;
   float* const* c;
+  Fetch* ahead;
 
   HWY_INLINE const float* a_row(std::int64_t i) const { return a + i * a_pitch; }
   HWY_INLINE const float* b_row(std::int64_t n) const { return b + n * b_n; }
   HWY_INLINE std::int64_t b_step() const { return 1; }
   HWY_INLINE float* c_row(std::int64_t n) const { return c[n]; }
+  HWY_INLINE void fetch() const { ahead->some(); }
 };
 
 // C starts at 0, at C, at C times one factor per lane, or at C times one factor per row.
@@ -96,6 +127,7 @@ struct Terms {
 template <int kVectors, int kColumns, Init kInit, class Product>
 HWY_INLINE void gemm_block(const Product& g, Terms terms, std::int64_t n_begin, std::int64_t v_begin,
                            const float* factors) {
+  g.fetch();
   Float sums[kColumns][kVectors];
 #pragma GCC unroll 8
   for (int n = 0; n < kColumns; ++n) {

@@ -212,6 +212,10 @@ HWY_INLINE void selected_forward(const NsaProblem& p, const NsaArguments& args, 
     const SelectedBlock block = selected_block(p, sequence, lists.block[b]);
     pack_block_transposed(keys, block, p.head_dim, scale_log2(p), s.block_pitch, s.staging, s.key_t);
     pack_rows(values, block.begin, block.keys, p.head_dim_v, s.value, s.value_pitch);
+    const SelectedBlock next = selected_block(p, sequence, lists.block[min_of(b + 1, lists.blocks - 1)]);
+    Fetch ahead;
+    ahead.add(keys.row(next.begin), keys.row_bytes, p.head_dim * bytes_of(keys.dtype), next.keys);
+    ahead.add(values.row(next.begin), values.row_bytes, p.head_dim_v * bytes_of(values.dtype), next.keys);
     const std::int64_t total = (lists.begin[b + 1] - lists.begin[b]) * p.group_size;
     for (std::int64_t begin = 0; begin < total; begin += kSelectedBatch) {
       const std::int64_t count = min_of(kSelectedBatch, total - begin);
@@ -220,11 +224,12 @@ HWY_INLINE void selected_forward(const NsaProblem& p, const NsaArguments& args, 
         query_rows[r] = s.query + rows.row[r] * s.key_pitch;
         out_rows[r] = s.out + rows.row[r] * s.value_pitch;
       }
-      gemm<Init::zero>(GemmListedB{s.key_t, s.block_pitch, query_rows, p.head_dim, s.scores, s.block_pitch},
-                       count, block.keys);
+      gemm<Init::zero>(
+          GemmListedB{s.key_t, s.block_pitch, query_rows, p.head_dim, s.scores, s.block_pitch, &ahead}, count,
+          block.keys);
       selected_softmax(s, rows, count);
       gemm<Init::scale_rows>(
-          GemmListedC{s.value, s.value_pitch, s.scores, s.block_pitch, block.keys, out_rows}, count,
+          GemmListedC{s.value, s.value_pitch, s.scores, s.block_pitch, block.keys, out_rows, &ahead}, count,
           p.head_dim_v, s.factors);
     }
   }
@@ -313,6 +318,15 @@ HWY_INLINE void selected_backward(const NsaProblem& p, const NsaArguments& args,
     const std::int64_t slot = copy * buffers.key_rows + first_key + block.begin;
     float* grad_key = buffers.grad_key + slot * buffers.key_pitch;
     float* grad_value = buffers.grad_value + slot * buffers.value_pitch;
+    const SelectedBlock next = selected_block(p, sequence, lists.block[min_of(b + 1, lists.blocks - 1)]);
+    const std::int64_t next_slot = slot + next.begin - block.begin;
+    Fetch ahead;
+    ahead.add(keys.row(next.begin), keys.row_bytes, p.head_dim * bytes_of(keys.dtype), next.keys);
+    ahead.add(values.row(next.begin), values.row_bytes, p.head_dim_v * bytes_of(values.dtype), next.keys);
+    ahead.add(buffers.grad_value + next_slot * buffers.value_pitch, 4 * buffers.value_pitch,
+              4 * buffers.value_pitch, next.keys);
+    ahead.add(buffers.grad_key + next_slot * buffers.key_pitch, 4 * buffers.key_pitch, 4 * buffers.key_pitch,
+              next.keys);
     std::uint8_t& touched = buffers.touched[copy * buffers.blocks + item.block_begin + lists.block[b]];
     const std::int64_t total = (lists.begin[b + 1] - lists.begin[b]) * p.group_size;
     for (std::int64_t begin = 0; begin < total; begin += kSelectedBatch) {
@@ -323,23 +337,25 @@ HWY_INLINE void selected_backward(const NsaProblem& p, const NsaArguments& args,
         grad_out_rows[r] = s.grad_out + rows.row[r] * s.value_pitch;
         grad_query_rows[r] = s.grad_query + rows.row[r] * s.key_pitch;
       }
-      gemm<Init::zero>(GemmListedB{s.key_t, s.block_pitch, query_rows, p.head_dim, s.scores, s.block_pitch},
-                       count, s.block_pitch);
       gemm<Init::zero>(
-          GemmListedB{s.value_t, s.block_pitch, grad_out_rows, p.head_dim_v, s.grad_scores, s.block_pitch},
-          count, s.block_pitch);
+          GemmListedB{s.key_t, s.block_pitch, query_rows, p.head_dim, s.scores, s.block_pitch, &ahead}, count,
+          s.block_pitch);
+      gemm<Init::zero>(GemmListedB{s.value_t, s.block_pitch, grad_out_rows, p.head_dim_v, s.grad_scores,
+                                   s.block_pitch, &ahead},
+                       count, s.block_pitch);
       selected_grad_scores(s, rows, count);
       const bool start = touched == 0;
-      add_or_start(
-          start,
-          GemmListedA{grad_out_rows, s.scores, 1, s.block_pitch, count, grad_value, buffers.value_pitch},
-          block.keys, p.head_dim_v);
-      add_or_start(
-          start, GemmListedA{query_rows, s.grad_scores, 1, s.block_pitch, count, grad_key, buffers.key_pitch},
-          block.keys, p.head_dim);
+      add_or_start(start,
+                   GemmListedA{grad_out_rows, s.scores, 1, s.block_pitch, count, grad_value,
+                               buffers.value_pitch, &ahead},
+                   block.keys, p.head_dim_v);
+      add_or_start(start,
+                   GemmListedA{query_rows, s.grad_scores, 1, s.block_pitch, count, grad_key,
+                               buffers.key_pitch, &ahead},
+                   block.keys, p.head_dim);
       gemm<Init::add>(
-          GemmListedC{s.key, s.key_pitch, s.grad_scores, s.block_pitch, block.keys, grad_query_rows}, count,
-          p.head_dim);
+          GemmListedC{s.key, s.key_pitch, s.grad_scores, s.block_pitch, block.keys, grad_query_rows, &ahead},
+          count, p.head_dim);
       touched = 1;
     }
   }
