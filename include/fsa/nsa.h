@@ -100,6 +100,11 @@ struct SelectBlocksArgs {
 
 FSA_API void select_blocks(const SelectBlocksArgs& args);
 
+/// The compressed branch and then the selection from its lse: fsa::forward(attention) and select_blocks(selection), in one
+/// pass over the scores where a backend can. attention: causal, with lse; selection: the same query, keys, lse and
+/// lengths. Without the lse in between, scores within rounding of each other may be ranked differently.
+FSA_API void attend_and_select(const ForwardArgs& attention, const SelectBlocksArgs& selection);
+
 // ------------------------------------------------------------------------------------------- selected branch
 
 /// kv_outer: lists of rows per block, K and V of a block loaded once for a chunk of tokens. query_outer: one token

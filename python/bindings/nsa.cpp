@@ -258,6 +258,35 @@ void bind_select(nb::module_& m) {
       "init_blocks"_a, "local_blocks"_a, "softmax_scale"_a.none(), "backend"_a);
 }
 
+void bind_attend_and_select(nb::module_& m) {
+  m.def(
+      "nsa_attend_and_select",
+      [](First<"query"> query, In<"compressed_key"> key, In<"compressed_value"> value,
+         In<"cu_seqlens"> cu_seqlens, In<"cu_seqlens_compressed"> cu_compressed, In<"seqused_k"> seqused_k,
+         Int block, Int stride, Int block_size, Int top_k, Int init_blocks, Int local_blocks, Scale scale,
+         std::optional<Int> max_seqlen, Text backend, Out<"out"> out, Out<"lse"> lse,
+         Out<"selected_blocks"> selected_blocks, Out<"workspace"> workspace) {
+        const ForwardArgs attention{
+            .inputs = compressed_inputs(query, key, value, cu_seqlens, cu_compressed, seqused_k),
+            .options = compressed_options(block, stride, scale, max_seqlen, backend),
+            .out = out,
+            .lse = lse,
+            .workspace = workspace_from(workspace),
+            .stream = query.stream};
+        nsa::SelectBlocksArgs selection =
+            select_args(query, key, lse, cu_seqlens, cu_compressed, seqused_k, block, stride, block_size,
+                        top_k, init_blocks, local_blocks, scale, backend);
+        selection.selected_blocks = selected_blocks;
+        selection.workspace = attention.workspace;
+        selection.stream = query.stream;
+        without_gil([&] { nsa::attend_and_select(attention, selection); });
+      },
+      "query"_a, "compressed_key"_a, "compressed_value"_a, "cu_seqlens"_a.none(),
+      "cu_seqlens_compressed"_a.none(), "seqused_k"_a.none(), "compress_block"_a, "compress_stride"_a,
+      "block_size"_a, "top_k"_a, "init_blocks"_a, "local_blocks"_a, "softmax_scale"_a.none(),
+      "max_seqlen"_a.none(), "backend"_a, "out"_a, "lse"_a, "selected_blocks"_a, "workspace"_a.none());
+}
+
 nsa::SelectedInputs selected_inputs(const TensorView& query, const TensorView& key, const TensorView& value,
                                     const TensorView& selected_blocks, const TensorView& cu_seqlens,
                                     const TensorView& seqused_k) {
@@ -423,6 +452,7 @@ void bind_nsa(nb::module_& m) {
   bind_compress(m);
   bind_compressed(m);
   bind_select(m);
+  bind_attend_and_select(m);
   bind_selected(m);
   bind_combine(m);
 }

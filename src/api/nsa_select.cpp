@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "api/choice.h"
 #include "api/index_checks.h"
 #include "api/nsa_call.h"
+#include "api/prepare.h"
 
 namespace fsa {
 namespace {
@@ -115,6 +117,39 @@ NsaCall prepare(const nsa::SelectBlocksArgs& args, Purpose purpose) {
 void nsa::select_blocks(const SelectBlocksArgs& args) {
   NsaCall call = prepare(args, Purpose::run);
   run(call, args.backend, args.workspace, args.stream);
+}
+
+void nsa::attend_and_select(const ForwardArgs& attention, const SelectBlocksArgs& selection) {
+  const auto same = [](const char* name, const TensorView& a, const TensorView& b) {
+    if (a.data != b.data)
+      fail(kInvalid, name, ": not the tensor of the attention; the selection is made of its scores");
+  };
+  same("query", selection.query, attention.inputs.query);
+  same("compressed_key", selection.compressed_key, attention.inputs.key);
+  same("lse", selection.lse, attention.lse);
+  same("cu_seqlens_q", selection.cu_seqlens_q, attention.inputs.cu_seqlens_q);
+  same("cu_seqlens_compressed", selection.cu_seqlens_compressed, attention.inputs.cu_seqlens_k);
+  same("seqused_k", selection.seqused_k, attention.inputs.seqused_k);
+  Call first = prepare(attention, Purpose::run);
+  NsaCall second = prepare(selection, Purpose::run);
+  const Problem& p = first.problem;
+  const NsaProblem& s = second.problem;
+  if (p.compress_block != s.compress_block || p.compress_stride != s.compress_stride ||
+      p.softmax_scale != s.softmax_scale || !p.causal)
+    fail(kInvalid,
+         "selection: compress_block, compress_stride and softmax_scale must be those of the attention, "
+         "which must be causal");
+  const Backend& backend = choose_backend(p, attention.options.backend);
+  if (&backend == &choose_backend(s, selection.backend) &&
+      backend.run_with_selection(p, first.arguments, s, second.arguments)) {
+    if (logs_dispatch()) {
+      log_choice(p, backend);
+      log_choice(s, backend);
+    }
+    return;
+  }
+  run(first, attention.options.backend, attention.workspace, attention.stream);
+  run(second, selection.backend, selection.workspace, selection.stream);
 }
 
 }  // namespace fsa

@@ -52,6 +52,13 @@ class Backend {
   virtual std::string kernel(const NsaProblem& problem) const;
   virtual std::size_t workspace_bytes(const NsaProblem& problem) const;
   virtual void run(const NsaProblem& problem, const NsaArguments& args, Workspace workspace) const;
+
+  // Forward over compressed keys and the selection of blocks from its probabilities, in one pass and without a
+  // workspace. False, and nothing done, where two calls of run() are the way.
+  virtual bool run_with_selection(const Problem&, const Arguments&, const NsaProblem&,
+                                  const NsaArguments&) const {
+    return false;
+  }
 };
 
 // Every backend of this build in the order in which they are asked; the reference is the last.

@@ -110,4 +110,9 @@ inline NsaSequence nsa_sequence(const NsaProblem& problem, const NsaArguments& a
   return s;
 }
 
+// Selection: blocks of the longest sequence, or more: tokens < windows * stride + compress_block.
+inline std::int64_t most_blocks(const NsaProblem& p) {
+  return (p.max_seqlen_k * p.compress_stride + p.compress_block - 1) / p.block_size + 1;
+}
+
 }  // namespace fsa

@@ -209,6 +209,11 @@ TEST(NsaCpu, SelectedAttentionMatchesReference) {
   }
 }
 
+struct ThreadsAsBefore {
+  int threads = num_threads();
+  ~ThreadsAsBefore() { set_num_threads(threads); }
+};
+
 // The indices are those of float64 except where scores are equal to 1e-5.
 TEST(NsaCpu, SelectionIsTheBest) {
   for (const std::uint64_t seed : seeds(22000, 60)) {
@@ -221,6 +226,86 @@ TEST(NsaCpu, SelectionIsTheBest) {
     reference.run();
     expect_best_blocks(reference, 1e-12);
   }
+}
+
+// out and lse are those of the forward bit by bit, the blocks are the best as above, whatever the number of threads.
+void expect_both_in_one_call(Selection selection) {
+  const ThreadsAsBefore restore;
+  Buffer out = selection.out(), out_of_both = out;
+  forward(selection.attention(out, "cpu"));
+  const Buffer lse = selection.lse;
+  Buffer blocks;
+  for (const int threads : {1, 5}) {
+    set_num_threads(threads);
+    for (Buffer* output : {&out_of_both, &selection.lse, &selection.selected_blocks}) output->poison();
+    nsa::attend_and_select(selection.attention(out_of_both, "cpu"), selection.args());
+    EXPECT_TRUE(same_bytes(out_of_both, out)) << threads << " threads";
+    EXPECT_TRUE(same_bytes(selection.lse, lse)) << threads << " threads";
+    expect_best_blocks(selection, 1e-5);
+    if (threads == 1) blocks = selection.selected_blocks;
+    EXPECT_TRUE(same_bytes(selection.selected_blocks, blocks)) << threads << " threads";
+  }
+}
+
+TEST(NsaCpu, AttentionAndSelectionInOneCall) {
+  for (const std::uint64_t seed : seeds(26000, 60)) {
+    SCOPED_TRACE(testing::Message() << "FSA_TEST_SEED=" << seed);
+    Random random(seed);
+    expect_both_in_one_call(Selection(random_selection(random)));
+  }
+}
+
+// Several tiles of windows, blocks that lie in two of them, blocks as long as two of them, windows over many blocks.
+TEST(NsaCpu, AttentionAndSelectionOverManyTiles) {
+  struct Sizes {
+    std::int64_t seqlen, compress_block, compress_stride, block_size, group, head_dim;
+  };
+  for (const Sizes& sizes :
+       {Sizes{1700, 8, 4, 16, 1, 16}, Sizes{1300, 16, 4, 16, 2, 8}, Sizes{700, 2, 1, 256, 1, 8},
+        Sizes{900, 64, 2, 16, 8, 8}, Sizes{900, 12, 3, 48, 3, 130}, Sizes{600, 4, 2, 64, 9, 8}}) {
+    NsaSetup setup{.batch = 1,
+                   .seqlen = sizes.seqlen,
+                   .num_heads = 2 * sizes.group,
+                   .num_kv_heads = 2,
+                   .head_dim = sizes.head_dim,
+                   .dtype = DType::float32,
+                   .compress_block = sizes.compress_block,
+                   .compress_stride = sizes.compress_stride,
+                   .block_size = sizes.block_size,
+                   .top_k = 4,
+                   .init_blocks = 1,
+                   .local_blocks = 1,
+                   .backend = "cpu"};
+    SCOPED_TRACE(testing::Message() << "group " << sizes.group << " windows " << sizes.compress_block
+                                    << " every " << sizes.compress_stride << " blocks of "
+                                    << sizes.block_size);
+    Selection selection(setup);
+    selection.run();
+    expect_best_blocks(selection, 1e-5);
+    expect_both_in_one_call(selection);
+  }
+}
+
+TEST(NsaCpu, AttentionAndSelectionRefuseOthersTensors) {
+  const NsaSetup setup{.batch = 1, .seqlen = 100, .block_size = 32, .top_k = 3, .backend = "cpu"};
+  const Selection selection(setup), other(setup);
+  const Buffer out = selection.out();
+  const auto refused = [&](const ForwardArgs& attention, const nsa::SelectBlocksArgs& args,
+                           const char* text) {
+    try {
+      nsa::attend_and_select(attention, args);
+      ADD_FAILURE() << "not refused: " << text;
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
+    }
+  };
+  refused(other.attention(out, "cpu"), selection.args(), "query: not the tensor of the attention");
+  ForwardArgs without_lse = selection.attention(out, "cpu");
+  without_lse.lse = {};
+  refused(without_lse, selection.args(), "lse: not the tensor of the attention");
+  ForwardArgs scaled = selection.attention(out, "cpu");
+  scaled.options.softmax_scale = 0.5;
+  refused(scaled, selection.args(), "softmax_scale must be those of the attention");
 }
 
 TEST(NsaCpu, CombineMatchesReference) {
@@ -251,11 +336,6 @@ void expect_independent_of_threads(Part one) {
   many.backward();
   expect_same_bits(one, many);
 }
-
-struct ThreadsAsBefore {
-  int threads = num_threads();
-  ~ThreadsAsBefore() { set_num_threads(threads); }
-};
 
 TEST(NsaCpu, ResultsDoNotDependOnThreads) {
   const ThreadsAsBefore restore;

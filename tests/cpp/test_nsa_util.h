@@ -268,22 +268,24 @@ struct Selection {
     run_checked(args(), {&query, &key, &lse, &cu_seqlens_q, &cu_seqlens_compressed, &seqused_k},
                 {&selected_blocks}, nsa::select_blocks);
   }
-  void compute_lse() {
-    Buffer out(setup.dtype, setup.row_shape(setup.num_heads, setup.head_dim));
-    forward({.inputs = {.query = query.view(),
-                        .key = key.view(),
-                        .value = key.view(),
-                        .cu_seqlens_q = cu_seqlens_q.view(),
-                        .cu_seqlens_k = cu_seqlens_compressed.view(),
-                        .seqused_k = seqused_k.view()},
-             .options = {.causal = true,
-                         .compress_block = setup.compress_block,
-                         .compress_stride = setup.compress_stride,
-                         .softmax_scale = setup.softmax_scale,
-                         .backend = "reference"},
-             .out = out.view(),
-             .lse = lse.view()});
+  // Of the compressed branch; the keys are its values.
+  ForwardArgs attention(const Buffer& out, const char* backend) const {
+    return {.inputs = {.query = query.view(),
+                       .key = key.view(),
+                       .value = key.view(),
+                       .cu_seqlens_q = cu_seqlens_q.view(),
+                       .cu_seqlens_k = cu_seqlens_compressed.view(),
+                       .seqused_k = seqused_k.view()},
+            .options = {.causal = true,
+                        .compress_block = setup.compress_block,
+                        .compress_stride = setup.compress_stride,
+                        .softmax_scale = setup.softmax_scale,
+                        .backend = backend},
+            .out = out.view(),
+            .lse = lse.view()};
   }
+  Buffer out() const { return Buffer(setup.dtype, setup.row_shape(setup.num_heads, setup.head_dim)); }
+  void compute_lse() { forward(attention(out(), "reference")); }
 
   std::int32_t block(std::int64_t b, std::int64_t kv_head, std::int64_t row, std::int64_t slot) const {
     return static_cast<std::int32_t>(setup.packed()

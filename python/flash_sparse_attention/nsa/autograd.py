@@ -85,18 +85,20 @@ def _compressed_forward(
 
 class _Compressed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, options: tuple, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = _compressed_forward(options, None, *tensors)
+    def forward(
+        ctx: FunctionCtx, options: tuple, attend: Callable[[], tuple[Tensor, ...]], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        out, lse, *blocks = attend()
         ctx.options = options
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+        ctx.mark_non_differentiable(lse, *blocks)
+        return out, lse, *blocks
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         grads = as_step(_compressed_gradient, *tensors, *ctx.options, out, lse, grad_out)
-        return None, *grads, None, None
+        return None, None, *grads, None, None
 
 
 def compressed(options: tuple, seqused_k: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -106,8 +108,25 @@ def compressed(options: tuple, seqused_k: Tensor | None, *tensors: Tensor | None
     if seqused_k is None and records_gradient(*tensors[:3]):
         if torch.compiler.is_dynamo_compiling():
             tensors = distinct(tensors)
-        return _Compressed.apply(options, *tensors)
+        return _Compressed.apply(options, lambda: _compressed_forward(options, None, *tensors), *tensors)
     return _compressed_forward(options, seqused_k, *tensors)
+
+
+def attend_and_select(
+    options: tuple, selection: tuple, seqused_k: Tensor | None, *tensors: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and selected_blocks of plain tensors; otherwise as compressed. selection: block_size, top_k,
+    init_blocks, local_blocks."""
+    block, stride, scale, max_seqlen, backend = options
+
+    def attend() -> tuple[Tensor, ...]:
+        return ops.run_attend_and_select(
+            tensors, seqused_k, (block, stride), selection, scale, max_seqlen, backend
+        )
+
+    if seqused_k is None and records_gradient(*tensors[:3]):
+        return _Compressed.apply(options, attend, *tensors)
+    return attend()
 
 
 def selected_gradient(

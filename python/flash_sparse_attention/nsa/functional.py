@@ -189,7 +189,8 @@ def attend_compressed(
     query, key, value, cu_seqlens, cu_seqlens_compressed = tensors
     lengths = (cu_seqlens, cu_seqlens_compressed, seqused_k)
     scalars = (*windows, *selection, softmax_scale, backend)
-    if is_plain([t for t in (*tensors, seqused_k) if t is not None]):
+    plain = is_plain([t for t in (*tensors, seqused_k) if t is not None])
+    if plain:
         _C.nsa_workspace_size_select_blocks(
             query, key, None, *lengths, *scalars
         )  # checks before anything runs
@@ -200,7 +201,10 @@ def attend_compressed(
         )
     if value.dtype != query.dtype:
         raise TypeError(f"compressed_value: dtype {value.dtype}, must be {query.dtype} as query")
-    out, lse = autograd.compressed((*windows, softmax_scale, max_seqlen, backend), seqused_k, *tensors)
+    options = (*windows, softmax_scale, max_seqlen, backend)
+    if plain:
+        return autograd.attend_and_select(options, selection, seqused_k, *tensors)
+    out, lse = autograd.compressed(options, seqused_k, *tensors)
     blocks = ops.dispatch(
         "nsa_select_blocks",
         ops.run_select_blocks,

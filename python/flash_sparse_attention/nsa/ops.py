@@ -258,6 +258,36 @@ define(
 )
 
 
+def run_attend_and_select(
+    tensors: tuple[Tensor | None, ...],
+    seqused_k: Tensor | None,
+    windows: tuple[int, int],
+    selection: tuple[int, int, int, int],
+    softmax_scale: Scale,
+    max_seqlen: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The two above in one call, which computes the scores once where it can: out, lse, selected_blocks.
+
+    tensors: query, compressed_key, compressed_value, cu_seqlens, cu_seqlens_compressed.
+    """
+    query, key, value, *lengths = tensors
+    lengths.append(seqused_k)
+    size = max(
+        _C.nsa_workspace_size_select_blocks(
+            query, key, None, *lengths, *windows, *selection, softmax_scale, backend
+        ),
+        _C.nsa_workspace_size_compressed_forward(
+            query, key, value, *lengths, *windows, softmax_scale, max_seqlen, backend
+        ),
+    )
+    out, lse = _attention_fake(query, key, value, lengths[0])
+    blocks = _select_blocks_fake(query, key, lse, *lengths, *windows, *selection)
+    args = (*tensors, seqused_k, *windows, *selection, softmax_scale, max_seqlen, backend)
+    _C.nsa_attend_and_select(*args, out, lse, blocks, workspace(query, size))
+    return out, lse, blocks
+
+
 # ---- the selected branch -----------------------------------------------------------------------------------
 
 

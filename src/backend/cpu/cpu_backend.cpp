@@ -75,6 +75,7 @@ std::vector<Target> targets() {
 struct Choice {
   const KernelTable* kernels = nullptr;
   const NsaKernelTable* nsa_kernels = nullptr;
+  bool tiles = false;  // bfloat16 is multiplied on AMX tiles
   std::string reason;
 };
 
@@ -84,11 +85,11 @@ Choice find_kernels() {
   const std::string wanted(env::cpu_target());
   for (const Target& target : targets())
     if ((wanted.empty() || wanted == target.kernels->target) && usable(target))
-      return {target.kernels, target.nsa_kernels, ""};
+      return {target.kernels, target.nsa_kernels, target.needs_amx, ""};
   std::string have;
   for (const Target& target : targets())
     if (usable(target)) have += (have.empty() ? "" : ", ") + std::string(target.kernels->target);
-  return {nullptr, nullptr,
+  return {nullptr, nullptr, false,
           wanted.empty() ? "this processor has none of the instruction sets that the library was built for"
                          : "FSA_CPU_TARGET: " + wanted + ", but this machine offers " +
                                (have.empty() ? "none" : have) + "; unset it to take the best one"};
@@ -268,12 +269,15 @@ void fill_unused_outputs(const Problem& p, const Arguments& args) {
   });
 }
 
-std::vector<ForwardItem> forward_items(const Problem& p, const Arguments& args, const BlockCodes* blocks) {
+// `most`: row tiles of an item; `whole`: they come in so many.
+std::vector<ForwardItem> forward_items(const Problem& p, const Arguments& args, const BlockCodes* blocks,
+                                       std::int64_t most = kMaxUnitsPerItem, std::int64_t whole = 1) {
   std::int64_t units = 0;
   for (std::int64_t b = 0; b < p.batch; ++b)
     units += ceil_div(sequence(p, args, b).seqlen_q, kSkipTileRows) * p.num_heads;
   // Eight row tiles share one packing of K and V; fewer when that would leave threads without work.
-  const std::int64_t per_item = std::clamp<std::int64_t>(units / (4 * num_threads()), 1, kMaxUnitsPerItem);
+  const std::int64_t fair = std::clamp<std::int64_t>(units / (4 * num_threads()), 1, most);
+  const std::int64_t per_item = std::max(whole, fair / whole * whole);
   std::vector<ForwardItem> items;
   items.reserve(static_cast<std::size_t>(units / per_item + p.batch * p.num_kv_heads));
   for (std::int64_t b = 0; b < p.batch; ++b) {
@@ -311,6 +315,32 @@ void run_forward(const Problem& p, const Arguments& args, Workspace workspace) {
   parallel_for(static_cast<std::int64_t>(items.size()), [&](std::int64_t i) {
     k.forward(p, args, items[static_cast<std::size_t>(i)], thread_scratch(scratch));
   });
+}
+
+// The same with the blocks chosen on the way, where a group fits into an item and its scores into the caches. Scores and
+// maxima of a row tile: 143 KB at 32k tokens, blocks of 64 and windows every 16.
+constexpr std::int64_t kSelectionBytes = std::int64_t{1}
+                                         << 20;  // of an item, while it has more than one group
+constexpr std::int64_t kMostSelectionBytes = std::int64_t{1} << 22;  // of a group
+
+bool run_with_selection(const Problem& p, const Arguments& args, const NsaProblem& selection,
+                        const NsaArguments& selection_args) {
+  const NsaKernelTable& k = *choice().nsa_kernels;
+  const std::int64_t bytes =
+      4 * kSkipTileRows * (most_blocks(selection) + ceil_div(p.max_seqlen_k, skip_tile_keys(p.head_dim)));
+  if (p.group_size > kMaxUnitsPerItem || p.group_size * bytes > kMostSelectionBytes) return false;
+  const std::int64_t most =
+      std::clamp<std::int64_t>(kSelectionBytes / bytes, p.group_size, kMaxUnitsPerItem) / p.group_size *
+      p.group_size;
+  fill_unused_outputs(p, args);
+  fill_unused_blocks(selection, selection_args);
+  const std::vector<ForwardItem> items = forward_items(p, args, nullptr, most, p.group_size);
+  const std::size_t scratch = k.select_forward_scratch(p, selection, most);
+  parallel_for(static_cast<std::int64_t>(items.size()), [&](std::int64_t i) {
+    k.select_forward(p, args, selection, selection_args, items[static_cast<std::size_t>(i)],
+                     thread_scratch(scratch));
+  });
+  return true;
 }
 
 // ---------------------------------------------------------------------------------------------- backward
@@ -485,6 +515,7 @@ class CpuBackend final : public Backend {
   using Backend::kernel;
   using Backend::reject;
   using Backend::run;
+  using Backend::run_with_selection;
   using Backend::workspace_bytes;
 
   std::string_view name() const override { return "cpu"; }
@@ -548,6 +579,12 @@ class CpuBackend final : public Backend {
   void run(const NsaProblem& p, const NsaArguments& args, Workspace workspace) const override {
     kernels();
     run_nsa(*choice().nsa_kernels, p, args, workspace);
+  }
+  bool run_with_selection(const Problem& p, const Arguments& args, const NsaProblem& selection,
+                          const NsaArguments& selection_args) const override {
+    if (choice().tiles && p.dtype == DType::bfloat16) return false;  // its P is never in memory as float
+    prefer_huge_outputs(p, args);
+    return cpu::run_with_selection(p, args, selection, selection_args);
   }
 };
 

@@ -121,10 +121,7 @@ void run_select_blocks(const NsaKernelTable& k, const NsaProblem& p, const NsaAr
   }
   for_items(items, k.select_scratch(p),
             [&](const RowsItem& item, void* scratch) { k.select_blocks(p, args, item, scratch); });
-  if (!p.packed) return;
-  for (std::int64_t head = 0; head < p.num_kv_heads; ++head)
-    for (std::int64_t row = end_of_rows(p, args); row < p.total_q; ++row)
-      for (std::int64_t slot = 0; slot < p.top_k; ++slot) args.selected_blocks.at(0, head, row, slot) = -1;
+  fill_unused_blocks(p, args);
 }
 
 // ---------------------------------------------------------------------------------------------- selected branch
@@ -320,6 +317,13 @@ std::string nsa_kernel_name(const NsaProblem& p, const char* target) {
     name += p.algorithm == nsa::Algorithm::query_outer ? "_query_outer"
                                                        : "_kv_outer_chunk" + std::to_string(chunk_tokens(p));
   return name;
+}
+
+void fill_unused_blocks(const NsaProblem& p, const NsaArguments& args) {
+  if (!p.packed) return;
+  for (std::int64_t head = 0; head < p.num_kv_heads; ++head)
+    for (std::int64_t row = end_of_rows(p, args); row < p.total_q; ++row)
+      for (std::int64_t slot = 0; slot < p.top_k; ++slot) args.selected_blocks.at(0, head, row, slot) = -1;
 }
 
 std::size_t nsa_workspace_bytes(const NsaProblem& p) {

@@ -24,12 +24,6 @@ HWY_INLINE Int rank_of(Float score) {
   return hn::IfThenElse(is_nan, hn::Set(kInt, kNanRank), hn::BitCast(kInt, score));
 }
 
-// Blocks of the sequence of which some token may be the last, and more: tokens < (windows + 1) * stride + block.
-HWY_INLINE std::int64_t most_blocks(std::int64_t windows, std::int64_t compress_block,
-                                    std::int64_t compress_stride, std::int64_t block_size) {
-  return (windows * compress_stride + compress_block - 1) / block_size + 1;
-}
-
 // How many windows a block shares with its neighbours, and what a window at each place counts: entry o is that of
 // window j * per_block - (overlap - 1) + o in block j.
 struct BlockWeights {

@@ -14,7 +14,7 @@
 // whichever item and thread it falls to.
 //
 // Policy Arithmetic: what K, V and P are packed to, and the two products. FloatForward is below, TileForward in
-// tile_forward-inl.h.
+// tile_forward-inl.h. Policy Observer: what else is made of P, nothing or the selection of select_forward-inl.h.
 #pragma once
 
 #include "backend/cpu/simd/block_mask-inl.h"
@@ -248,8 +248,16 @@ struct LoadedTile {
   Extremes delta_extremes;
 };
 
-template <class Arithmetic>
-HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardItem& item, void* memory) {
+struct NoObserver {
+  static constexpr bool kReadsScores = false;
+  HWY_INLINE void tile(std::int64_t, const ForwardRowTile&, std::int64_t, std::int64_t, std::int64_t,
+                       const float*, const float*) {}
+  HWY_INLINE void finish(const ForwardItem&, const ForwardRowTile*, std::int64_t) {}
+};
+
+template <class Arithmetic, class Observer>
+HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardItem& item, void* memory,
+                        Observer& observer) {
   const Sequence& sequence = item.sequence;
   const LogitPolicies logit = logit_policies(p);
   const Visibility visibility = visibility_of(p, args, sequence, item.kv_head);
@@ -315,7 +323,8 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
         first = partial.begin / Arithmetic::kKeyUnit * Arithmetic::kKeyUnit;
         used = partial.end - first;
       }
-      const bool fused = !(p.threshold > 0) && arithmetic.fuses(logit, keys, masked);
+      const bool fused =
+          !Observer::kReadsScores && !(p.threshold > 0) && arithmetic.fuses(logit, keys, masked);
       if (!fused) {
         arithmetic.scores(p, logit, t, first, used, !logit.any() && masked == nullptr, scratch.scores);
         if (logit.any())
@@ -335,12 +344,20 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
         arithmetic.attend(logit, t, keys, scratch.delta, masked, scratch.factors);
       else
         arithmetic.accumulate(p, t, first, used, scratch.maxima, scratch.scores, scratch.factors);
+      observer.tile(u, t, n, first, used, scratch.scores, scratch.factors);
       t.started = true;
       if (p.threshold > 0) update_cut(t);
     }
   }
+  observer.finish(item, tiles, count);
   for (std::int64_t u = 0; u < count; ++u)
     finish_row_tile(p, args, sequence, tiles[u], scratch.staging, scratch.factors);
+}
+
+template <class Arithmetic>
+HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardItem& item, void* memory) {
+  NoObserver observer;
+  forward<Arithmetic>(p, args, item, memory, observer);
 }
 
 template <class Arithmetic>

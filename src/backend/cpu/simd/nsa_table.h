@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "backend/cpu/selected_lists.h"
+#include "backend/cpu/simd/kernel_table.h"
 #include "core/nsa_problem.h"
 
 namespace fsa::cpu {
@@ -82,6 +83,11 @@ struct NsaKernelTable {
 
   std::size_t (*select_scratch)(const NsaProblem&);
   void (*select_blocks)(const NsaProblem&, const NsaArguments&, const RowsItem&, void* scratch);
+
+  // The compressed branch and the selection in one: items of whole groups, `units` row tiles at most.
+  std::size_t (*select_forward_scratch)(const Problem&, const NsaProblem&, std::int64_t units);
+  void (*select_forward)(const Problem&, const Arguments&, const NsaProblem&, const NsaArguments&,
+                         const ForwardItem&, void* scratch);
 
   std::size_t (*selected_scratch)(const NsaProblem&, std::int64_t chunk_tokens);
   void (*selected_forward)(const NsaProblem&, const NsaArguments&, const SelectedItem&, const SelectedLists&,

@@ -45,8 +45,7 @@ struct SelectScratch {
     sums = arena.floats((shape.overlap - 1 + windows) * kRows);
     weights = arena.floats(shape.count());
     staging = arena.floats(kRows * round_up(p.head_dim, 16));
-    ranks = reinterpret_cast<std::int32_t*>(
-        arena.floats(kRows * most_blocks(p.max_seqlen_k, p.compress_block, p.compress_stride, p.block_size)));
+    ranks = reinterpret_cast<std::int32_t*>(arena.floats(kRows * most_blocks(p)));
     return arena.used;
   }
 };
