@@ -7,6 +7,7 @@
 // at 32k where a list of the best, changed block by block, took 4500.
 #pragma once
 
+#include "backend/cpu/simd/gemm-inl.h"
 #include "backend/cpu/simd/scores-inl.h"
 #include "core/nsa_problem.h"
 
@@ -61,6 +62,69 @@ HWY_INLINE bool keeps_all(const NsaProblem& p, std::int64_t last_position) {
   return last_position / p.block_size < p.top_k;
 }
 
+inline constexpr int kTogether =
+    kPanel < kRows / kLanes ? kPanel : kRows / kLanes;  // vectors whose passes are one
+
+// The lanes of `kVectors` vectors. Alone a vector's count is one chain of additions, slower than the loads.
+template <int kVectors>
+HWY_NOINLINE void choose_lanes(const std::int32_t* ranks, std::int64_t blocks, const std::int32_t* wanted,
+                               std::int32_t** end, std::int64_t stride_slot) {
+  const Int one = hn::Set(kInt, 1), zero = hn::Zero(kInt);
+  // So many have rank `low` or more that it is enough; those of `high` or more, `at_high`, are too few.
+  Int want[kVectors], low[kVectors], high[kVectors], at_high[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    want[v] = hn::Load(kInt, wanted + v * kLanes);
+    low[v] = hn::Set(kInt, kNanRank);
+    // Lanes that want nothing are done before they start.
+    high[v] = hn::IfThenElse(hn::Gt(want[v], zero), hn::Set(kInt, kForcedRank + 1), hn::Add(low[v], one));
+    at_high[v] = zero;
+  }
+  for (bool searching = true; searching;) {
+    Int below[kVectors], count[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      below[v] = hn::Sub(hn::Add(low[v], hn::ShiftRight<1>(hn::Sub(high[v], low[v]))), one);
+      count[v] = zero;
+    }
+    for (std::int64_t block = 0; block < blocks; ++block) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+        count[v] = hn::IfThenElse(hn::Gt(hn::Load(kInt, ranks + block * kRows + v * kLanes), below[v]),
+                                  hn::Add(count[v], one), count[v]);
+    }
+    searching = false;
+    for (int v = 0; v < kVectors; ++v) {
+      const Int middle = hn::Add(below[v], one);
+      const auto open = hn::Gt(hn::Sub(high[v], low[v]), one);
+      const auto too_few = hn::And(open, hn::Lt(count[v], want[v]));
+      const auto exact = hn::And(open, hn::Eq(count[v], want[v]));  // no tie to break
+      low[v] = hn::IfThenElse(hn::AndNot(too_few, open), middle, low[v]);
+      high[v] = hn::IfThenElse(too_few, middle, hn::IfThenElse(exact, hn::Add(low[v], one), high[v]));
+      at_high[v] = hn::IfThenElse(too_few, count[v], hn::IfThenElse(exact, zero, at_high[v]));
+      searching = searching || !hn::AllFalse(kInt, hn::Gt(hn::Sub(high[v], low[v]), one));
+    }
+  }
+  Int equals[kVectors];  // of rank `low`, the first ones
+  for (int v = 0; v < kVectors; ++v) {
+    low[v] = hn::IfThenElse(hn::Gt(want[v], zero), low[v], hn::Set(kInt, kForcedRank));
+    equals[v] = hn::IfThenElse(hn::Gt(want[v], zero), hn::Sub(want[v], at_high[v]), zero);
+  }
+  for (std::int64_t block = 0; block < blocks; ++block) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const Int rank = hn::Load(kInt, ranks + block * kRows + v * kLanes);
+      const auto tied = hn::And(hn::Eq(rank, low[v]), hn::Gt(equals[v], zero));
+      equals[v] = hn::IfThenElse(tied, hn::Sub(equals[v], one), equals[v]);
+      std::uint64_t bits = 0;
+      hn::StoreMaskBits(kInt, hn::Or(hn::Gt(rank, low[v]), tied), reinterpret_cast<std::uint8_t*>(&bits));
+      for (; bits != 0; bits &= bits - 1) {
+        std::int32_t*& place = end[v * kLanes + __builtin_ctzll(bits)];
+        *place = static_cast<std::int32_t>(block);
+        place += stride_slot;
+      }
+    }
+  }
+}
+
 // `ranks`: of the blocks up to that of the last token; changed. Null where the tokens keep all.
 HWY_INLINE void choose_blocks(const NsaProblem& p, const RowTile& tile, std::int64_t first_position,
                               std::int32_t* ranks, const BlockRows& target) {
@@ -93,39 +157,12 @@ HWY_INLINE void choose_blocks(const NsaProblem& p, const RowTile& tile, std::int
     const std::int64_t first = min_of(p.init_blocks, blocks);
     settle(0, first);
     settle(max_of(first, min_of(own[0] - p.local_blocks, own[0]) + 1), blocks);
-    for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
-      const Int want = hn::Load(kInt, wanted + r), one = hn::Set(kInt, 1);
-      // So many have rank `low` or more that it is enough; those of `high` or more, `at_high`, are too few.
-      Int low = hn::Set(kInt, kNanRank), high = hn::Set(kInt, kForcedRank + 1), at_high = hn::Zero(kInt);
-      auto searching = hn::Gt(want, hn::Zero(kInt));
-      while (!hn::AllFalse(kInt, searching)) {
-        const Int middle = hn::Add(low, hn::ShiftRight<1>(hn::Sub(high, low)));
-        const Int below = hn::Sub(middle, one);
-        Int count = hn::Zero(kInt);
-        for (std::int64_t block = 0; block < blocks; ++block)
-          count = hn::IfThenElse(hn::Gt(hn::Load(kInt, ranks + block * kRows + r), below),
-                                 hn::Add(count, one), count);
-        const auto too_few = hn::And(searching, hn::Lt(count, want));
-        low = hn::IfThenElse(hn::AndNot(too_few, searching), middle, low);
-        high = hn::IfThenElse(too_few, middle, high);
-        at_high = hn::IfThenElse(too_few, count, at_high);
-        // Exactly as many as are wanted: there is no tie to break.
-        const auto exact = hn::And(searching, hn::Eq(count, want));
-        high = hn::IfThenElse(exact, hn::Add(low, one), high);
-        at_high = hn::IfThenElse(exact, hn::Zero(kInt), at_high);
-        searching = hn::And(searching, hn::Gt(hn::Sub(high, low), one));
-      }
-      low = hn::IfThenElse(hn::Gt(want, hn::Zero(kInt)), low, high);  // lanes beyond the rows keep nothing
-      Int equals = hn::Sub(want, at_high);                            // of rank `low`, the first ones
-      for (std::int64_t block = 0; block < blocks; ++block) {
-        const Int rank = hn::Load(kInt, ranks + block * kRows + r);
-        const auto tied = hn::And(hn::Eq(rank, low), hn::Gt(equals, hn::Zero(kInt)));
-        equals = hn::IfThenElse(tied, hn::Sub(equals, one), equals);
-        std::uint64_t bits = 0;
-        hn::StoreMaskBits(kInt, hn::Or(hn::Gt(rank, low), tied), reinterpret_cast<std::uint8_t*>(&bits));
-        for (; bits != 0; bits &= bits - 1) put(r + __builtin_ctzll(bits), block);
-      }
-    }
+    std::int32_t* end[kRows];  // where the next number of each row goes
+    for (std::int64_t r = 0; r < tile.rows; ++r) end[r] = target.first + r * target.stride_row;
+    std::int64_t r = 0;
+    for (; r + kTogether * kLanes <= round_up(tile.lanes, kTogether * kLanes); r += kTogether * kLanes)
+      choose_lanes<kTogether>(ranks + r, blocks, wanted + r, end + r, target.stride_slot);
+    for (std::int64_t row = 0; row < tile.rows; ++row) found[row] = wanted[row];
   }
   for (std::int64_t r = 0; r < tile.rows; ++r)
     while (found[r] < p.top_k) put(r, -1);

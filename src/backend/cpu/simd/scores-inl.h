@@ -224,6 +224,11 @@ struct Arena {
 HWY_INLINE void pack_transposed(const RowSource& source, std::int64_t begin, std::int64_t count,
                                 std::int64_t dim, float factor, float* staging, float* target,
                                 std::int64_t target_pitch = kRows) {
+  // Rows that are float and at one distance need no staging.
+  if (kTransposesWide && source.dtype == DType::float32 && source.pages == nullptr &&
+      source.gather == nullptr && count % 16 == 0 && dim % 4 == 0)
+    return transpose_wide(reinterpret_cast<const float*>(source.row(begin)), source.row_bytes / 4, count, dim,
+                          factor, target, target_pitch);
   const std::int64_t pitch = round_up(dim, kLanes);
   pack_rows(source, begin, count, dim, staging, pitch);
   if (factor != 1.0f) {

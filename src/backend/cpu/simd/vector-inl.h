@@ -169,9 +169,53 @@ HWY_INLINE void transpose_4x4(const float* source, std::int64_t source_pitch, fl
   hn::StoreU(hn::BitCast(tag, hn::InterleaveUpper(pair, ab_high, cd_high)), tag, target + 3 * target_pitch);
 }
 
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+inline constexpr bool kTransposesWide = true;
+
+HWY_INLINE __m512 four_rows(const float* source,
+                            std::int64_t pitch) {  // rows 0, 4, 8, 12, four columns of each
+  __m512 rows = _mm512_castps128_ps512(_mm_loadu_ps(source));
+  rows = _mm512_insertf32x4(rows, _mm_loadu_ps(source + 4 * pitch), 1);
+  rows = _mm512_insertf32x4(rows, _mm_loadu_ps(source + 8 * pitch), 2);
+  return _mm512_insertf32x4(rows, _mm_loadu_ps(source + 12 * pitch), 3);
+}
+
+// target[column][row] = factor * source[row][column]; rows a multiple of 16, columns of 4. 24 instructions for 16 rows and
+// 4 columns where squares of 4 take 64.
+HWY_INLINE void transpose_wide(const float* source, std::int64_t source_pitch, std::int64_t rows,
+                               std::int64_t columns, float factor, float* target, std::int64_t target_pitch) {
+  const Float scale = hn::Set(kFloat, factor);
+  const hn::RepartitionToWide<FloatTag> pair;
+  for (std::int64_t row = 0; row < rows; row += 16)
+    for (std::int64_t column = 0; column < columns; column += 4) {
+      const float* from = source + row * source_pitch + column;
+      const Float a{four_rows(from, source_pitch)}, b{four_rows(from + source_pitch, source_pitch)};
+      const Float c{four_rows(from + 2 * source_pitch, source_pitch)},
+          d{four_rows(from + 3 * source_pitch, source_pitch)};
+      const auto ab_low = hn::BitCast(pair, hn::InterleaveLower(kFloat, a, b));
+      const auto cd_low = hn::BitCast(pair, hn::InterleaveLower(kFloat, c, d));
+      const auto ab_high = hn::BitCast(pair, hn::InterleaveUpper(kFloat, a, b));
+      const auto cd_high = hn::BitCast(pair, hn::InterleaveUpper(kFloat, c, d));
+      const Float columns_of[4] = {hn::BitCast(kFloat, hn::InterleaveLower(pair, ab_low, cd_low)),
+                                   hn::BitCast(kFloat, hn::InterleaveUpper(pair, ab_low, cd_low)),
+                                   hn::BitCast(kFloat, hn::InterleaveLower(pair, ab_high, cd_high)),
+                                   hn::BitCast(kFloat, hn::InterleaveUpper(pair, ab_high, cd_high))};
+      for (int i = 0; i < 4; ++i)
+        hn::StoreU(factor == 1.0f ? columns_of[i] : hn::Mul(columns_of[i], scale), kFloat,
+                   target + (column + i) * target_pitch + row);
+    }
+}
+#else
+inline constexpr bool kTransposesWide = false;
+HWY_INLINE void transpose_wide(const float*, std::int64_t, std::int64_t, std::int64_t, float, float*,
+                               std::int64_t) {}
+#endif
+
 // target[column][row] = source[row][column]; both extents rounded up to four, which both buffers must hold.
 HWY_INLINE void transpose(const float* source, std::int64_t source_pitch, std::int64_t rows,
                           std::int64_t columns, float* target, std::int64_t target_pitch) {
+  if (kTransposesWide && rows % 16 == 0 && columns % 4 == 0)
+    return transpose_wide(source, source_pitch, rows, columns, 1.0f, target, target_pitch);
   for (std::int64_t column = 0; column < columns; column += 4)
     for (std::int64_t row = 0; row < rows; row += 4)
       transpose_4x4(source + row * source_pitch + column, source_pitch, target + column * target_pitch + row,
