@@ -102,9 +102,11 @@ void run_compress(const NsaKernelTable& k, const NsaProblem& p, const NsaArgumen
       });
   if (p.packed) zero_rows(args.grad_key, 0, end_of_rows(p, args), p.total_q, p.num_kv_heads, p.head_dim);
   if (!args.grad_weight.present() && !args.grad_pe.present()) return;
-  parallel_for(p.num_kv_heads * p.compress_block, [&](std::int64_t i) {
-    k.compress_grad_weight(p, args, buffers, i / p.compress_block, i % p.compress_block,
-                           thread_scratch(scratch));
+  // Every second stride of the window begins positions that are one item with those of the next stride.
+  const std::int64_t pairs = ceil_div(p.compress_block / p.compress_stride, 2) * p.compress_stride;
+  parallel_for(p.num_kv_heads * pairs, [&](std::int64_t i) {
+    const std::int64_t first = i % pairs / p.compress_stride * 2 * p.compress_stride + i % p.compress_stride;
+    k.compress_grad_weight(p, args, buffers, i / pairs, first, thread_scratch(scratch));
   });
 }
 

@@ -155,6 +155,8 @@ HWY_INLINE void compress_prepare(const NsaProblem& p, const NsaArguments& args,
   }
 }
 
+inline constexpr std::int64_t kSharedPositions = 2;  // of a window, whose grad_weight is one item
+
 struct CompressScratch {
   float *x, *y;
   std::int64_t y_pitch;
@@ -165,10 +167,12 @@ struct CompressScratch {
     const bool backward = p.operation == NsaOperation::compress_backward;
     y_pitch = compress_pitch(p);
     // Rows of x at distance head_dim, so that windows overlap; a row is written in whole vectors.
-    const std::int64_t rows = backward ? max_of(kChain, windows + l / s) : (windows - 1) * s + l;
+    const std::int64_t rows =
+        backward ? max_of(kChain + kSharedPositions - 1, windows + l / s) : (windows - 1) * s + l;
     x = arena.floats(rows * round_up(p.head_dim, 16) + 16);
     const std::int64_t results =
-        backward ? max_of(windows * compress_group_pitch(p), (kChain + p.head_dim + 2) * compress_pitch(p))
+        backward ? max_of(windows * compress_group_pitch(p),
+                          (kChain + kSharedPositions * p.head_dim + 2) * compress_pitch(p))
                  : windows * compress_pitch(p);
     y = arena.floats(max_of(results, 2 * compress_pitch(p)));
     return arena.used;
@@ -246,60 +250,71 @@ HWY_INLINE void compress_grad_x(const NsaProblem& p, const NsaArguments& args, c
   }
 }
 
+// Positions `first` and, where the window has it, `first` + stride: window i reads at the second what window i + 1 reads
+// at the first, so both share the packed rows of x and of grad_out.
 HWY_INLINE void compress_grad_weight(const NsaProblem& p, const NsaArguments& args,
-                                     const CompressBuffers& buffers, std::int64_t kv_head,
-                                     std::int64_t position, void* memory) {
+                                     const CompressBuffers& buffers, std::int64_t kv_head, std::int64_t first,
+                                     void* memory) {
   CompressScratch scratch;
   scratch.carve(p, static_cast<char*>(memory));
   const CompressHead head = compress_head(p, buffers, kv_head);
   const std::int64_t stride = p.compress_stride, d = p.head_dim, pitch = compress_pitch(p);
+  const std::int64_t positions = first + stride < p.compress_block ? 2 : 1;
   const bool linear = p.kind == nsa::CompressKind::linear;
-  float* grads = scratch.y;              // [kChain][pitch]
-  float* sums = grads + kChain * pitch;  // [head_dim][pitch]
-  float* pe = sums + d * pitch;          // [pitch]
-  float* row = pe + pitch;               // [pitch]
-  if (args.pe.present()) load_parameter_row(args.pe, kv_head, position, d, pe);
-  double factor_grad = 0;
-  if (linear) clear_floats(sums, d * pitch);
+  float* grads = scratch.y;                         // [kChain][pitch]
+  float* sums = grads + kChain * pitch;             // [positions][head_dim][pitch]
+  float* pe = sums + kSharedPositions * d * pitch;  // [pitch]
+  float* row = pe + pitch;                          // [pitch]
+  double factor_grads[kSharedPositions] = {};
+  if (linear) clear_floats(sums, positions * d * pitch);
   if (args.grad_weight.present()) {
     for (std::int64_t b = 0; b < p.batch; ++b) {
       const NsaSequence s = nsa_sequence(p, args, b);
       RowSource x = row_source(args.key, s.batch, s.q_begin, kv_head);
-      x.base += position * x.row_bytes;  // window i reads its row at `position`: every stride-th row
+      x.base += first * x.row_bytes;  // window i reads its row at `first`: every stride-th row
       x.row_bytes *= stride;
       for (std::int64_t begin = 0; begin < s.compressed; begin += kChain) {
         const std::int64_t count = min_of(kChain, s.compressed - begin);
-        pack_rows(x, begin, count, d, scratch.x, pitch);
+        pack_rows(x, begin, count + positions - 1, d, scratch.x, pitch);
         load_rows(args.grad_out, s.batch, s.k_begin, kv_head, begin, count, d, grads, pitch);
-        if (linear) {
-          gemm<Init::add>(Gemm{grads, pitch, scratch.x, 1, pitch, count, sums, pitch}, d, d);
-        } else {
+        for (std::int64_t n = 0; n < positions; ++n) {
+          const float* of_position = scratch.x + n * pitch;
+          if (linear) {
+            gemm<Init::add>(Gemm{grads, pitch, of_position, 1, pitch, count, sums + n * d * pitch, pitch}, d,
+                            d);
+            continue;
+          }
           float part = 0;
           for (std::int64_t i = 0; i < count; ++i)
-            part += dot_row(scratch.x + i * pitch, grads + i * pitch, d);
-          factor_grad += static_cast<double>(part);
+            part += dot_row(of_position + i * pitch, grads + i * pitch, d);
+          factor_grads[n] += static_cast<double>(part);
         }
       }
     }
   }
-  if (linear) {
-    if (args.pe.present())
-      for (std::int64_t c = 0; c < d; ++c) add_row(head.grad_sum, pe[c], d, sums + c * pitch);
-    store_rows(args.grad_weight, 0, 0, kv_head, position * d, d, d, sums, pitch);
-  } else if (args.grad_weight.present()) {
-    if (args.pe.present()) factor_grad += static_cast<double>(dot_row(pe, head.grad_sum, d));
-    store_scalar(static_cast<float>(factor_grad), args.grad_weight.data, args.grad_weight.dtype,
-                 parameter_index(args.grad_weight, kv_head, position, 0));
+  for (std::int64_t n = 0; n < positions; ++n) {
+    const std::int64_t position = first + n * stride;
+    if (args.pe.present()) load_parameter_row(args.pe, kv_head, position, d, pe);
+    if (linear) {
+      float* sum = sums + n * d * pitch;
+      if (args.pe.present())
+        for (std::int64_t c = 0; c < d; ++c) add_row(head.grad_sum, pe[c], d, sum + c * pitch);
+      store_rows(args.grad_weight, 0, 0, kv_head, position * d, d, d, sum, pitch);
+    } else if (args.grad_weight.present()) {
+      if (args.pe.present()) factor_grads[n] += static_cast<double>(dot_row(pe, head.grad_sum, d));
+      store_scalar(static_cast<float>(factor_grads[n]), args.grad_weight.data, args.grad_weight.dtype,
+                   parameter_index(args.grad_weight, kv_head, position, 0));
+    }
+    if (!args.grad_pe.present()) continue;
+    if (linear) {
+      for (std::int64_t c = 0; c < d; ++c)
+        row[c] = dot_row(head.weight + (position * d + c) * pitch, head.grad_sum, d);
+    } else {
+      clear_floats(row, pitch);
+      add_row(head.grad_sum, position_factor(p, head.weight, position), d, row);
+    }
+    store_rows(args.grad_pe, 0, 0, kv_head, position, 1, d, row, pitch);
   }
-  if (!args.grad_pe.present()) return;
-  if (linear) {
-    for (std::int64_t c = 0; c < d; ++c)
-      row[c] = dot_row(head.weight + (position * d + c) * pitch, head.grad_sum, d);
-  } else {
-    clear_floats(row, pitch);
-    add_row(head.grad_sum, position_factor(p, head.weight, position), d, row);
-  }
-  store_rows(args.grad_pe, 0, 0, kv_head, position, 1, d, row, pitch);
 }
 
 }  // namespace fsa::cpu::FSA_SIMD_TARGET

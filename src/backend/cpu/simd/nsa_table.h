@@ -77,9 +77,9 @@ struct NsaKernelTable {
                    void* scratch);
   void (*compress_grad_x)(const NsaProblem&, const NsaArguments&, const CompressBuffers&, const CompressItem&,
                           void* scratch);
-  // One position of the window, all windows of all sequences of a key head: grad_weight and grad_pe.
+  // A position of the window and the one a stride on, all windows of all sequences of a key head: grad_weight and grad_pe.
   void (*compress_grad_weight)(const NsaProblem&, const NsaArguments&, const CompressBuffers&,
-                               std::int64_t kv_head, std::int64_t position, void* scratch);
+                               std::int64_t kv_head, std::int64_t first_position, void* scratch);
 
   std::size_t (*select_scratch)(const NsaProblem&);
   void (*select_blocks)(const NsaProblem&, const NsaArguments&, const RowsItem&, void* scratch);
