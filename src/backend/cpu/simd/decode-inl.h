@@ -19,7 +19,7 @@ namespace fsa::cpu::FSA_SIMD_TARGET {
 
 // Rows of one tensor on their way to the second-level cache, in pieces of one row of one head. Where the heads of a row
 // lie side by side their pieces are fetched one after the other, so that memory is read in order.
-struct Fetch {
+struct RowFetch {
   const char* const* rows = nullptr;  // of the first head
   std::int64_t count = 0;
   std::int64_t heads = 1;
@@ -100,7 +100,7 @@ struct DecodeContext {
   std::int64_t tiles;
   DecodeScratch<Arithmetic> s;
   DecodeRows rows;
-  Fetch key_fetch, value_fetch;
+  RowFetch key_fetch, value_fetch;
   std::int64_t fetched = -1;    // the tile whose first keys were fetched ahead
   bool values_fetched = false;  // and its first values: not where a vote spared those before them
 
@@ -134,7 +134,7 @@ struct DecodeContext {
     }
     const auto fetch = [&](const Operand& operand, std::int64_t dim, const char* const* list) HWY_ATTR {
       const std::int64_t size = bytes_of(operand.dtype);
-      return Fetch{list, 0, heads, operand.stride_head * size, dim * size};
+      return RowFetch{list, 0, heads, operand.stride_head * size, dim * size};
     };
     key_fetch = fetch(args.key, p.head_dim, rows.key);
     value_fetch = fetch(args.value, p.head_dim_v, rows.value);
@@ -184,7 +184,7 @@ struct DecodeContext {
       pointers(key, next, rows.key + keys);
       pointers(value, next, rows.value + keys);
     }
-    const auto start = [&](Fetch& fetch, std::int64_t count, bool ahead) HWY_ATTR {
+    const auto start = [&](RowFetch& fetch, std::int64_t count, bool ahead) HWY_ATTR {
       fetch.count = count;
       fetch.head = 0;
       fetch.row = heads > 1 ? keys : ahead ? fetch.rows_ahead() : 0;
