@@ -52,18 +52,65 @@ HWY_INLINE std::int64_t packed_pitch(std::int64_t columns) {
 // ---------------------------------------------------------------------------------------------- elements
 
 HWY_INLINE Float widen(const float* source) { return hn::LoadU(kFloat, source); }
+// Without instructions for it Highway 1.0 truncates float16, and takes infinity and NaN for numbers.
+#if (HWY_ARCH_X86 && HWY_TARGET < HWY_SSE4) || HWY_TARGET == HWY_NEON
 HWY_INLINE Float widen(const hwy::float16_t* source) {
   return hn::PromoteTo(kFloat, hn::LoadU(hn::Rebind<hwy::float16_t, FloatTag>(), source));
 }
+HWY_INLINE void narrow(Float value, hwy::float16_t* target) {
+  const hn::Rebind<hwy::float16_t, FloatTag> tag;
+  hn::StoreU(hn::DemoteTo(tag, value), tag, target);
+}
+#else
+// Exponents are moved by integer additions; subnormal numbers meet a float whose last bit has their place, where no
+// operand and no result is a subnormal float, which threads take for zero.
+HWY_INLINE Float widen(const hwy::float16_t* source) {
+  const hn::RebindToUnsigned<FloatTag> tag;
+  const hn::Rebind<std::uint16_t, FloatTag> half_tag;
+  const auto half = hn::PromoteTo(tag, hn::LoadU(half_tag, reinterpret_cast<const std::uint16_t*>(source)));
+  const auto shifted = hn::ShiftLeft<13>(hn::And(half, hn::Set(tag, 0x7FFFu)));
+  const auto exponent = hn::And(shifted, hn::Set(tag, 0x1Fu << 23));
+  const auto normal = hn::Add(shifted, hn::Set(tag, 112u << 23));  // 127 - 15
+  const auto special = hn::Add(normal, hn::Set(tag, 112u << 23));
+  const auto least = hn::Set(tag, 113u << 23);  // 2^-14
+  const auto subnormal =
+      hn::BitCast(tag, hn::Sub(hn::BitCast(kFloat, hn::Add(shifted, least)), hn::BitCast(kFloat, least)));
+  const auto number = hn::IfThenElse(hn::Eq(exponent, hn::Zero(tag)), subnormal, normal);
+  const auto magnitude = hn::IfThenElse(hn::Eq(exponent, hn::Set(tag, 0x1Fu << 23)), special, number);
+  const auto sign = hn::ShiftLeft<16>(hn::And(half, hn::Set(tag, 0x8000u)));
+  return hn::BitCast(kFloat, hn::Or(magnitude, sign));
+}
+// To nearest, ties to even; infinity from 65520 on.
+HWY_INLINE void narrow(Float value, hwy::float16_t* target) {
+  const hn::RebindToUnsigned<FloatTag> tag;
+  const hn::RebindToSigned<FloatTag> signed_tag;
+  const auto bits = hn::BitCast(tag, value);
+  const auto magnitude = hn::And(bits, hn::Set(tag, 0x7FFFFFFFu));
+  const auto less = [&](auto x, std::uint32_t than) HWY_ATTR {
+    return hn::RebindMask(tag,
+                          hn::Lt(hn::BitCast(signed_tag, x), hn::BitCast(signed_tag, hn::Set(tag, than))));
+  };
+  const auto odd = hn::And(hn::ShiftRight<13>(magnitude), hn::Set(tag, 1u));
+  const auto rebased = hn::Sub(magnitude, hn::Set(tag, 112u << 23));
+  const auto normal = hn::ShiftRight<13>(hn::Add(hn::Add(rebased, hn::Set(tag, 0xFFFu)), odd));
+  const auto place = hn::Set(tag, 126u << 23);  // 2^-1, whose last bit is 2^-24
+  const auto subnormal =
+      hn::Sub(hn::BitCast(tag, hn::Add(hn::BitCast(kFloat, magnitude), hn::BitCast(kFloat, place))), place);
+  const auto large =
+      hn::IfThenElse(less(magnitude, 0x7F800001u), hn::Set(tag, 0x7C00u), hn::Set(tag, 0x7E00u));
+  const auto finite = hn::IfThenElse(less(magnitude, 113u << 23), subnormal, normal);
+  const auto result = hn::IfThenElse(less(magnitude, 0x47800000u), finite, large);  // from 2^16 on
+  const auto half = hn::Or(result, hn::ShiftLeft<15>(hn::ShiftRight<31>(bits)));
+  const hn::Rebind<std::uint16_t, FloatTag> half_tag;
+  hn::StoreU(hn::DemoteTo(half_tag, hn::BitCast(signed_tag, half)), half_tag,
+             reinterpret_cast<std::uint16_t*>(target));
+}
+#endif
 HWY_INLINE Float widen(const hwy::bfloat16_t* source) {
   return hn::PromoteTo(kFloat, hn::LoadU(hn::Rebind<hwy::bfloat16_t, FloatTag>(), source));
 }
 
 HWY_INLINE void narrow(Float value, float* target) { hn::StoreU(value, kFloat, target); }
-HWY_INLINE void narrow(Float value, hwy::float16_t* target) {
-  const hn::Rebind<hwy::float16_t, FloatTag> tag;
-  hn::StoreU(hn::DemoteTo(tag, value), tag, target);
-}
 // Round to nearest even; Highway 1.0's own conversion truncates. A NaN keeps its sign and stays a NaN.
 HWY_INLINE void narrow(Float value, hwy::bfloat16_t* target) {
   const hn::RebindToUnsigned<FloatTag> bits_tag;
