@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# src/backend/cpu/simd/{kernels,nsa_kernels}.cpp, once per instruction set; avx512_amx adds amx_kernels.cpp to avx512.
+# src/backend/cpu/simd/{kernels,nsa_kernels,nsa_forward_kernels}.cpp, once per instruction set; avx512_amx adds amx_kernels.cpp to avx512.
 # cpu_backend.cpp learns from FSA_HAS_<TARGET> which ones this build holds and chooses between them at run time.
-set(fsa_simd_sources kernels.cpp nsa_kernels.cpp)
+set(fsa_simd_sources kernels.cpp nsa_kernels.cpp nsa_forward_kernels.cpp)
 
 string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" fsa_processor)
 if(fsa_processor MATCHES "^(x86_64|amd64)$")

@@ -2,13 +2,9 @@
 // Compiled once per instruction set, as kernels.cpp; a file of its own so that both compile side by side.
 #include "backend/cpu/simd/combine-inl.h"
 #include "backend/cpu/simd/compress-inl.h"
-#include "backend/cpu/simd/nsa_table.h"
+#include "backend/cpu/simd/nsa_forward_kernels.h"
 #include "backend/cpu/simd/select_blocks-inl.h"
-#include "backend/cpu/simd/select_forward-inl.h"
 #include "backend/cpu/simd/selected-inl.h"
-
-#define FSA_JOIN_(a, b) a##b
-#define FSA_JOIN(a, b) FSA_JOIN_(a, b)
 
 namespace fsa::cpu {
 
@@ -28,10 +24,8 @@ const NsaKernelTable& FSA_JOIN(FSA_SIMD_TARGET, _nsa_kernels)() {
       [](P p) HWY_ATTR { return FSA_SIMD_TARGET::select_scratch(p); },
       [](P p, A a, const RowsItem& item, void* scratch)
           HWY_ATTR { FSA_SIMD_TARGET::select_blocks(p, a, item, scratch); },
-      [](const Problem& attention, P p, std::int64_t units)
-          HWY_ATTR { return FSA_SIMD_TARGET::select_forward_scratch(attention, p, units); },
-      [](const Problem& attention, const Arguments& args, P p, A a, const ForwardItem& item, void* scratch)
-          HWY_ATTR { FSA_SIMD_TARGET::select_forward(attention, args, p, a, item, scratch); },
+      FSA_JOIN(FSA_SIMD_TARGET, _select_forward_scratch),
+      FSA_JOIN(FSA_SIMD_TARGET, _select_forward),
       [](P p, std::int64_t tokens) HWY_ATTR { return FSA_SIMD_TARGET::selected_scratch(p, tokens); },
       [](P p, A a, const SelectedItem& item, const SelectedLists& lists, void* scratch)
           HWY_ATTR { FSA_SIMD_TARGET::selected_forward(p, a, item, lists, scratch); },
