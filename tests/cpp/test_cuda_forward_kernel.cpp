@@ -429,7 +429,7 @@ TEST(ForwardKernel, Windows) {
 }
 
 TEST(ForwardKernel, Votes) {
-  Problem problem = {1, 200, 600, 1, 1, 128, 190, 590, -1, 0};
+  Problem problem = {1, 130, 600, 1, 1, 128, 120, 590, -1, 0};
   problem.threshold = 1;
   for (const double shift : {-200.0, 0.0, 30.0}) {
     problem.shift = shift;
@@ -443,7 +443,7 @@ TEST(ForwardKernel, Votes) {
 }
 
 TEST(ForwardKernel, Gates) {
-  Problem problem = {1, 150, 500, 2, 1, 128, 140, 490, -1, 0};
+  Problem problem = {1, 100, 450, 2, 1, 128, 90, 440, -1, 0};
   problem.gate = true;
   check<Ranges<kGate128, Causal, Logit<PairGate<true>>>>(problem);
   problem.gate_test = true;
@@ -451,7 +451,7 @@ TEST(ForwardKernel, Gates) {
 }
 
 TEST(ForwardKernel, SoftcapAlibiSink) {
-  Problem problem = {1, 250, 250, 2, 1, 128, 240, 240, -1, 0};
+  Problem problem = {1, 200, 200, 1, 1, 128, 195, 195, -1, 0};
   problem.softcap = 30;  // a row with one key gets that key's value to the bit
   check<Ranges<kBounded128, Causal, Logit<SoftcapBounded>>>(problem);
   problem.softcap = 5;
@@ -462,7 +462,7 @@ TEST(ForwardKernel, SoftcapAlibiSink) {
 }
 
 TEST(ForwardKernel, BlockMasks) {
-  Problem problem = {2, 300, 500, 2, 1, 128, 280, 470};
+  Problem problem = {1, 300, 400, 2, 1, 128, 280, 370};
   problem.block_mask = true;
   check<Lists<kDense128>>(problem);
 }
