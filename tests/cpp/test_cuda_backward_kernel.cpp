@@ -23,8 +23,6 @@ namespace {
 using namespace fsa::kernels;
 using kernels::ptx::float_of_bf16;
 
-constexpr int32 kBlock = 128;  // rows and keys of a block of the block masks here
-
 using Causal = WindowMask<false, true>;
 using Full = WindowMask<false, false>;
 
@@ -82,13 +80,13 @@ class Call {
         sinks(p.heads),
         row_bits(static_cast<std::size_t>(p.batch) * p.heads * row_tiles * key_words),
         column_bits(static_cast<std::size_t>(p.batch) * p.heads * key_tiles * row_words, -1),
+        blocks(random, p.heads, p.seqlen_q, p.seqlen_k),
         want_query(p.batch, p.seqlen_q, p.heads, p.head_dim),
         want_key(p.batch, p.seqlen_k, p.kv_heads, p.head_dim),
         want_value(p.batch, p.seqlen_k, p.kv_heads, p.head_dim_v),
         want_alpha(p.batch, p.seqlen_q, p.heads, 1),
         want_delta(p.batch, p.seqlen_k, p.kv_heads, 1),
         want_sink(1, 1, p.heads, 1) {
-    std::mt19937 random(1);
     std::normal_distribution<float> normal;
     for (auto* tensor : {&query, &key, &value, &grad_out})
       for (uint16& x : tensor->values) x = static_cast<uint16>(kernels::ptx::bf16_bits(normal(random)));
@@ -96,8 +94,7 @@ class Call {
       for (float& x : tensor->values) x = normal(random);
     for (float& x : slopes) x = 0.1f * std::abs(normal(random));
     for (float& x : sinks) x = normal(random);
-    fill_map(random);
-    fill_blocks(random);
+    fill_map();
     for (int32 b = 0; b < p.batch; ++b) differentiate(b);
   }
 
@@ -105,14 +102,13 @@ class Call {
   int32 used_k(int32 b) const { return b == p.batch - 1 ? p.used_k : p.seqlen_k; }
 
   const Problem p;
+  std::mt19937 random{1};
   const int32 n, row_tiles, key_tiles, row_words, key_words;
   Tensor<uint16> query, key, value, grad_out, out;
   Tensor<float> alpha, delta, grad_lse, lse;
   std::vector<float> slopes, sinks;
   std::vector<int32> row_bits, column_bits;
-  std::vector<int32> partial_count, full_count, partial_indices, full_indices, bits_begin;
-  std::vector<uint32> block_bits;
-  int32 row_blocks = 0, key_blocks = 0;
+  RandomBlocks blocks;  // where the problem has a block mask
   Tensor<double> want_query, want_key, want_value, want_alpha, want_delta, want_sink;
 
  private:
@@ -120,7 +116,7 @@ class Call {
     return !p.causal || key_ <= row + used_k(b) - used_q(b);
   }
 
-  void fill_map(std::mt19937& random) {
+  void fill_map() {
     for (int32 b = 0; b < p.batch; ++b)
       for (int32 h = 0; h < p.heads; ++h)
         for (int32 m = 0; m * 64 < used_q(b); ++m)
@@ -134,42 +130,6 @@ class Call {
     return (row_bits[((b * p.heads + h) * row_tiles + row / 64) * key_words + t / 32] >> t % 32 & 1) != 0;
   }
 
-  // A third of the blocks is absent, a third full, a third partial. One mask for all batch entries.
-  void fill_blocks(std::mt19937& random) {
-    if (!p.block_mask) return;
-    row_blocks = (p.seqlen_q + kBlock - 1) / kBlock;
-    key_blocks = (p.seqlen_k + kBlock - 1) / kBlock;
-    const int32 lists = p.heads * row_blocks;
-    partial_count.assign(lists, 0);
-    full_count.assign(lists, 0);
-    bits_begin.assign(lists, 0);
-    partial_indices.assign(lists * key_blocks, -1);
-    full_indices.assign(lists * key_blocks, -1);
-    for (int32 list = 0; list < lists; ++list) {
-      bits_begin[list] = static_cast<int32>(block_bits.size()) / (kBlock * kBlock / 32);
-      for (int32 c = key_blocks - 1; c >= 0; --c) {
-        const uint32 kind = random() % 3;
-        if (kind == 1) full_indices[list * key_blocks + full_count[list]++] = c;
-        if (kind == 2) {
-          partial_indices[list * key_blocks + partial_count[list]++] = c;
-          for (int32 i = 0; i < kBlock * kBlock / 32; ++i)
-            block_bits.push_back(static_cast<uint32>(random()));
-        }
-      }
-    }
-  }
-  bool listed(int32 h, int32 row, int32 key_) const {
-    const int32 list = h * row_blocks + row / kBlock, c = key_ / kBlock;
-    for (int32 i = 0; i < full_count[list]; ++i)
-      if (full_indices[list * key_blocks + i] == c) return true;
-    for (int32 i = 0; i < partial_count[list]; ++i)
-      if (partial_indices[list * key_blocks + i] == c) {
-        const int32 line = (bits_begin[list] + i) * kBlock + row % kBlock;
-        return (block_bits[line * (kBlock / 32) + key_ % kBlock / 32] >> key_ % 32 & 1) != 0;
-      }
-    return false;
-  }
-
   void differentiate(int32 b) {
     const int32 group = p.heads / p.kv_heads, rows = used_q(b), keys = used_k(b);
     const double scale = 1 / std::sqrt(static_cast<double>(p.head_dim));
@@ -181,8 +141,8 @@ class Call {
         const double a = alpha.at(b, i, h, 0);
         double sum = p.sink ? std::exp(sinks[h]) : 0;
         for (int32 j = 0; j < keys; ++j) {
-          const bool seen =
-              visible(b, i, j) && (!p.skip_map || kept(b, h, i, j)) && (!p.block_mask || listed(h, i, j));
+          const bool seen = visible(b, i, j) && (!p.skip_map || kept(b, h, i, j)) &&
+                            (!p.block_mask || blocks.listed(h, i, j));
           double x = 0;
           for (int32 e = 0; e < p.head_dim; ++e) x += read(query.at(b, i, h, e)) * read(key.at(b, j, kv, e));
           if (p.gate) x -= std::log1p(std::exp(-a * delta.at(b, j, kv, 0)));
@@ -290,8 +250,8 @@ void check(const Problem& problem) {
     used_k[b] = c.used_k(b);
   }
   int32 counter[2] = {0, 0};
-  std::vector<int32> list_count(std::max(1, p.heads * c.key_blocks), -1);
-  std::vector<ColumnEntry> list_entries(std::max(1, p.heads * c.key_blocks * c.row_blocks));
+  std::vector<int32> list_count(std::max(1, p.heads * c.blocks.key_blocks), -1);
+  std::vector<ColumnEntry> list_entries(std::max(1, p.heads * c.blocks.key_blocks * c.blocks.row_blocks));
 
   BackwardParams params = {};
   ForwardParams& f = params.forward;
@@ -347,22 +307,11 @@ void check(const Problem& problem) {
   params.column_bits = {c.column_bits.data(), int64{p.heads} * c.key_tiles * c.row_words,
                         int64{c.key_tiles} * c.row_words, c.row_words};
   if (p.block_mask) {
-    BlockLists& lists = f.blocks;
-    lists.partial_count = c.partial_count.data();
-    lists.partial_indices = c.partial_indices.data();
-    lists.full_count = c.full_count.data();
-    lists.full_indices = c.full_indices.data();
-    lists.bits_begin = c.bits_begin.data();
-    lists.bits = c.block_bits.data();
-    lists.partial_stride_head = lists.full_stride_head = c.row_blocks;
-    lists.partial_stride_row = lists.full_stride_row = 1;
-    lists.partial_indices_stride_head = lists.full_indices_stride_head = int64{c.row_blocks} * c.key_blocks;
-    lists.partial_indices_stride_row = lists.full_indices_stride_row = c.key_blocks;
-    lists.block_rows = lists.block_keys = kBlock;
+    f.blocks = c.blocks.lists();
     params.list_count = list_count.data();
     params.list_entries = list_entries.data();
-    params.list_stride_head = c.key_blocks;
-    params.list_capacity = c.row_blocks;
+    params.list_stride_head = c.blocks.key_blocks;
+    params.list_capacity = c.blocks.row_blocks;
   }
   constexpr int32 kSlots = 16;
   const int32 units = ceil_div(p.seqlen_k, kN) * p.batch * p.kv_heads;
@@ -399,7 +348,7 @@ void check(const Problem& problem) {
     emulator::launch(grid(ceil_div(c.row_words * c.key_words, kTransposeWarps), p.heads, p.batch),
                      kTransposeWarps * kWarpThreads, [&] { transpose_bits<kN>(params); });
   if (p.block_mask)
-    emulator::launch(grid(ceil_div(c.key_blocks, kColumnBlocks), p.heads, 1), kListThreads,
+    emulator::launch(grid(ceil_div(c.blocks.key_blocks, kColumnBlocks), p.heads, 1), kListThreads,
                      [&] { block_columns<kN>(params); });
   if constexpr (Types::kSplits)
     if (p.least_part > 0)

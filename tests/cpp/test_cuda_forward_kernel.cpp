@@ -28,8 +28,6 @@ namespace {
 using namespace fsa::kernels;
 using kernels::ptx::float_of_bf16;
 
-constexpr int32 kBlock = 128;  // rows and keys of a block of the block masks here
-
 // Tiles as tools/gpu/features.py and docs/kernels/forward_sm90.md have them; the last three: private values, key
 // scalars, rounded sums.
 constexpr ForwardTile kDense64 = {64, 64, 192, 128, 2, 4, 4, 0, 0, 0};
@@ -92,7 +90,8 @@ class Call {
         alpha(p.batch, p.seqlen_q, p.heads, 1),
         delta(p.batch, p.seqlen_k, p.kv_heads, 1),
         slopes(p.heads),
-        sinks(p.heads) {
+        sinks(p.heads),
+        blocks(random, p.heads, p.seqlen_q, p.seqlen_k) {
     std::normal_distribution<float> normal;
     for (auto* tensor : {&query, &key, &value})
       for (uint16& x : tensor->values) x = static_cast<uint16>(ptx::bf16_bits(normal(random)));
@@ -104,7 +103,6 @@ class Call {
     if (p.shift != 0) set_column(key, 0, std::copysign(std::sqrt(std::abs(p.shift) / scale()), p.shift));
     if (p.threshold > 0) separate();
     if (p.gate_test) close_gates();
-    if (p.block_mask) list_blocks();
   }
 
   double scale() const { return 1 / std::sqrt(static_cast<double>(p.head_dim)); }
@@ -114,7 +112,7 @@ class Call {
   bool visible(int32 b, int32 h, int32 row, int32 k) const {
     const int32 diagonal = row + used_k(b) - used_q(b);
     return (p.left < 0 || k >= diagonal - p.left) && (p.right < 0 || k <= diagonal + p.right) &&
-           (!p.block_mask || listed(h, row, k));
+           (!p.block_mask || blocks.listed(h, row, k));
   }
 
   double logit(int32 b, int32 h, int32 row, int32 k) {
@@ -137,9 +135,7 @@ class Call {
   Tensor<uint16> query, key, value;
   Tensor<float> alpha, delta;
   std::vector<float> slopes, sinks;
-  std::vector<int32> partial_count, full_count, partial_indices, full_indices, bits_begin;
-  std::vector<uint32> block_bits;
-  int32 row_blocks = 0, key_blocks = 0;
+  RandomBlocks blocks;  // where the problem has a block mask
 
  private:
   static void set_column(Tensor<uint16>& tensor, int32 column, double to) {
@@ -168,41 +164,6 @@ class Call {
       for (int32 k = 0; k < p.seqlen_k; ++k)
         for (int32 h = 0; h < p.kv_heads; ++h)
           if (k / 128 % 3 != 0) delta.at(b, k, h, 0) = -300 + delta.at(b, k, h, 0);
-  }
-
-  // A third of the blocks is absent, a third full, a third partial. One mask for all batch entries.
-  void list_blocks() {
-    row_blocks = (p.seqlen_q + kBlock - 1) / kBlock;
-    key_blocks = (p.seqlen_k + kBlock - 1) / kBlock;
-    const int32 lists = p.heads * row_blocks;
-    partial_count.assign(lists, 0);
-    full_count.assign(lists, 0);
-    bits_begin.assign(lists, 0);
-    partial_indices.assign(lists * key_blocks, -1);
-    full_indices.assign(lists * key_blocks, -1);
-    for (int32 list = 0; list < lists; ++list) {
-      bits_begin[list] = static_cast<int32>(block_bits.size()) / (kBlock * kBlock / 32);
-      for (int32 c = key_blocks - 1; c >= 0; --c) {
-        const uint32 kind = random() % 3;
-        if (kind == 1) full_indices[list * key_blocks + full_count[list]++] = c;
-        if (kind == 2) {
-          partial_indices[list * key_blocks + partial_count[list]++] = c;
-          for (int32 i = 0; i < kBlock * kBlock / 32; ++i)
-            block_bits.push_back(static_cast<uint32>(random()));
-        }
-      }
-    }
-  }
-  bool listed(int32 h, int32 row, int32 k) const {
-    const int32 list = h * row_blocks + row / kBlock, c = k / kBlock;
-    for (int32 i = 0; i < full_count[list]; ++i)
-      if (full_indices[list * key_blocks + i] == c) return true;
-    for (int32 i = 0; i < partial_count[list]; ++i)
-      if (partial_indices[list * key_blocks + i] == c) {
-        const int32 line = (bits_begin[list] + i) * kBlock + row % kBlock;
-        return (block_bits[line * (kBlock / 32) + k % kBlock / 32] >> k % 32 & 1) != 0;
-      }
-    return false;
   }
 };
 
@@ -291,20 +252,7 @@ Result run(Call& c) {
   f.gate_bits = map;
   f.gate_test = p.gate_test;
   f.log_sigmoid_gate = 1;
-  if (p.block_mask) {
-    BlockLists& lists = f.blocks;
-    lists.partial_count = c.partial_count.data();
-    lists.partial_indices = c.partial_indices.data();
-    lists.full_count = c.full_count.data();
-    lists.full_indices = c.full_indices.data();
-    lists.bits_begin = c.bits_begin.data();
-    lists.bits = c.block_bits.data();
-    lists.partial_stride_head = lists.full_stride_head = c.row_blocks;
-    lists.partial_stride_row = lists.full_stride_row = 1;
-    lists.partial_indices_stride_head = lists.full_indices_stride_head = int64{c.row_blocks} * c.key_blocks;
-    lists.partial_indices_stride_row = lists.full_indices_stride_row = c.key_blocks;
-    lists.block_rows = lists.block_keys = kBlock;
-  }
+  if (p.block_mask) f.blocks = c.blocks.lists();
 
   const auto grid = [](int32 x, int32 y, int32 z) {
     return Dim3{static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};

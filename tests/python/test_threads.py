@@ -158,6 +158,28 @@ def test_a_missing_instruction_set_does_not_disturb_the_reference():
     assert "avx1024" in done.stdout, "the reason against the cpu backend is missing"
 
 
+# Every float16 number and the middle of every two. Highway's own conversions truncate where there is no instruction,
+# and take infinity and NaN for numbers.
+FLOAT16 = """
+import torch, flash_sparse_attention as fsa
+bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+zeros = torch.zeros(256, 1, 1, 8, dtype=torch.float16)
+one = bits.view(torch.float16).reshape(256, 1, 1, 256)  # the only value of its row
+out = fsa.attention(zeros, zeros, one)
+nan = one.isnan()
+assert torch.equal(out.isnan(), nan), "NaN"
+assert torch.equal(out[~nan], one[~nan]), "widened or narrowed to another number"
+low, high = (bits[i : i + 0x7B00].view(torch.float16) for i in (0, 1))  # neighbours, and what lies between
+pair = torch.stack([low, high]).reshape(2, 123, 256).transpose(0, 1).unsqueeze(2)
+query, key = zeros[:123], zeros[:123].expand(123, 2, 1, 8)
+for sign in (1, -1):
+    out = fsa.attention(query, key, sign * pair).flatten()
+    want = (sign * (low.float() + high.float()) / 2).half()
+    assert torch.equal(out, want), "not to nearest, ties to even"
+print("exact")
+"""
+
+
 @pytest.mark.skipif("FSA_BACKEND" in os.environ, reason="one backend was asked for")
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_instruction_set_of_the_machine(target, capsys):
@@ -186,38 +208,10 @@ print("checked", kernel)
 """
     done = run_python(code, FSA_CPU_TARGET=target)
     assert done.returncode == 0 and "checked" in done.stdout, done.stdout + done.stderr
+    halves = run_python(FLOAT16, FSA_CPU_TARGET=target)
+    assert halves.returncode == 0 and "exact" in halves.stdout, halves.stdout + halves.stderr
     with capsys.disabled():
         print(f"\n{target}: {done.stdout.strip()}")
-
-
-FLOAT16 = """
-import torch, flash_sparse_attention as fsa
-bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
-zeros = torch.zeros(256, 1, 1, 8, dtype=torch.float16)
-one = bits.view(torch.float16).reshape(256, 1, 1, 256)  # the only value of its row
-out = fsa.attention(zeros, zeros, one)
-nan = one.isnan()
-assert torch.equal(out.isnan(), nan), "NaN"
-assert torch.equal(out[~nan], one[~nan]), "widened or narrowed to another number"
-low, high = (bits[i : i + 0x7B00].view(torch.float16) for i in (0, 1))  # neighbours, and what lies between
-pair = torch.stack([low, high]).reshape(2, 123, 256).transpose(0, 1).unsqueeze(2)
-query, key = zeros[:123], zeros[:123].expand(123, 2, 1, 8)
-for sign in (1, -1):
-    out = fsa.attention(query, key, sign * pair).flatten()
-    want = (sign * (low.float() + high.float()) / 2).half()
-    assert torch.equal(out, want), "not to nearest, ties to even"
-print("exact")
-"""
-
-
-@pytest.mark.skipif("FSA_BACKEND" in os.environ, reason="one backend was asked for")
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_float16_number_on_every_instruction_set(target):
-    """Highway's own conversions truncate where there is no instruction, and take infinity and NaN for numbers."""
-    if not machine_has(target):
-        pytest.skip(f"{target}: not on this machine")
-    done = run_python(FLOAT16, FSA_CPU_TARGET=target)
-    assert done.returncode == 0 and "exact" in done.stdout, done.stdout + done.stderr
 
 
 # A process whose requests for the AMX tile registers the kernel refuses, whoever asks: arch_prctl

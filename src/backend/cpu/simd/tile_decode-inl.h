@@ -148,13 +148,6 @@ struct TileDecode {
     }
   }
 
-  HWY_INLINE void load_resident(const char* tiles, std::int64_t count) const {
-    tile_load<4>(tiles, 64);
-    if (count > 1) tile_load<5>(tiles + kTileBytes, 64);
-    if (count > 2) tile_load<6>(tiles + 2 * kTileBytes, 64);
-    if (count > 3) tile_load<7>(tiles + 3 * kTileBytes, 64);
-  }
-
   template <class Context>
   HWY_INLINE void add_values(Context& c, const DecodeHead& head, std::int64_t keys) const {
     const std::int64_t v_tiles = row_tiles(c.p), k_tiles = tiles_of(keys, kTileTerms);

@@ -360,7 +360,7 @@ struct TileForward {
   HWY_INLINE void multiply_keys(ForwardRowTile& t, const char* query, std::int64_t v, const KeyTerms& terms,
                                 const QuarterLogits& passes, float* scores, float* factors,
                                 Exponentials& e) const {
-    load_columns(query, q_tiles);
+    load_resident(query, q_tiles);
     Float m0 = hn::Set(kFloat, kNegativeInfinity), m1 = m0;
     constexpr std::int64_t kSize = kTileRows * kTileRows;
     const auto maxima_of = [&](std::int64_t n) HWY_ATTR {
@@ -399,7 +399,7 @@ struct TileForward {
         hn::Store(hn::Zero(kFloat), kFloat, t.out + d * kRows + v * kTileRows);
       return;
     }
-    load_columns(probabilities.at(v & 1, 0), k_tiles);
+    load_resident(probabilities.at(v & 1, 0), k_tiles);
     e.spread_over(d_tiles * k_tiles);
     float* c = t.out + v * kTileRows;
     for (std::int64_t d = 0; d < d_tiles; d += 2) {
@@ -419,14 +419,6 @@ struct TileForward {
       tile_store<1>(c, kRowBytes);
       c += kTileRows * kRows;
     }
-  }
-
-  // Registers 4 to 7: up to four tiles of B, 16 columns (rows of the row tile) and 128 terms.
-  HWY_INLINE void load_columns(const char* b, std::int64_t k_tiles) const {
-    tile_load<4>(b, 64);
-    if (k_tiles > 1) tile_load<5>(b + kTileBytes, 64);
-    if (k_tiles > 2) tile_load<6>(b + 2 * kTileBytes, 64);
-    if (k_tiles > 3) tile_load<7>(b + 3 * kTileBytes, 64);
   }
 
   // Register kC += up to four tiles of A times registers 4 to 7.

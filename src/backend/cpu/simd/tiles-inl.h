@@ -77,6 +77,13 @@ template <int kTile>
 HWY_INLINE void tile_load(const void* source, std::int64_t row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(source), "r"(row_bytes), "i"(kTile) : "memory");
 }
+// Registers 4 to 7: up to four tiles that follow each other, for as long as other operands pass by.
+HWY_INLINE void load_resident(const char* tiles, std::int64_t count) {
+  tile_load<4>(tiles, 64);
+  if (count > 1) tile_load<5>(tiles + kTileBytes, 64);
+  if (count > 2) tile_load<6>(tiles + 2 * kTileBytes, 64);
+  if (count > 3) tile_load<7>(tiles + 3 * kTileBytes, 64);
+}
 template <int kTile>
 HWY_INLINE void tile_store(void* target, std::int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(target), "r"(row_bytes), "i"(kTile) : "memory");
