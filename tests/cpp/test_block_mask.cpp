@@ -157,8 +157,9 @@ MaskShape random_shape(Random& random, std::int64_t head_dim) {
 }
 
 TEST(BlockMask, CpuMatchesReference) {
-  int compared = 0;
-  for (const std::uint64_t seed : seeds(20000, 120)) {
+  const std::vector<std::uint64_t> drawn = seeds(20000, 120);
+  std::size_t compared = 0;
+  for (const std::uint64_t seed : drawn) {
     Random random(seed);
     AttentionSetup setup = random_setup(random);
     setup.options.backend = "cpu";
@@ -195,7 +196,7 @@ TEST(BlockMask, CpuMatchesReference) {
     if (setup.sink) expect_close(cpu.grad_sink, reference.grad_sink, limit, "grad_sink", seed);
   }
   if (std::getenv("FSA_TEST_SEED") == nullptr) {
-    EXPECT_GE(compared, 100) << "too many maps differ from the reference's";
+    EXPECT_GE(6 * compared, 5 * drawn.size()) << "too many maps differ from the reference's";
   }
 }
 

@@ -102,8 +102,9 @@ Attention with_backend(Attention a, const char* backend) {
 }
 
 TEST(Cpu, ForwardAndBackwardMatchReference) {
-  int skipping = 0, compared = 0;
-  for (const std::uint64_t seed : seeds(1000, 160)) {
+  const std::vector<std::uint64_t> drawn = seeds(1000, 160);
+  std::size_t skipping = 0, compared = 0;
+  for (const std::uint64_t seed : drawn) {
     Random random(seed);
     Attention cpu = Attention::prefill(random_setup(random, false));
     if (cpu.setup.options.threshold && random.below(4) != 0) give_topics(cpu, random);
@@ -147,8 +148,8 @@ TEST(Cpu, ForwardAndBackwardMatchReference) {
     if (cpu.setup.sink) expect_close(cpu.grad_sink, reference.grad_sink, limit, "grad_sink", seed);
   }
   if (std::getenv("FSA_TEST_SEED") != nullptr) return;
-  EXPECT_GE(compared, 100) << "too many maps differ from the reference's";
-  EXPECT_GE(skipping, 15) << "the sparse cases skip nothing";
+  EXPECT_GE(8 * compared, 5 * drawn.size()) << "too many maps differ from the reference's";
+  EXPECT_GE(11 * skipping, drawn.size()) << "the sparse cases skip nothing";
 }
 
 TEST(Cpu, DecodeMatchesReference) {
