@@ -156,7 +156,8 @@ def python() -> Totals:
     report = BUILD / "pytest.xml"
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
-    return read_junit(report, run(sys.executable, "-m", "pytest", "-q", f"--junitxml={report}"))
+    jobs = str(min(os.cpu_count() or 1, 8))  # each process computes with threads of its own now and then
+    return read_junit(report, run(sys.executable, "-m", "pytest", "-q", "-n", jobs, f"--junitxml={report}"))
 
 
 def consumer() -> Totals:

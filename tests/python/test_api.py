@@ -413,26 +413,26 @@ def test_backward_through_decode_is_refused():
 # ---- import -------------------------------------------------------------------------------------------------
 
 
-def seconds_to_import(code: str) -> float:
-    path = os.pathsep.join(sys.path)
-    best = math.inf
-    for _ in range(3):
-        program = f"import time, torch; t = time.perf_counter(); {code}; print(time.perf_counter() - t)"
-        env = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
-        )
-        best = min(best, float(done.stdout))
-    return best
+def run_import(code: str) -> str:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout
 
 
-def test_import_is_quick():
-    """Less than 0.3 s beyond torch's own."""
-    assert seconds_to_import("import flash_sparse_attention") < 0.3
+def test_import_loads_nothing_else():
+    """Beyond torch: this package and the standard library, so importing it takes what its own files take."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import flash_sparse_attention; "
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    loaded = set(run_import(code).split())
+    assert "flash_sparse_attention" in loaded
+    assert loaded <= {"flash_sparse_attention", *sys.stdlib_module_names}
 
 
 def test_import_needs_no_transformers():
     code = "import sys; sys.modules['transformers'] = None; import flash_sparse_attention"
-    seconds_to_import(code)
+    run_import(code)
     loaded = "import flash_sparse_attention, sys; assert 'transformers' not in sys.modules"
-    seconds_to_import(loaded)
+    run_import(loaded)
