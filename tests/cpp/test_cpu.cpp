@@ -204,6 +204,27 @@ TEST(Cpu, ResultsDoNotDependOnThreads) {
   set_num_threads(before);
 }
 
+// Rows without any other logit: lse is log(keys) + softmax_scale log(sigmoid(alpha delta)). On tiles the log-sigmoid has
+// one form for 16 rows whose products are all near 0 and one for the others; half of these products lie within 9.3.
+TEST(Cpu, PairGateNearAndFarFromZero) {
+  for (const double delta : {-20.0, -9.25, -3.0, -0.5, 0.25, 1.0, 4.0, 9.25, 12.0, 60.0}) {
+    AttentionSetup setup{.seqlen_q = 64, .seqlen_k = 128, .head_dim = 64, .head_dim_v = 64, .gate = true};
+    setup.dtype = DType::bfloat16;
+    setup.options.backend = "cpu";
+    Attention a = Attention::prefill(setup);
+    for (std::int64_t i = 0; i < a.query.numel(); ++i) a.query.put(i, 0.0);
+    for (std::int64_t i = 0; i < a.alpha.numel(); ++i)
+      a.alpha.put(i, static_cast<double>(i % 2 == 0 ? i : -i) / 64);
+    for (std::int64_t j = 0; j < a.delta.numel(); ++j) a.delta.put(j, delta);
+    a.forward();
+    for (std::int64_t i = 0; i < 64; ++i) {
+      const double x = a.alpha.at(0, i, 0) * delta;
+      const double gate = std::min(x, 0.0) - std::log1p(std::exp(-std::abs(x)));
+      EXPECT_NEAR(a.lse.at(0, 0, i), std::log(128.0) + gate / 8, 6e-6) << "alpha * delta = " << x;
+    }
+  }
+}
+
 TEST(Cpu, ThresholdOffIsDenseBitForBit) {
   for (const std::uint64_t seed : seeds(9100, 10)) {
     Random random(seed);

@@ -18,6 +18,7 @@
 #pragma once
 
 #include "backend/cpu/simd/backward-inl.h"
+#include "backend/cpu/simd/tile_gate-inl.h"
 #include "backend/cpu/simd/tiles-inl.h"
 
 namespace fsa::cpu::FSA_SIMD_TARGET {
@@ -238,21 +239,44 @@ struct TileBackward {
   // products are summed and then rounded to 2^-9.
   HWY_INLINE void add_gate(const LogitPolicies& logit, const RowTile& tile, const float* delta,
                            std::int64_t keys, float* scores) const {
-    const Float one = hn::Set(kFloat, 1.0f);
+    const GateKeys gate_keys(delta, keys);
     for (std::int64_t r = 0; r < kRows; r += kLanes) {
-      const Float alpha = TileGate(logit, tile, r).alpha;
-      for (std::int64_t j = 0; j < keys; ++j) {
-        const Float x = hn::Mul(alpha, hn::Set(kFloat, delta[j]));
-        const Float y = exp2_of_minus_abs(x);
-        float* s = scores + j * kRows + r;
-        hn::Store(hn::Add(hn::Load(kFloat, s), log_sigmoid_short(x, y)), kFloat, s);
-        const __m512 numerator =
-            _mm512_mask_mov_ps(y.raw, _mm512_movepi32_mask(_mm512_castps_si512(x.raw)), one.raw);
-        const __m512 slope = _mm512_mul_ps(numerator, _mm512_rcp14_ps(hn::Add(y, one).raw));
-        hn::Store(Float{slope}, kFloat, gate_slopes + j * kRows + r);
-      }
+      const TileGate gate(logit, tile, r, gate_keys);
+      if (gate.near)
+        add_near_gate(gate, gate_keys, keys, scores + r, gate_slopes + r);
+      else
+        add_far_gate(gate, gate_keys, keys, scores + r, gate_slopes + r);
       for (std::int64_t j = keys; j < round_up(keys, kStrip); ++j)
         hn::Store(hn::Zero(kFloat), kFloat, gate_slopes + j * kRows + r);
+    }
+  }
+  static HWY_INLINE void add_near_gate(const TileGate& rows, const GateKeys& gate_keys, std::int64_t keys,
+                                       float* scores, float* slopes) {
+    const NearGate gate(rows.alpha);
+    const Quadratics log_cosh(kLogCosh), tanh_ratio(kTanhRatio);
+    const float* const delta = gate_keys.delta;
+    const float* const sizes = gate_keys.sizes;
+    for (std::int64_t j = 0; j < keys; ++j) {
+      float* s = scores + j * kRows;
+      const float delta_j = delta[j];
+      const Float w = gate.argument(sizes[j]);
+      hn::Store(gate.add(log_cosh, w, delta_j, hn::Load(kFloat, s)), kFloat, s);
+      hn::Store(gate.slope(tanh_ratio, w, delta_j), kFloat, slopes + j * kRows);
+    }
+  }
+  static HWY_INLINE void add_far_gate(const TileGate& rows, const GateKeys& gate_keys, std::int64_t keys,
+                                      float* scores, float* slopes) {
+    const Float one = hn::Set(kFloat, 1.0f);
+    const Float alpha = hn::Mul(rows.alpha, hn::Set(kFloat, static_cast<float>(kLog2E)));
+    for (std::int64_t j = 0; j < keys; ++j) {
+      const Float x = hn::Mul(alpha, hn::Set(kFloat, gate_keys.delta[j]));
+      const Float y = exp2_of_minus_abs(x);
+      float* s = scores + j * kRows;
+      hn::Store(hn::Add(hn::Load(kFloat, s), log_sigmoid_short(x, y)), kFloat, s);
+      const __m512 numerator =
+          _mm512_mask_mov_ps(y.raw, _mm512_movepi32_mask(_mm512_castps_si512(x.raw)), one.raw);
+      const __m512 slope = _mm512_mul_ps(numerator, _mm512_rcp14_ps(hn::Add(y, one).raw));
+      hn::Store(Float{slope}, kFloat, slopes + j * kRows);
     }
   }
 

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "backend/cpu/simd/forward-inl.h"
+#include "backend/cpu/simd/tile_gate-inl.h"
 #include "backend/cpu/simd/tiles-inl.h"
 
 namespace fsa::cpu::FSA_SIMD_TARGET {
@@ -112,19 +113,16 @@ struct TileForward {
   HWY_INLINE void gate_with_maxima(const LogitPolicies& logit, const RowTile& tile, const float* delta,
                                    std::int64_t keys, float* scores) {
     const Float factor = hn::Set(kFloat, logit.pre_scale);
+    const GateKeys gate_keys(delta, keys);
     for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
-      const TileGate gate(logit, tile, r);
-      const auto gated = [&](std::int64_t j) HWY_ATTR {
-        float* s = scores + j * kRows + r;
-        const Float x = hn::Mul(gate.add(hn::Load(kFloat, s), delta[j]), factor);
-        hn::Store(x, kFloat, s);
-        return x;
-      };
       Maxima maxima;
-      for (std::int64_t j = 0; j < keys; j += 2) {
-        const Float x = gated(j), y = gated(j + 1);
-        maxima.add(x, y);
-      }
+      const auto store = [&](std::int64_t j, const auto& add) HWY_ATTR {
+        float* s = scores + j * kRows + r;
+        const Float x = hn::Mul(add(hn::Load(kFloat, s)), factor);
+        hn::Store(x, kFloat, s);
+        maxima.add(x);
+      };
+      TileGate(logit, tile, r, gate_keys).for_keys(gate_keys, 0, keys, store);
       hn::Store(maxima.result(), kFloat, best + r);
     }
   }
@@ -163,6 +161,7 @@ struct TileForward {
       even = hn::Max(even, x);
       odd = hn::Max(odd, y);
     }
+    HWY_INLINE void add(Float x) { add(x, x); }
     HWY_INLINE Float result() const {
       return Float{_mm512_mask_mov_ps(hn::Max(even, odd).raw, poisoned, hn::NaN(kFloat).raw)};
     }
@@ -222,6 +221,7 @@ struct TileForward {
     KeyTerms terms[kRows / kTileRows];
     for (std::int64_t v = 0; v < v_tiles; ++v)
       terms[v] = masked == nullptr ? KeyTerms{0, keys / kTileTerms} : terms_seen(*masked, v);
+    const GateKeys gate_keys(delta, logit.pair_gate ? keys : 0);
     for (std::int64_t v = -1; v <= v_tiles; ++v) {
       Exponentials e(score_scale);
       const bool exponentials = v >= 0 && v < v_tiles && terms[v].count > 0;
@@ -230,7 +230,7 @@ struct TileForward {
       if (v + 1 < v_tiles && terms[v + 1].count > 0) {
         const KeyTerms& next = terms[v + 1];
         e.spread_over(2 * next.count * q_tiles + products);
-        const QuarterLogits passes(logit, t.tile, v + 1, next, delta, masked);
+        const QuarterLogits passes(logit, t.tile, v + 1, next, gate_keys, masked);
         multiply_keys<kPasses>(t, query.at(v + 1, 0), v + 1, next, passes, quarter(v + 1), factors, e);
       }
       if (v > 0) multiply_values(t, v - 1, d_tiles, terms[v - 1].first, terms[v - 1].count, e);
@@ -259,26 +259,32 @@ struct TileForward {
 
   // Gate and mask of 16 rows.
   struct QuarterLogits {
+    const GateKeys& gate_keys;
     TileGate gate;
-    const float* delta = nullptr;         // null: no gate
+    bool gated;
     const std::uint64_t* rows = nullptr;  // of each key; null: all
-    std::int64_t first_row;
+    std::int64_t first_key, first_row;
 
     HWY_INLINE QuarterLogits(const LogitPolicies& logit, const RowTile& tile, std::int64_t v,
-                             const KeyTerms& keys, const float* tile_delta, const PartialTile* masked)
-        : gate(logit, tile, v * kTileRows), first_row(v * kTileRows) {
-      const std::int64_t first = keys.first * kTileTerms;
-      if (logit.pair_gate) delta = tile_delta + first;
-      if (masked != nullptr) rows = masked->rows_of_key + first;
+                             const KeyTerms& keys, const GateKeys& tile_keys, const PartialTile* masked)
+        : gate_keys(tile_keys),
+          gate(logit, tile, v * kTileRows, tile_keys),
+          gated(logit.pair_gate),
+          first_key(keys.first * kTileTerms),
+          first_row(v * kTileRows) {
+      if (masked != nullptr) rows = masked->rows_of_key + first_key;
     }
 
     // scores of the keys [j, j + 16), before the scale.
     HWY_INLINE void apply(std::int64_t j, float* scores) const {
-      if (delta != nullptr)
-        for (std::int64_t i = 0; i < kTileRows; ++i) {
-          float* s = scores + i * kTileRows;
-          hn::Store(gate.add(hn::Load(kFloat, s), delta[j + i]), kFloat, s);
-        }
+      if (gated) {
+        const std::int64_t begin = first_key + j;
+        float* const first = scores - begin * kTileRows;
+        gate.for_keys(gate_keys, begin, begin + kTileRows, [&](std::int64_t key, const auto& add) HWY_ATTR {
+          float* s = first + key * kTileRows;
+          hn::Store(add(hn::Load(kFloat, s)), kFloat, s);
+        });
+      }
       if (rows == nullptr) return;
       const __m512 hidden = _mm512_set1_ps(kNegativeInfinity);
       for (std::int64_t i = 0; i < kTileRows; ++i) {

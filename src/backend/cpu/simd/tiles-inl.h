@@ -343,43 +343,4 @@ HWY_INLINE Float exp2_short(Float x) {
   return Float{_mm512_scalef_ps(p.raw, x.raw)};
 }
 
-// 2^-|x|, in [0, 1].
-HWY_INLINE Float exp2_of_minus_abs(Float x) {
-  const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));
-  return exp2_short(Float{_mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(x.raw), sign))});
-}
-
-// log(sigmoid(x / log2 e)) = min(x, 0) ln 2 - log1p(y), y = 2^-|x|, to 3e-6: 1.5e-6 each from y and from the polynomial
-// of degree 5 for log1p(y) / y. The sum of a row loses as much to the exponentials. 16 instructions.
-HWY_INLINE Float log_sigmoid_short(Float x, Float y) {
-  Float p = hn::Set(kFloat, -1.8338900059461594e-2f);
-  p = hn::MulAdd(p, y, hn::Set(kFloat, 8.557002991437912e-2f));
-  p = hn::MulAdd(p, y, hn::Set(kFloat, -1.9376105070114136e-1f));
-  p = hn::MulAdd(p, y, hn::Set(kFloat, 3.1764909625053406e-1f));
-  p = hn::MulAdd(p, y, hn::Set(kFloat, -4.978750944137573e-1f));
-  p = hn::MulAdd(p, y, hn::Set(kFloat, 9.999016523361206e-1f));
-  const Float linear = hn::Mul(hn::Min(x, hn::Zero(kFloat)), hn::Set(kFloat, 6.931471806e-1f));
-  return hn::NegMulAdd(p, y, linear);
-}
-
-// The pair gate of 16 rows from `first_row` on.
-struct TileGate {
-  Float alpha;  // times log2 e with the log-sigmoid
-  bool log_sigmoid;
-
-  HWY_INLINE TileGate(const LogitPolicies& logit, const RowTile& tile, std::int64_t first_row)
-      : alpha(hn::Zero(kFloat)), log_sigmoid(logit.log_sigmoid) {
-    if (!logit.pair_gate) return;
-    alpha = hn::LoadU(kFloat, tile.alpha + first_row);
-    if (log_sigmoid) alpha = hn::Mul(alpha, hn::Set(kFloat, static_cast<float>(kLog2E)));
-  }
-  // scores + g(alpha * delta)
-  HWY_INLINE Float add(Float scores, float delta) const {
-    const Float d = hn::Set(kFloat, delta);
-    if (!log_sigmoid) return hn::MulAdd(alpha, d, scores);
-    const Float x = hn::Mul(alpha, d);
-    return hn::Add(scores, log_sigmoid_short(x, exp2_of_minus_abs(x)));
-  }
-};
-
 }  // namespace fsa::cpu::FSA_SIMD_TARGET
