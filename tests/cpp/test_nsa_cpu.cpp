@@ -2,6 +2,9 @@
 // The vector kernels of native sparse attention against the reference, on random problems: every dtype, group, block
 // size, algorithm, layout. One seed is one problem; a failure names it: fsa_tests --gtest_filter='NsaCpu.*' with
 // FSA_TEST_SEED=<seed> runs it alone.
+#include <limits>
+
+#include "backend/cpu/thread_pool.h"
 #include "test_nsa_util.h"
 
 namespace fsa::test {
@@ -284,6 +287,35 @@ TEST(NsaCpu, AttentionAndSelectionOverManyTiles) {
     expect_best_blocks(selection, 1e-5);
     expect_both_in_one_call(selection);
   }
+}
+
+// Lanes without a token have ranks from memory that other calls left behind, NaN among it.
+TEST(NsaCpu, SelectionDoesNotDependOnWhatMemoryHolds) {
+  const ThreadsAsBefore restore;
+  set_num_threads(1);
+  const NsaSetup setup{.batch = 1,
+                       .seqlen = 2 * 64 + 5,
+                       .dtype = DType::float32,
+                       .compress_block = 8,
+                       .compress_stride = 4,
+                       .block_size = 16,
+                       .top_k = 3,
+                       .init_blocks = 1,
+                       .local_blocks = 1,
+                       .backend = "cpu"};
+  Selection selection(setup);
+  const auto leave_nan = [] {
+    constexpr std::size_t kFloats = std::size_t{1} << 21;
+    std::fill_n(static_cast<float*>(cpu::thread_scratch(kFloats * sizeof(float))), kFloats,
+                std::numeric_limits<float>::quiet_NaN());
+  };
+  leave_nan();
+  selection.run();
+  expect_best_blocks(selection, 1e-5);
+  Buffer out = selection.out();
+  leave_nan();
+  nsa::attend_and_select(selection.attention(out, "cpu"), selection.args());
+  expect_best_blocks(selection, 1e-5);
 }
 
 TEST(NsaCpu, AttentionAndSelectionRefuseOthersTensors) {

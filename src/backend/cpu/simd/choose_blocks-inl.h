@@ -105,7 +105,8 @@ HWY_NOINLINE void choose_lanes(const std::int32_t* ranks, std::int64_t blocks, c
   }
   Int equals[kVectors];  // of rank `low`, the first ones
   for (int v = 0; v < kVectors; ++v) {
-    low[v] = hn::IfThenElse(hn::Gt(want[v], zero), low[v], hn::Set(kInt, kForcedRank));
+    // Lanes without a token have whatever the memory held for ranks, and take none.
+    low[v] = hn::IfThenElse(hn::Gt(want[v], zero), low[v], hn::Set(kInt, 0x7fffffff));
     equals[v] = hn::IfThenElse(hn::Gt(want[v], zero), hn::Sub(want[v], at_high[v]), zero);
   }
   for (std::int64_t block = 0; block < blocks; ++block) {
