@@ -162,7 +162,8 @@ void bind_backward(nb::module_& m) {
       [](Inputs inputs, Options options, In<"out"> out, In<"lse"> lse, In<"skip_map"> skip_map,
          In<"grad_out"> grad_out, In<"grad_lse"> grad_lse, Out<"grad_query"> grad_query,
          Out<"grad_key"> grad_key, Out<"grad_value"> grad_value, Out<"grad_alpha"> grad_alpha,
-         Out<"grad_delta"> grad_delta, Out<"grad_sink"> grad_sink, Out<"workspace"> workspace) {
+         Out<"grad_delta"> grad_delta, Out<"grad_sink"> grad_sink, Out<"workspace"> workspace,
+         bool add_to_grad_query, bool add_to_grad_key_value) {
         BackwardArgs args = backward_args(inputs, options, out, skip_map, grad_out, grad_lse);
         args.lse = lse;
         args.grad_query = grad_query;
@@ -171,12 +172,15 @@ void bind_backward(nb::module_& m) {
         args.grad_alpha = grad_alpha;
         args.grad_delta = grad_delta;
         args.grad_sink = grad_sink;
+        args.add_to_grad_query = add_to_grad_query;
+        args.add_to_grad_key_value = add_to_grad_key_value;
         args.workspace = workspace_from(workspace);
         without_gil([&] { backward(args); });
       },
       "inputs"_a, "options"_a, "out"_a, "lse"_a, "skip_map"_a.none(), "grad_out"_a, "grad_lse"_a.none(),
       "grad_query"_a, "grad_key"_a, "grad_value"_a, "grad_alpha"_a.none(), "grad_delta"_a.none(),
-      "grad_sink"_a.none(), "workspace"_a.none());
+      "grad_sink"_a.none(), "workspace"_a.none(), "add_to_grad_query"_a = false,
+      "add_to_grad_key_value"_a = false);
   m.def(
       "workspace_size_backward",
       [](Inputs inputs, Options options, In<"out"> out, In<"skip_map"> skip_map, In<"grad_out"> grad_out,

@@ -172,7 +172,7 @@ void bind_compressed(nb::module_& m) {
          In<"cu_seqlens"> cu_seqlens, In<"cu_seqlens_compressed"> cu_compressed, Int block, Int stride,
          Scale scale, std::optional<Int> max_seqlen, Text backend, In<"out"> out, In<"lse"> lse,
          In<"grad_out"> grad_out, Out<"grad_query"> grad_query, Out<"grad_key"> grad_key,
-         Out<"grad_value"> grad_value, Out<"workspace"> workspace) {
+         Out<"grad_value"> grad_value, Out<"workspace"> workspace, bool add_to_grad_query) {
         const BackwardArgs args{.inputs = compressed_inputs(query, key, value, cu_seqlens, cu_compressed, {}),
                                 .options = compressed_options(block, stride, scale, max_seqlen, backend),
                                 .out = out,
@@ -181,6 +181,7 @@ void bind_compressed(nb::module_& m) {
                                 .grad_query = grad_query,
                                 .grad_key = grad_key,
                                 .grad_value = grad_value,
+                                .add_to_grad_query = add_to_grad_query,
                                 .workspace = workspace_from(workspace),
                                 .stream = query.stream};
         without_gil([&] { backward(args); });
@@ -188,7 +189,7 @@ void bind_compressed(nb::module_& m) {
       "query"_a, "compressed_key"_a, "compressed_value"_a, "cu_seqlens"_a.none(),
       "cu_seqlens_compressed"_a.none(), "compress_block"_a, "compress_stride"_a, "softmax_scale"_a.none(),
       "max_seqlen"_a.none(), "backend"_a, "out"_a, "lse"_a, "grad_out"_a, "grad_query"_a, "grad_key"_a,
-      "grad_value"_a, "workspace"_a.none());
+      "grad_value"_a, "workspace"_a.none(), "add_to_grad_query"_a = false);
   m.def(
       "nsa_workspace_size_compressed_backward",
       [](First<"query"> query, In<"compressed_key"> key, In<"compressed_value"> value,

@@ -188,8 +188,12 @@ def run_backward(
     grad_lse: Tensor | None,
     want_gate: bool,
     want_sink: bool,
+    onto: tuple[Tensor | None, ...] = (None, None, None),
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, alpha, delta, sink; the last three None when not wanted."""
+    """Gradients of query, key, value, alpha, delta, sink; the last three None when not wanted.
+
+    ``onto``, on a CPU: tensors that the gradients of query, and of key and value, are added to.
+    """
     query = inputs[QUERY]
     grad_out = grad_out.resolve_neg()  # autograd may hand over a pending negation
     grad_lse = None if grad_lse is None else grad_lse.resolve_neg()
@@ -197,12 +201,15 @@ def run_backward(
         skip_map = skip_map.view(_C.skip_map_shape(inputs, options))
     wanted = (True, True, True, want_gate, want_gate, want_sink)
     grads = tuple(
-        empty(inputs[i], inputs[i].shape) if wants else None
-        for i, wants in zip((QUERY, KEY, VALUE, ALPHA, DELTA, SINK), wanted, strict=True)
+        (empty(inputs[i], inputs[i].shape) if there is None else there) if wants else None
+        for i, wants, there in zip(
+            (QUERY, KEY, VALUE, ALPHA, DELTA, SINK), wanted, (*onto, None, None, None), strict=True
+        )
     )
     size = _C.workspace_size_backward(inputs, options, out, skip_map, grad_out, grad_lse)
     scratch = workspace(query, size)
-    _C.backward(inputs, options, out, lse, skip_map, grad_out, grad_lse, *grads, scratch)
+    adds = onto[0] is not None, onto[1] is not None
+    _C.backward(inputs, options, out, lse, skip_map, grad_out, grad_lse, *grads, scratch, *adds)
     return grads
 
 

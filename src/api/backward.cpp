@@ -33,6 +33,8 @@ void fill_operands(Call& call, const BackwardArgs& args) {
   p.aligned_grad_query = is_aligned(a.grad_query);
   p.aligned_grad_key = is_aligned(a.grad_key);
   p.aligned_grad_value = is_aligned(a.grad_value);
+  p.adds_grad_query = args.add_to_grad_query;
+  p.adds_grad_key_value = args.add_to_grad_key_value;
 }
 
 }  // namespace
@@ -56,6 +58,10 @@ Call prepare(const BackwardArgs& args, Purpose purpose) {
     call.problem.has_skip_map = false;
   }
   accept_gradients(call, args, purpose);
+  if ((args.add_to_grad_query || args.add_to_grad_key_value) && call.device.kind != DeviceKind::cpu)
+    fail(ErrorCode::unsupported, args.add_to_grad_query ? "add_to_grad_query" : "add_to_grad_key_value",
+         ": true, but query is on ", to_string(call.device),
+         " and gradients join others on the CPU alone; leave it false and add the results");
   check_no_overlap(call.inputs, call.outputs);
   fill_operands(call, args);
   return call;

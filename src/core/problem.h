@@ -40,6 +40,8 @@ struct Problem {
   bool aligned_grad_query = true;
   bool aligned_grad_key = true;
   bool aligned_grad_value = true;
+  bool adds_grad_query = false;  // to what the tensor holds
+  bool adds_grad_key_value = false;
   bool contiguous_tables = true;
   bool contiguous_lists = true;
   std::int64_t total_q = 0;

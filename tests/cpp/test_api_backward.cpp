@@ -235,6 +235,19 @@ TEST(BackwardRefuses, Gradients) {
            kInvalid,
            {"grad_sink: shape [2], must be [4]"},
            [](B& b) { b.args.grad_sink.shape[0] = 2; }},
+          {"joining other gradients on a GPU",
+           kUnsupported,
+           {"add_to_grad_key_value: true", "cuda:0"},
+           [](B& b) {
+             b.args.add_to_grad_key_value = true;
+             for (TensorView* view :
+                  {&b.in.query, &b.in.key, &b.in.value, &b.in.alpha, &b.in.delta, &b.in.sink,
+                   &b.in.alibi_slopes, &b.args.out, &b.args.lse, &b.args.skip_map, &b.args.grad_out,
+                   &b.args.grad_lse, &b.args.grad_query, &b.args.grad_key, &b.args.grad_value,
+                   &b.args.grad_alpha, &b.args.grad_delta, &b.args.grad_sink})
+               view->device.kind = DeviceKind::cuda;
+           },
+           [](B& b) { b.args.add_to_grad_query = b.args.add_to_grad_key_value = true; }},
       },
       a.backward_args());
 }

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <limits>
+#include <numeric>
 #include <thread>
 
 #include "backend/cpu/thread_pool.h"
@@ -225,6 +226,47 @@ TEST(Cpu, PairGateNearAndFarFromZero) {
   }
 }
 
+// The gradients of a backward that adds to what `a` holds.
+void backward_onto(Attention& a, bool query, bool key_value) {
+  BackwardArgs args = a.backward_args();
+  args.add_to_grad_query = query;
+  args.add_to_grad_key_value = key_value;
+  const std::size_t bytes = workspace_size(args);
+  std::vector<unsigned char> memory(bytes + 64);
+  const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
+  args.workspace = {memory.data() + (64 - address % 64) % 64, bytes};
+  backward(args);
+}
+
+TEST(Cpu, GradientsJoinWhatTheirTensorsHold) {
+  for (const std::uint64_t seed : seeds(9200, 24)) {
+    Random random(seed);
+    Attention alone = with_backend(Attention::prefill(random_setup(random, false)), "cpu");
+    if (seed % 4 == 0) alone.setup.options.backend = "reference";
+    alone.make_gradients(random, false);
+    alone.forward();
+    alone.backward();
+    const bool query = seed % 3 != 0, key_value = seed % 3 != 1;
+    Attention joined = alone, sums = alone;
+    const auto prepare = [&](Buffer Attention::* member, bool adds) {
+      Buffer &held = joined.*member, &sum = sums.*member;
+      for (std::int64_t i = 0; i < held.numel(); ++i) {
+        held.put(i, random.normal());
+        sum.put(i, (alone.*member).get(i) + (adds ? held.get(i) : 0));
+      }
+    };
+    prepare(&Attention::grad_query, query);
+    prepare(&Attention::grad_key, key_value);
+    prepare(&Attention::grad_value, key_value);
+    backward_onto(joined, query, key_value);
+    const double limit = tolerance(alone.setup.dtype);
+    expect_close(joined.grad_query, sums.grad_query, limit, "grad_query", seed);
+    expect_close(joined.grad_key, sums.grad_key, limit, "grad_key", seed);
+    expect_close(joined.grad_value, sums.grad_value, limit, "grad_value", seed);
+    EXPECT_TRUE(same_bytes(joined.grad_alpha, alone.grad_alpha)) << "seed " << seed;
+  }
+}
+
 TEST(Cpu, ThresholdOffIsDenseBitForBit) {
   for (const std::uint64_t seed : seeds(9100, 10)) {
     Random random(seed);
@@ -253,6 +295,31 @@ TEST(ThreadPool, RunsEveryItemOnceAndNests) {
                                    if (i == 7) throw Error(ErrorCode::internal, "item 7");
                                  }),
                Error);
+  set_num_threads(before);
+}
+
+TEST(ThreadPool, StepsOfAChainRunInOrder) {
+  const int before = num_threads();
+  const std::vector<std::int64_t> lengths = {3, 0, 40, 1, 17};
+  for (const int threads : {1, 2, 8}) {
+    set_num_threads(threads);
+    std::vector<std::vector<std::int64_t>> seen(lengths.size());
+    cpu::parallel_chains(lengths, [&](std::size_t chain, std::int64_t step) {
+      std::this_thread::sleep_for(std::chrono::microseconds(chain == 2 ? 50 : 5));
+      seen[chain].push_back(step);
+    });
+    for (std::size_t chain = 0; chain < lengths.size(); ++chain) {
+      std::vector<std::int64_t> steps(static_cast<std::size_t>(lengths[chain]));
+      std::iota(steps.begin(), steps.end(), 0);
+      EXPECT_EQ(seen[chain], steps) << "chain " << chain << ", " << threads << " threads";
+    }
+    EXPECT_THROW(cpu::parallel_chains(lengths,
+                                      [](std::size_t chain, std::int64_t step) {
+                                        if (chain == 2 && step == 5)
+                                          throw Error(ErrorCode::internal, "step 5");
+                                      }),
+                 Error);
+  }
   set_num_threads(before);
 }
 

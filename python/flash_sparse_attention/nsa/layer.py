@@ -3,7 +3,7 @@
 
 Composed of the steps of autograd.py, the backward would hold the gradients of all three branches and two sets of
 gradients of query, key and value at once. Heads are independent, so this step walks the key heads: only one head's
-share of those exists at a time (32k tokens of 4 heads of 64, float32: 530 MB beyond the results become 280 MB).
+share of those exists at a time (32k tokens of 4 heads of 64, float32: 530 MB beyond the results become 220 MB).
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ from ..ops import is_plain
 from . import autograd, ops
 
 Three = tuple[Tensor, Tensor, Tensor]
+
+
+class Targets(NamedTuple):
+    """Memory for the gradients of one key head, where all tensors are plain ones."""
+
+    states: Three  # of query, key and value
+    compressed: tuple[Tensor, Tensor]  # of compressed_key and compressed_value
+    branches: Three  # used anew by every head: fresh memory is cleared by the system page by page
+
 
 # Below this many bytes of one branch's gradient the heads are taken together: less to launch.
 WHOLE_BELOW = 16 << 20
@@ -126,15 +135,19 @@ def _gradients(
     group = query.shape[-2] // kv_heads
     per_head = gates.dim() == query.dim()
 
-    def share(gates: Tensor, first: int, count: int, into: Three | None) -> tuple[Tensor | None, ...]:
+    def share(gates: Tensor, first: int, count: int, targets: Targets | None) -> tuple[Tensor | None, ...]:
         return _slice_gradients(
-            settings, inputs, branches, gates, per_head, grad_out, first, count, group, into
+            settings, inputs, branches, gates, per_head, grad_out, first, count, group, targets
         )
 
     if kv_heads == 1 or query.numel() * query.element_size() < WHOLE_BELOW:
         return share(gates, 0, kv_heads, None)
     results = [None if t is None else ops.empty(t, t.shape) for t in inputs[:8]]
     plain = is_plain([t for t in (*inputs, *branches, grad_out) if t is not None])
+    branch_grads: Three | None = None
+    if plain:
+        shape = (*branches.selected.shape[:-2], group, branches.selected.shape[-1])
+        branch_grads = tuple(ops.empty(branches.selected, shape) for _ in range(3))
     token_gates: Tensor | None = None
     # A gate per token gets a share from every head: those are not rounded to 16 bits before they are added.
     wide_gates = gates if gates.dtype == torch.float64 else gates.float()
@@ -145,14 +158,17 @@ def _gradients(
             if result is not None and (name != "gates" or per_head)
             for heads in (group if name in ("query", "gates") else 1,)
         }
-        into = (parts["query"], parts["key"], parts["value"]) if plain else None
-        for name, grad in zip(Inputs._fields, share(wide_gates, head, 1, into), strict=False):
+        targets = None
+        if branch_grads is not None:
+            states = (parts["query"], parts["key"], parts["value"])
+            targets = Targets(states, (parts["compressed_key"], parts["compressed_value"]), branch_grads)
+        for name, grad in zip(Inputs._fields, share(wide_gates, head, 1, targets), strict=False):
             if name == "gates" and not per_head:
                 if token_gates is None:
                     token_gates = grad
                 else:
                     _in_pieces(Tensor.add_, token_gates, grad, -2)
-            elif name in parts and (into is None or name not in ("query", "key", "value")):
+            elif name in parts and grad is not parts[name]:
                 _in_pieces(Tensor.copy_, parts[name], grad, -3)
     if not per_head:
         _in_pieces(Tensor.copy_, results[Inputs._fields.index("gates")], token_gates, -2)
@@ -169,10 +185,9 @@ def _slice_gradients(
     first: int,
     count: int,
     group: int,
-    into: Three | None,
+    targets: Targets | None,
 ) -> tuple[Tensor | None, ...]:
-    """The same for key heads [first, first + count) and their query heads. ``into``: where those of query, key
-    and value are to be."""
+    """The same for key heads [first, first + count) and their query heads. ``targets``: where they are to be."""
     block, stride, block_size, window_left, scale, max_seqlen, algorithm, backend = settings
 
     def of_queries(tensor: Tensor) -> Tensor:
@@ -182,28 +197,33 @@ def _slice_gradients(
         return _heads(tensor, first, first + count)
 
     query, key, value = of_queries(inputs.query), of_keys(inputs.key), of_keys(inputs.value)
-    grad_compressed, grad_selected, grad_sliding, grad_gates = ops.dispatch(
-        "nsa_combine_backward",
-        ops.run_combine_backward,
-        *(of_queries(t) for t in (branches.compressed, branches.selected, branches.sliding)),
-        of_queries(gates) if per_head else gates,
-        backend,
-        of_queries(grad_out),
+    tensors = [t for t in (*inputs, *branches, grad_out) if t is not None]
+    # On a CPU the gradients of the later branches are added where they are computed: sums of their own took 3 to 4 %
+    # of the layer.
+    joins = query.device.type == "cpu" and is_plain(tensors)
+    out_compressed, out_selected, out_sliding = (
+        of_queries(t) for t in (branches.compressed, branches.selected, branches.sliding)
     )
+    combined = (out_compressed, out_selected, out_sliding, of_queries(gates) if per_head else gates, backend)
+    combined = (*combined, of_queries(grad_out))
+    if targets is None:
+        grads = ops.dispatch("nsa_combine_backward", ops.run_combine_backward, *combined)
+    else:
+        grads = ops.run_combine_backward(*combined, into=targets.branches)
+    grad_compressed, grad_selected, grad_sliding, grad_gates = grads
+    del grads
     grad_query, grad_key, grad_value = autograd.selected_gradient(
         (query, key, value, branches.selected_blocks[..., first : first + count, :, :], inputs.cu_seqlens),
         (block_size, scale, backend),
         algorithm,
         max_seqlen,
-        of_queries(branches.selected),
+        out_selected,
         of_queries(branches.selected_lse),
         grad_selected,
-        into=into,
+        into=None if targets is None else targets.states,
     )
     del grad_selected
-    more_query, grad_compressed_key, grad_compressed_value = ops.dispatch(
-        "nsa_compressed_backward",
-        ops.run_compressed_backward,
+    arguments = (
         query,
         of_keys(inputs.compressed_key),
         of_keys(inputs.compressed_value),
@@ -214,12 +234,20 @@ def _slice_gradients(
         scale,
         max_seqlen,
         backend,
-        of_queries(branches.compressed),
+        out_compressed,
         of_queries(branches.compressed_lse),
         grad_compressed,
     )
-    _add(grad_query, more_query)
-    del grad_compressed, more_query
+    if joins:
+        into = None if targets is None else targets.compressed
+        _, *compressed_grads = ops.run_compressed_backward(*arguments, onto=grad_query, into=into)
+    else:
+        more_query, *compressed_grads = ops.dispatch(
+            "nsa_compressed_backward", ops.run_compressed_backward, *arguments
+        )
+        _add(grad_query, more_query)
+        del more_query
+    del arguments, grad_compressed
     own = inputs.sliding_key is not None, inputs.sliding_value is not None
     arguments, options = dense.collect(
         query,
@@ -234,29 +262,28 @@ def _slice_gradients(
         max_seqlen_k=max_seqlen,
         backend=backend or None,
     )
-    more_query, sliding_key, sliding_value, *_ = dense_ops.backward(
-        arguments,
-        options,
-        of_queries(branches.sliding),
-        of_queries(branches.sliding_lse),
-        None,
-        grad_sliding,
-        None,
-        False,
-        False,
-    )
-    _add(grad_query, more_query)
-    if not own[0]:
+    rest = (out_sliding, of_queries(branches.sliding_lse), None, grad_sliding, None)
+    if joins:
+        shared = (None, None) if any(own) else (grad_key, grad_value)
+        onto = (grad_query, *shared)
+        _, sliding_key, sliding_value, *_ = dense_ops.run_backward(
+            arguments, options, *rest, False, False, onto=onto
+        )
+    else:
+        more_query, sliding_key, sliding_value, *_ = dense_ops.backward(
+            arguments, options, *rest, False, False
+        )
+        _add(grad_query, more_query)
+    if not own[0] and sliding_key is not grad_key:
         _add(grad_key, sliding_key)
-    if not own[1]:
+    if not own[1] and sliding_value is not grad_value:
         _add(grad_value, sliding_value)
     return (
         grad_query,
         grad_key,
         grad_value,
         grad_gates,
-        grad_compressed_key,
-        grad_compressed_value,
+        *compressed_grads,
         sliding_key if own[0] else None,
         sliding_value if own[1] else None,
     )

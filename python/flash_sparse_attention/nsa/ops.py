@@ -188,13 +188,18 @@ def run_compressed_backward(
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
+    onto: Tensor | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, compressed_key and compressed_value."""
+    """Gradients of query, compressed_key and compressed_value. ``onto``, on a CPU: what that of query is added to;
+    ``into``: tensors to write the others to."""
     args = (query, compressed_key, compressed_value, cu_seqlens, cu_seqlens_compressed)
     args += (compress_block, compress_stride, softmax_scale, max_seqlen, backend)
     size = _C.nsa_workspace_size_compressed_backward(*args)
-    grads = _three_grads_fake(query, compressed_key, compressed_value)
-    _C.nsa_compressed_backward(*args, out, lse, grad_out.resolve_neg(), *grads, workspace(query, size))
+    grad_query = empty(query, query.shape) if onto is None else onto
+    grads = (grad_query, *(into or (empty(t, t.shape) for t in (compressed_key, compressed_value))))
+    scratch = workspace(query, size)
+    _C.nsa_compressed_backward(*args, out, lse, grad_out.resolve_neg(), *grads, scratch, onto is not None)
     return grads
 
 
@@ -385,10 +390,17 @@ define(f"nsa_combine({_BRANCHES}) -> Tensor", run_combine, _combine_fake)
 
 
 def run_combine_backward(
-    compressed: Tensor, selected: Tensor, sliding: Tensor, gates: Tensor, backend: str, grad_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the three branches and of the gates."""
-    grads = _combine_backward_fake(compressed, selected, sliding, gates)
+    compressed: Tensor,
+    selected: Tensor,
+    sliding: Tensor,
+    gates: Tensor,
+    backend: str,
+    grad_out: Tensor,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of the three branches and of the gates; ``into``: tensors to write those of the branches to."""
+    fresh = into or (empty(t, t.shape) for t in (compressed, selected, sliding))
+    grads = (*fresh, empty(gates, gates.shape))
     _C.nsa_combine_backward(compressed, selected, sliding, gates, backend, grad_out.resolve_neg(), *grads)
     return grads
 

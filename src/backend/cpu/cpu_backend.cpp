@@ -347,14 +347,16 @@ bool run_with_selection(const Problem& p, const Arguments& args, const NsaProble
 
 void fill_unused_grads(const Problem& p, const Arguments& args) {
   for_unused(p, args, false, [&](std::int64_t batch, std::int64_t begin, std::int64_t end) {
-    zero_rows(args.grad_query, batch, begin, end, p.num_heads, p.head_dim);
+    if (!p.adds_grad_query) zero_rows(args.grad_query, batch, begin, end, p.num_heads, p.head_dim);
     zero_rows(args.grad_alpha, batch, begin, end, p.num_heads, 1);
   });
   // Unused keys of a sequence belong to its items; only the rows after the last sequence belong to none.
   if (!p.packed_k) return;
   const std::int64_t begin = p.batch > 0 ? args.cu_seqlens_k.at(p.batch) : 0;
-  zero_rows(args.grad_key, 0, begin, p.total_k, p.num_kv_heads, p.head_dim);
-  zero_rows(args.grad_value, 0, begin, p.total_k, p.num_kv_heads, p.head_dim_v);
+  if (!p.adds_grad_key_value) {
+    zero_rows(args.grad_key, 0, begin, p.total_k, p.num_kv_heads, p.head_dim);
+    zero_rows(args.grad_value, 0, begin, p.total_k, p.num_kv_heads, p.head_dim_v);
+  }
   zero_rows(args.grad_delta, 0, begin, p.total_k, p.num_kv_heads, 1);
 }
 

@@ -236,16 +236,18 @@ void run_selected_backward(const NsaKernelTable& k, const NsaProblem& p, const N
     return x.row_end - x.row_begin > y.row_end - y.row_begin;
   });
   const ChunkMemory sizes(k, p, tokens);
-  parallel_for(static_cast<std::int64_t>(segments.size()), [&](std::int64_t i) {
-    SelectedItem chunk = segments[static_cast<std::size_t>(i)];
-    const std::int64_t end = chunk.row_end;
-    for (; chunk.row_begin < end; chunk.row_begin = chunk.row_end) {
-      chunk.row_end = std::min(end, chunk.row_begin + tokens);
-      run_chunk(p, args, chunk, sizes,
-                [&](const SelectedItem& item, const SelectedLists& lists, void* scratch) {
-                  k.selected_backward(p, args, buffers, item, lists, scratch);
-                });
-    }
+  // A call of one key head has four segments at 32k tokens; threads share them by chunks, of which a segment has many.
+  std::vector<std::int64_t> chunks;
+  for (const SelectedItem& segment : segments)
+    chunks.push_back(ceil_div(segment.row_end - segment.row_begin, tokens));
+  parallel_chains(chunks, [&](std::size_t segment, std::int64_t step) {
+    SelectedItem chunk = segments[segment];
+    chunk.row_begin += step * tokens;
+    chunk.row_end = std::min(chunk.row_end, chunk.row_begin + tokens);
+    run_chunk(p, args, chunk, sizes,
+              [&](const SelectedItem& item, const SelectedLists& lists, void* scratch) {
+                k.selected_backward(p, args, buffers, item, lists, scratch);
+              });
   });
   for_items(
       blocks, static_cast<std::size_t>(std::max(buffers.key_pitch, buffers.value_pitch)) * sizeof(float),
@@ -257,8 +259,6 @@ void run_selected_backward(const NsaKernelTable& k, const NsaProblem& p, const N
 }
 
 // ---------------------------------------------------------------------------------------------- combine
-
-constexpr std::int64_t kCombineRows = 64;  // of all heads: 48 KB and more per item
 
 void run_combine(const NsaKernelTable& k, const NsaProblem& p, const NsaArguments& args) {
   std::vector<RowsItem> items;

@@ -19,6 +19,11 @@ struct KeyGradients {  // of one key head, summed over its group of query heads
   std::vector<double> delta;
 };
 
+void store_gradient(const Operand& target, bool adds, double value, std::int64_t batch, std::int64_t row,
+                    std::int64_t head, std::int64_t dim) {
+  store(target, adds ? load(target, batch, row, head, dim) + value : value, batch, row, head, dim);
+}
+
 // Adds what query head `head_index` contributes, stores the gradients of its rows, returns its dsink.
 double backward_head(const Problem& problem, const Arguments& args, const Sequence& s,
                      std::int64_t head_index, KeyGradients& grad) {
@@ -61,7 +66,8 @@ double backward_head(const Problem& problem, const Arguments& args, const Sequen
       }
     }
     for (std::int64_t d = 0; d < problem.head_dim; ++d)
-      store(args.grad_query, grad_query[d], s.batch, memory_row, head_index, d);
+      store_gradient(args.grad_query, problem.adds_grad_query, grad_query[d], s.batch, memory_row, head_index,
+                     d);
     if (args.grad_alpha.present()) store(args.grad_alpha, grad_alpha, s.batch, memory_row, head_index);
   }
   return grad_sink;
@@ -69,12 +75,13 @@ double backward_head(const Problem& problem, const Arguments& args, const Sequen
 
 void store_key_gradients(const Problem& problem, const Arguments& args, const Sequence& s,
                          std::int64_t kv_head, const KeyGradients& grad) {
+  const bool adds = problem.adds_grad_key_value;
   for (std::int64_t col = 0; col < s.seqlen_k; ++col) {
     const std::int64_t memory_row = s.k_begin + col;
     for (std::int64_t d = 0; d < problem.head_dim; ++d)
-      store(args.grad_key, grad.key[col][d], s.batch, memory_row, kv_head, d);
+      store_gradient(args.grad_key, adds, grad.key[col][d], s.batch, memory_row, kv_head, d);
     for (std::int64_t d = 0; d < problem.head_dim_v; ++d)
-      store(args.grad_value, grad.value[col][d], s.batch, memory_row, kv_head, d);
+      store_gradient(args.grad_value, adds, grad.value[col][d], s.batch, memory_row, kv_head, d);
     if (args.grad_delta.present()) store(args.grad_delta, grad.delta[col], s.batch, memory_row, kv_head);
   }
 }
@@ -85,9 +92,11 @@ void write_zeros(const Problem& problem, const Arguments& args) {
   const std::int64_t rows = problem.packed_q ? problem.total_q : problem.max_seqlen_q;
   const std::int64_t batch_k = problem.packed_k ? 1 : problem.batch;
   const std::int64_t keys = problem.packed_k ? problem.total_k : problem.max_seqlen_k;
-  fill(args.grad_query, 0, batch_q, rows, problem.num_heads, problem.head_dim);
-  fill(args.grad_key, 0, batch_k, keys, problem.num_kv_heads, problem.head_dim);
-  fill(args.grad_value, 0, batch_k, keys, problem.num_kv_heads, problem.head_dim_v);
+  if (!problem.adds_grad_query) fill(args.grad_query, 0, batch_q, rows, problem.num_heads, problem.head_dim);
+  if (!problem.adds_grad_key_value) {
+    fill(args.grad_key, 0, batch_k, keys, problem.num_kv_heads, problem.head_dim);
+    fill(args.grad_value, 0, batch_k, keys, problem.num_kv_heads, problem.head_dim_v);
+  }
   if (args.grad_alpha.present()) fill(args.grad_alpha, 0, batch_q, rows, problem.num_heads);
   if (args.grad_delta.present()) fill(args.grad_delta, 0, batch_k, keys, problem.num_kv_heads);
 }

@@ -188,10 +188,10 @@ struct Scratch {
 
 }  // namespace
 
-void parallel_for(std::int64_t count, ItemFunction body) {
+void parallel_for(std::int64_t count, ItemFunction body, std::int64_t most_threads) {
   if (count <= 0) return;
   const FlushDenormals flush;  // on the caller as on the workers, or results would depend on the thread
-  const int workers = static_cast<int>(std::min<std::int64_t>(num_threads(), count)) - 1;
+  const int workers = static_cast<int>(std::min<std::int64_t>({num_threads(), count, most_threads})) - 1;
   if (workers > 0 && !inside_item) {
     Job job(body, count, workers);
     if (pool().try_run(job)) {
@@ -200,6 +200,35 @@ void parallel_for(std::int64_t count, ItemFunction body) {
     }
   }
   for (std::int64_t item = 0; item < count; ++item) body(item);
+}
+
+void parallel_chains(const std::vector<std::int64_t>& lengths,
+                     const std::function<void(std::size_t chain, std::int64_t step)>& body) {
+  struct Step {
+    std::size_t chain;
+    std::int64_t step;
+  };
+  // First steps first: a thread that takes a step finds its predecessor done, or begun by another thread, unless
+  // there are as many threads as chains.
+  std::vector<Step> steps;
+  const std::int64_t longest = lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end());
+  for (std::int64_t step = 0; step < longest; ++step)
+    for (std::size_t chain = 0; chain < lengths.size(); ++chain)
+      if (step < lengths[chain]) steps.push_back({chain, step});
+  std::vector<std::atomic<std::int64_t>> done(lengths.size());
+  struct Finish {  // of an item that throws, too: its successor may be waiting
+    std::atomic<std::int64_t>& done;
+    ~Finish() { done.fetch_add(1, std::memory_order_release); }
+  };
+  parallel_for(
+      static_cast<std::int64_t>(steps.size()),
+      [&](std::int64_t i) {
+        const Step& s = steps[static_cast<std::size_t>(i)];
+        while (done[s.chain].load(std::memory_order_acquire) < s.step) std::this_thread::yield();
+        const Finish finish{done[s.chain]};
+        body(s.chain, s.step);
+      },
+      static_cast<std::int64_t>(lengths.size()));
 }
 
 void* thread_scratch(std::size_t bytes) {

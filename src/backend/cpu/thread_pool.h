@@ -4,7 +4,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <type_traits>
+#include <vector>
 
 namespace fsa::cpu {
 
@@ -25,11 +27,16 @@ class ItemFunction {
   void (*call_)(void*, std::int64_t);
 };
 
-// Calls body(item) for every item in [0, count), in no particular order, on up to num_threads() threads, the
-// caller among them. Returns when all are done. Runs on the caller alone when the pool is busy with another
+// Calls body(item) for every item in [0, count), begun in ascending order, on up to num_threads() threads, the
+// caller among them, and on `most_threads` at most. Returns when all are done. Runs on the caller alone when the pool is busy with another
 // call or when called from inside an item. The first exception of an item is rethrown here. Items run with
 // denormal numbers as zero; the caller's own setting is back when this returns.
-void parallel_for(std::int64_t count, ItemFunction body);
+void parallel_for(std::int64_t count, ItemFunction body, std::int64_t most_threads = INT64_MAX);
+
+// Calls body(chain, step) for every step in [0, lengths[chain]) of every chain. The steps of a chain run one after the
+// other, on any thread: threads share the work by steps where a sum needs its terms in order.
+void parallel_chains(const std::vector<std::int64_t>& lengths,
+                     const std::function<void(std::size_t chain, std::int64_t step)>& body);
 
 // Memory of the calling thread, aligned to 64 bytes, kept until the thread ends. Its contents are garbage, and a
 // second call invalidates the first.

@@ -327,6 +327,22 @@ HWY_INLINE void backward_row_tile(const Problem& p, const Arguments& args, const
   if (packed) buffers.touched[part] = 1;
 }
 
+// Rows [begin, begin + count) of a gradient; `adds`: to what they hold.
+HWY_INLINE void store_gradients(const RowSource& target, std::int64_t begin, std::int64_t count,
+                                const float* grads, std::int64_t pitch, std::int64_t dim, float factor,
+                                bool adds) {
+  with_element_type(target.dtype, [&](auto* type) HWY_ATTR {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (std::int64_t r = 0; r < count; ++r) {
+      T* row = reinterpret_cast<T*>(const_cast<char*>(target.row(begin + r)));
+      if (adds)
+        narrow_row_onto(grads + r * pitch, dim, factor, row);
+      else
+        narrow_row(grads + r * pitch, dim, factor, row);
+    }
+  });
+}
+
 template <class Arithmetic>
 HWY_INLINE void store_key_grads(const Problem& p, const Arguments& args, const BackwardItem& item,
                                 const KeyBlock& block, const BackwardScratch<Arithmetic>& s) {
@@ -334,12 +350,8 @@ HWY_INLINE void store_key_grads(const Problem& p, const Arguments& args, const B
   const auto store = [&](const Operand& operand, const float* grads, std::int64_t pitch, std::int64_t dim,
                          float factor) HWY_ATTR {
     const RowSource target = row_source(operand, sequence.batch, sequence.k_begin, item.kv_head);
-    with_element_type(operand.dtype, [&](auto* type) HWY_ATTR {
-      using T = std::remove_pointer_t<decltype(type)>;
-      for (std::int64_t j = block.begin; j < block.end; ++j)
-        narrow_row(grads + (j - block.begin) * pitch, dim, factor,
-                   reinterpret_cast<T*>(const_cast<char*>(target.row(j))));
-    });
+    store_gradients(target, block.begin, block.end - block.begin, grads, pitch, dim, factor,
+                    p.adds_grad_key_value);
   };
   const float scale = static_cast<float>(p.softmax_scale);
   store(args.grad_key, s.grad_key, s.key_pitch, p.head_dim, scale);
@@ -423,13 +435,8 @@ HWY_INLINE void finish_rows(const Problem& p, const Arguments& args, const Backw
     }
   transpose(sum, kRows, pitch, round_up(rows, 4), staging, pitch);
   const float scale = static_cast<float>(p.softmax_scale);
-  const RowSource target = row_source(args.grad_query, sequence.batch, sequence.q_begin, item.head);
-  with_element_type(args.grad_query.dtype, [&](auto* type) HWY_ATTR {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for (std::int64_t r = 0; r < rows; ++r)
-      narrow_row(staging + r * pitch, p.head_dim, scale,
-                 reinterpret_cast<T*>(const_cast<char*>(target.row(begin + r))));
-  });
+  store_gradients(row_source(args.grad_query, sequence.batch, sequence.q_begin, item.head), begin, rows,
+                  staging, pitch, p.head_dim, scale, p.adds_grad_query);
   if (!args.grad_alpha.present()) return;
   const RowSource alpha = row_source(args.grad_alpha, sequence.batch, sequence.q_begin, item.head);
   for (std::int64_t r = 0; r < rows; ++r)

@@ -69,6 +69,8 @@ struct RowsItem {  // combine: rows of one batch entry; select_blocks: of one se
   std::int64_t end = 0;
 };
 
+inline constexpr std::int64_t kCombineRows = 64;  // of an item of combine, at most
+
 struct NsaKernelTable {
   void (*compress_prepare)(const NsaProblem&, const NsaArguments&, const CompressBuffers&,
                            std::int64_t kv_head, void* scratch);

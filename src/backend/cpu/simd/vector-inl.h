@@ -150,6 +150,22 @@ HWY_INLINE void narrow_row(const float* source, std::int64_t count, float factor
   std::memcpy(target + i, tail, static_cast<std::size_t>(count - i) * sizeof(T));
 }
 
+// target += source * factor
+template <class T>
+HWY_INLINE void narrow_row_onto(const float* source, std::int64_t count, float factor, T* target) {
+  const Float scale = hn::Set(kFloat, factor);
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    narrow(hn::MulAdd(hn::LoadU(kFloat, source + i), scale, widen(target + i)), target + i);
+  if (i == count) return;
+  float wide[kLanes] = {};
+  std::memcpy(wide, source + i, static_cast<std::size_t>(count - i) * sizeof(float));
+  T tail[kLanes] = {};
+  std::memcpy(tail, target + i, static_cast<std::size_t>(count - i) * sizeof(T));
+  narrow(hn::MulAdd(hn::LoadU(kFloat, wide), scale, widen(tail)), tail);
+  std::memcpy(target + i, tail, static_cast<std::size_t>(count - i) * sizeof(T));
+}
+
 // Calls function(pointer of the element type) for the three types that vectors serve.
 template <class Function>
 HWY_INLINE void with_element_type(DType dtype, Function&& function) {
