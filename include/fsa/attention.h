@@ -110,7 +110,8 @@ struct BackwardArgs {
   TensorView grad_alpha = {};  ///< Optional; as alpha. Each gradient has its tensor's dtype.
   TensorView grad_delta = {};  ///< Optional; as delta.
   TensorView grad_sink = {};   ///< Optional; as sink.
-  /// The gradient joins what grad_query, or grad_key and grad_value, hold. On the CPU.
+  /// The gradient is added to what grad_query, or grad_key and grad_value, hold, in place of being written. On the CPU
+  /// alone: `unsupported` elsewhere.
   bool add_to_grad_query = false;
   bool add_to_grad_key_value = false;
   Workspace workspace = {};
