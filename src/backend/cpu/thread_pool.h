@@ -28,9 +28,10 @@ class ItemFunction {
 };
 
 // Calls body(item) for every item in [0, count), begun in ascending order, on up to num_threads() threads, the
-// caller among them, and on `most_threads` at most. Returns when all are done. Runs on the caller alone when the pool is busy with another
-// call or when called from inside an item. The first exception of an item is rethrown here. Items run with
-// denormal numbers as zero; the caller's own setting is back when this returns.
+// caller among them, and on `most_threads` at most. Returns when all are done. Runs on the caller alone when the
+// pool is busy with another call or when called from inside an item. The first exception of an item is rethrown
+// here; an item that was begun is run all the same. Items run with denormal numbers as zero; the caller's own
+// setting is back when this returns.
 void parallel_for(std::int64_t count, ItemFunction body, std::int64_t most_threads = INT64_MAX);
 
 // Calls body(chain, step) for every step in [0, lengths[chain]) of every chain. The steps of a chain run one after the
