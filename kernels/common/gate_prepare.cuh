@@ -1,30 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Before gated attention: delta as float32 in whole key tiles, and the extremes of each tile. One block of
-// kTileKeys threads per (key tile, key-value head, sequence): grid (largest number of key tiles, kv_heads,
-// batch).
+// Before gated attention: delta as float32 in whole key tiles, the extremes of each tile, and its terms where the gate
+// is folded into Q K^T. One block of kTileKeys threads per (key tile, key-value head, sequence): grid (largest number of
+// key tiles, kv_heads, batch).
 #pragma once
 
+#include "policy/gate_terms.cuh"
 #include "policy/scalar.cuh"
 #include "policy/schedule.cuh"
-#include "ptx/math.cuh"
 
 namespace fsa::kernels {
-
-// {smallest, largest}; NaN when one value is NaN.
-struct Extremes {
-  float low = kInfinity;
-  float high = -kInfinity;
-
-  FSA_DEVICE void include(const Extremes& other) {
-    low = ptx::min_nan(low, other.low);
-    high = ptx::max_nan(high, other.high);
-  }
-  FSA_DEVICE void reduce_warp() {
-#pragma unroll
-    for (int32 distance = kWarpThreads / 2; distance > 0; distance /= 2)
-      include({__shfl_xor_sync(0xffffffffu, low, distance), __shfl_xor_sync(0xffffffffu, high, distance)});
-  }
-};
 
 template <int32 kTileKeys>
 FSA_DEVICE void gate_prepare(const ForwardParams& params) {
@@ -49,10 +33,14 @@ FSA_DEVICE void gate_prepare(const ForwardParams& params) {
   extremes.reduce_warp();
   if (lane_id() == 0) of_warp[thread_id() / kWarpThreads] = extremes;
   __syncthreads();
-  if (thread_id() != 0) return;
+  extremes = of_warp[0];
   for (int32 warp = 1; warp < kTileKeys / kWarpThreads; ++warp) extremes.include(of_warp[warp]);
-  params.gate_extremes[begin / kTileKeys * 2] = extremes.low;
-  params.gate_extremes[begin / kTileKeys * 2 + 1] = extremes.high;
+  const int64 number = begin / kTileKeys;
+  if (thread_id() == 0)
+    *reinterpret_cast<float2*>(params.gate_extremes + number * 2) = {extremes.low, extremes.high};
+  if (params.gate_terms == nullptr) return;
+  store_gate_terms<true, kTileKeys>(params.gate_terms + number * gate_term_bytes(kTileKeys), thread_id(),
+                                    delta, used, extremes);
 }
 
 }  // namespace fsa::kernels

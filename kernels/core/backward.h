@@ -20,6 +20,7 @@ struct BackwardTile {
   // Floats per query row that travel with Q. 2 or 3: lse, out_dot_grad, alpha of the pair gate, a vector each.
   // kFoldedVectors: -lse / scale and -out_dot_grad, which start the sums of S and dP.
   int32 row_vectors;
+  int32 gate_terms;  // 1: so do the terms of the pair gate
 };
 
 inline constexpr int32 kBackwardConsumers = 2;

@@ -32,6 +32,7 @@ struct ForwardTile {
   // tiles are skipped by a vote; 0: the producer loads every V once for all.
   int32 private_values;
   int32 key_scalars;  // 1: one float per key travels with K (delta of the pair gate)
+  int32 gate_terms;   // 1: so do the terms of the pair gate, inner values of one more multiply
   int32
       rounded_sums;  // 1: O is divided by sums of P as rounded for the multiply, by a line of ones; bounded softcap
 };
@@ -50,6 +51,12 @@ constexpr int32 forward_value_bytes(const ForwardTile& t) {
   return t.block_n * forward_row_bytes(t.head_dim_v);
 }
 
+// The pair gate as inner values of Q K^T: how many, and the bytes of a tile of them with its extremes.
+inline constexpr int32 kGateTerms = 32;
+constexpr int32 gate_term_bytes(int32 keys) { return keys * kGateTerms * kElementBytes + 128; }
+inline constexpr int32 kZeroTermBytes = 128;
+inline constexpr int32 kGateRowBytes = gate_term_bytes(kRowsPerWarpgroup);  // of a warpgroup's rows
+
 inline constexpr int32 kOnesBytes = 128;  // eight rows of eight elements, read as B of a multiply
 inline constexpr int32 kWorkTileBytes = 144;
 inline constexpr int32 kListedTileBytes = 12;
@@ -61,7 +68,10 @@ constexpr int32 forward_shared_bytes(const ForwardTile& t) {
   const int32 barriers = 8 * 2 * (t.query_stages + t.key_stages + t.value_stages + kWorkSlots);
   const int32 scalars = t.key_scalars * t.key_stages * t.block_n * 4;
   const int32 infos = kWorkSlots * (kWorkTileBytes + kListedTileBytes) + t.key_stages * kListedTileBytes;
-  return round_up(tiles + scalars + t.rounded_sums * kOnesBytes + infos + barriers, kSharedAlignment);
+  const int32 terms = t.gate_terms * (t.key_stages * gate_term_bytes(t.block_n) + kZeroTermBytes +
+                                      t.block_m / kRowsPerWarpgroup * kGateRowBytes);
+  const int32 ones = t.rounded_sums * kOnesBytes;
+  return round_up(tiles + terms + scalars + ones + infos + barriers, kSharedAlignment);
 }
 
 // One producer warpgroup beside the consumers.

@@ -120,6 +120,9 @@ struct ForwardParams {
   int32 adaptive_gate;     // gamma shrinks with the visible share; only where causal_lengths
   int32 log_sigmoid_gate;  // gate_bitmap: g is log(sigmoid(x)), else x. PairGate has it as a parameter
   BlockLists blocks;       // ListTiles
+  // Made by gate_prepare where not null, read by FoldedPairGate: gate_term_bytes(N) for each key tile, in the order of
+  // gate_extremes. Aligned to 16 bytes.
+  uint8* gate_terms;
 };
 
 static_assert(sizeof(ScalarOperand) == 40 && sizeof(TileBits) == 32 && sizeof(BlockLists) == 152,

@@ -2,6 +2,7 @@
 // Tiles of tensors whose rows lie at a constant stride (batched or packed), fetched by the copy engine.
 #pragma once
 
+#include "policy/gate_terms.cuh"
 #include "policy/work_tile.cuh"
 #include "ptx/tma.cuh"
 #include "tile/swizzle.cuh"
@@ -49,14 +50,26 @@ struct ContiguousTma {
   template <int32 kRows>
   FSA_DEVICE static void load_key_scalars(const ForwardParams& params, const WorkTile& work, int32 tile,
                                           float* shared, ptx::Mbarrier& full) {
-    const int64 first = params.cu_seqlens_k ? work.k_begin / kRows + work.sequence : 0;
-    ptx::load_bytes(shared,
-                    params.gate_delta + work.k_map_batch * params.gate_delta_stride_batch +
-                        work.kv_head * params.gate_delta_stride_head + (first + tile) * kRows,
-                    kRows * 4, full);
+    ptx::load_bytes(shared, params.gate_delta + first_scalar<kRows>(params, work, tile), kRows * 4, full);
+  }
+
+  template <int32 kRows>
+  FSA_DEVICE static void load_gate_terms(const ForwardParams& params, const WorkTile& work, int32 tile,
+                                         GateTermTile<kRows>& shared, ptx::Mbarrier& full) {
+    ptx::load_bytes(
+        &shared, params.gate_terms + first_scalar<kRows>(params, work, tile) / kRows * gate_term_bytes(kRows),
+        gate_term_bytes(kRows), full);
   }
 
  private:
+  // Where a key tile begins in gate_delta.
+  template <int32 kRows>
+  FSA_DEVICE static int64 first_scalar(const ForwardParams& params, const WorkTile& work, int32 tile) {
+    const int64 first = params.cu_seqlens_k ? work.k_begin / kRows + work.sequence : 0;
+    return work.k_map_batch * params.gate_delta_stride_batch + work.kv_head * params.gate_delta_stride_head +
+           (first + tile) * kRows;
+  }
+
   template <class Tile>
   FSA_DEVICE static void load(const TensorMap& map, const WorkTile& work, int32 key, uint8* shared,
                               ptx::Mbarrier& full) {

@@ -8,6 +8,7 @@
 // thread's two rows.
 #pragma once
 
+#include "policy/gate_terms.cuh"
 #include "policy/scalar.cuh"
 #include "policy/work_tile.cuh"
 #include "ptx/math.cuh"
@@ -21,12 +22,14 @@ inline constexpr float kLog2e = 1.44269504088896341f;
 struct LogitTile {
   int32 key_begin;           // from the start of the sequence
   const float* key_scalars;  // [block_n] in shared memory; PairGate
+  GateRange gate_range;      // FoldedPairGate
 };
 
 // tanh by the special function unit: relative error up to 2^-11, below that of a logit rounded to bf16. One
 // more per element than dense; an exact one would be two more.
 struct Softcap {
   static constexpr bool kKeyScalars = false;
+  static constexpr bool kGateTerms = false;
   static constexpr bool kBounded = false;
   float scale_out, factor;
 
@@ -51,6 +54,7 @@ struct SoftcapBounded : Softcap {
 // Absolute error 2^-22 of the cap: where tiles are voted on, 2^-11 of a large logit would be felt.
 struct SoftcapExact {
   static constexpr bool kKeyScalars = false;
+  static constexpr bool kGateTerms = false;
   static constexpr bool kBounded = false;
   float scale_out, factor;
 
@@ -68,6 +72,7 @@ struct SoftcapExact {
 
 struct Alibi {
   static constexpr bool kKeyScalars = false;
+  static constexpr bool kGateTerms = false;
   static constexpr bool kBounded = false;
   float scale_out;
   float slope;  // in units of the values
@@ -93,6 +98,7 @@ struct Alibi {
 template <bool kLogSigmoid>
 struct PairGate {
   static constexpr bool kKeyScalars = true;
+  static constexpr bool kGateTerms = false;
   static constexpr bool kBounded = false;
   static constexpr float kUnit = kLogSigmoid ? kLog2e : 1;
   float scale_out;
@@ -129,16 +135,43 @@ struct PairGate {
 
   template <int32 kCount>
   FSA_DEVICE void apply(const LogitTile& tile, float (&rS)[kCount]) const {
+    with_products(tile, rS, [](float value, float x) { return add(value, x); });
+  }
+
+  // log sigmoid of what is far below 0.
+  template <int32 kCount>
+  FSA_DEVICE void add_products(const LogitTile& tile, float (&rS)[kCount]) const {
+    with_products(tile, rS, [](float value, float x) { return value + x * (1 / kUnit); });
+  }
+
+ private:
+  template <int32 kCount, class Function>
+  FSA_DEVICE void with_products(const LogitTile& tile, float (&rS)[kCount], Function f) const {
     const float2* const pairs =
         reinterpret_cast<const float2*>(tile.key_scalars + fragment_column(lane_id(), 0));
 #pragma unroll
     for (int32 i = 0; i < kCount; i += 4) {
       const float2 delta = pairs[fragment_column(0, i) / 2];
-      rS[i] = add(rS[i], alpha[0] * delta.x);
-      rS[i + 1] = add(rS[i + 1], alpha[0] * delta.y);
-      rS[i + 2] = add(rS[i + 2], alpha[1] * delta.x);
-      rS[i + 3] = add(rS[i + 3], alpha[1] * delta.y);
+      rS[i] = f(rS[i], alpha[0] * delta.x);
+      rS[i + 1] = f(rS[i + 1], alpha[0] * delta.y);
+      rS[i + 2] = f(rS[i + 2], alpha[1] * delta.x);
+      rS[i + 3] = f(rS[i + 3], alpha[1] * delta.y);
     }
+  }
+};
+
+// log sigmoid of it, which Q K^T holds already where the tile's terms do (gate_terms.cuh).
+struct FoldedPairGate : PairGate<true> {
+  static constexpr bool kGateTerms = true;
+  using PairGate<true>::PairGate;
+
+  template <int32 kCount>
+  FSA_DEVICE void apply(const LogitTile& tile, float (&rS)[kCount]) const {
+    if (tile.gate_range == GateRange::near) return;
+    if (tile.gate_range == GateRange::far)
+      add_products(tile, rS);
+    else
+      PairGate<true>::apply(tile, rS);
   }
 };
 
@@ -148,6 +181,7 @@ struct Logit;
 template <>
 struct Logit<> {
   static constexpr bool kKeyScalars = false;
+  static constexpr bool kGateTerms = false;
   static constexpr bool kBounded = false;
   float scale_out;
 
@@ -160,6 +194,7 @@ struct Logit<> {
 template <class First, class... Rest>
 struct Logit<First, Rest...> {
   static constexpr bool kKeyScalars = First::kKeyScalars || Logit<Rest...>::kKeyScalars;
+  static constexpr bool kGateTerms = First::kGateTerms;  // the gate comes first
   static constexpr bool kBounded =
       sizeof...(Rest) == 0 ? First::kBounded : Logit<Rest...>::kBounded;  // the last stage's
   First first;

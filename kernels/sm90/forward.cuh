@@ -92,7 +92,8 @@ template <class Types>
 FSA_DEVICE void produce(const ForwardParams& params, ForwardStorage<Types>& storage) {
   using Source = typename Types::Source;
   constexpr bool kListed = Types::Tiles::kListed;
-  constexpr int32 kKeyBytes = Types::KeyTile::kBytes + Types::kKeyScalarBytes;
+  constexpr int32 kKeyBytes = Types::KeyTile::kBytes + Types::kKeyScalarBytes +
+                              (Types::kGateTerms ? gate_term_bytes(Types::kBlockN) : 0);
   Ring<kWorkSlots> slot;
   Ring<Types::kKeyStages> key;
   Ring<Types::kConsumerValueStages> value;
@@ -114,6 +115,9 @@ FSA_DEVICE void produce(const ForwardParams& params, ForwardStorage<Types>& stor
     if constexpr (Types::kKeyScalars)
       Source::template load_key_scalars<Types::kBlockN>(params, work, tile,
                                                         storage.key_scalars.of(key.stage()), full);
+    if constexpr (Types::kGateTerms)
+      Source::template load_gate_terms<Types::kBlockN>(params, work, tile, storage.gate.keys[key.stage()],
+                                                       full);
   };
   const auto finish_key = [&](const TileInfo& next) {
     if constexpr (kListed) {
@@ -164,6 +168,7 @@ FSA_DEVICE void forward(const ForwardParams& params) {
     Types::Source::prefetch(params);
     init_barriers(storage);
     storage.ones.fill();
+    storage.gate.fill();
   }
   __syncthreads();
 

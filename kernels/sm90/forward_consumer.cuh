@@ -55,6 +55,7 @@ struct Consumer {
   // then what rounding left.
   float rounded_sums[4];
   OnlineSoftmax softmax;
+  Extremes alpha_extremes;     // of the warpgroup's rows; gate terms only
   bool output_staged = false;  // the previous query stage still holds output rows
   bool pending = false;        // rP waits for its multiply
   TileInfo following;          // the tile that the next keys belong to; lists only
@@ -127,7 +128,53 @@ struct Consumer {
       ptx::multiply_shared<Types::kElement, 2 * kCount>(
           r, advance<QueryTile>(a, QueryTile::inner_columns_offset(step)),
           advance<KeyTile>(b, KeyTile::inner_columns_offset(step)), step != 0);
+    if constexpr (Types::kGateTerms) issue_gate_terms<kBegin>(r);
     ptx::wgmma_commit();
+  }
+
+  // ---- The pair gate in Q K^T ----
+
+  FSA_DEVICE GateRange gate_range(int32 stage) const {
+    if constexpr (Types::kGateTerms)
+      return kernels::gate_range(alpha_extremes, storage.gate.keys[stage].extremes);
+    else
+      return GateRange::any;
+  }
+
+  // Zeros where the terms do not hold: ptxas allows no branch around a multiply.
+  template <int32 kBegin, int32 kCount>
+  FSA_DEVICE void issue_gate_terms(float (&r)[kCount]) {
+    using RowTerms = GateTermRows<kRowsPerWarpgroup>;
+    using KeyTerms = GateTermRows<Types::kBlockN>;
+    const bool near = gate_range(key.stage()) == GateRange::near;
+    const uint64 zeros = zero_terms(shared_address(storage.gate.zeros));
+    const uint32 rows = shared_address(storage.gate.rows[index].terms);
+    const uint32 keys =
+        shared_address(storage.gate.keys[key.stage()].terms + KeyTerms::unit_offset(kBegin, 0));
+#pragma unroll
+    for (int32 step = 0; step < kGateTerms / 16; ++step)
+      ptx::multiply_shared<ElementType::bf16, 2 * kCount>(
+          r, RowTerms::inner_columns(rows, step), near ? KeyTerms::inner_columns(keys, step) : zeros, 1);
+  }
+
+  // Of the warpgroup's rows. The last multiply that read the terms before is complete.
+  FSA_DEVICE void make_row_terms(const WorkTile& work) {
+    static_assert(kRowsPerWarpgroup == 2 * kWarpThreads);
+    const int32 first = work.m_begin + index * kRowsPerWarpgroup;
+    const auto load = [&](int32 in_tile) {
+      const int32 row = min_of(first + in_tile, work.seqlen_q - 1);
+      return load_scalar(params.alpha, work.q_map_batch, static_cast<int64>(work.q_begin) + row, work.head);
+    };
+    const float alpha[2] = {load(lane_id()), load(lane_id() + kWarpThreads)};  // every warp all rows
+    alpha_extremes = {ptx::min_nan(alpha[0], alpha[1]), ptx::max_nan(alpha[0], alpha[1])};
+    alpha_extremes.reduce_warp();
+    const int32 in_tile = warpgroup_thread();
+    if (in_tile < kRowsPerWarpgroup)
+      store_gate_terms<false, kRowsPerWarpgroup>(storage.gate.rows[index].terms, in_tile,
+                                                 in_tile < kWarpThreads ? alpha[0] : alpha[1], true,
+                                                 alpha_extremes);
+    ptx::fence_shared_for_async();
+    ptx::barrier_sync(kWarpgroupBarrier + index, kWarpgroupThreads);
   }
 
   // O += P V
@@ -183,13 +230,14 @@ struct Consumer {
   FSA_DEVICE void take_scores(const LogitChain& logit, float (&r)[kCount], int32 tile, int32 stage) {
     ptx::settle(r);
     if constexpr (Types::kKeyScalars) {
-      logit.apply({tile * Types::kBlockN + kBegin, storage.key_scalars.of(stage) + kBegin}, r);
+      logit.apply({tile * Types::kBlockN + kBegin, storage.key_scalars.of(stage) + kBegin, gate_range(stage)},
+                  r);
       __syncwarp();
       release_key(stage);
     } else {
       if constexpr (kListed) __syncwarp();  // every lane has read what follows
       release_key(stage);
-      logit.apply({tile * Types::kBlockN + kBegin, nullptr}, r);
+      logit.apply({tile * Types::kBlockN + kBegin, nullptr, GateRange::any}, r);
     }
   }
 
@@ -597,6 +645,7 @@ struct Consumer {
     query_address = shared_address(storage.query[query.stage()] + index * (kRowsPerWarpgroup * kLineBytes));
     if constexpr (kListed) following = work.first.info();
     const LogitChain logit(params, work, work.m_begin + row, params.softmax_scale_log2);
+    if constexpr (Types::kGateTerms) make_row_terms(work);
     ptx::wait(storage.query_full[query.stage()], query.phase());
 
     pending = false;

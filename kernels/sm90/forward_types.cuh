@@ -4,6 +4,7 @@
 
 #include "core/config.h"
 #include "core/params.h"
+#include "policy/gate_terms.cuh"
 #include "policy/work_tile.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/sync.cuh"
@@ -50,6 +51,7 @@ struct ForwardTypes {
   static constexpr bool kKeyScalars = LogitChain::kKeyScalars;
   static constexpr bool kRoundedSums = LogitChain::kBounded;
   static constexpr int32 kKeyScalarBytes = kKeyScalars ? kBlockN * 4 : 0;
+  static constexpr bool kGateTerms = LogitChain::kGateTerms;
 
   // 64 K registers: a launch gives each of the warpgroups the same share, setmaxnreg moves it to the
   // consumers.
@@ -68,6 +70,7 @@ struct ForwardTypes {
   static_assert(!(kKeyScalars && Skip::kVotes && kNumConsumers == 3),
                 "160 registers do not hold the pair gate beside a vote: use block_m 128");
   static_assert((kTile.key_scalars != 0) == kKeyScalars, "the pair gate needs delta beside K");
+  static_assert((kTile.gate_terms != 0) == kGateTerms, "FoldedPairGate needs its terms beside K");
   static_assert((kTile.rounded_sums != 0) == kRoundedSums,
                 "without row maxima O is divided by sums of rounded P");
   static_assert(!(LogitChain::kBounded && (Skip::kVotes || kElement != ElementType::bf16)),
@@ -85,6 +88,25 @@ struct KeyScalarStages {
 };
 template <int32 kStages>
 struct KeyScalarStages<kStages, 0> {};
+
+// Terms of the pair gate, of key tiles and of each warpgroup's rows; nothing when kThere is false.
+template <class Types, bool kThere>
+struct GateTermStages {
+  GateTermTile<Types::kBlockN> keys[Types::kKeyStages];
+  GateTermTile<kRowsPerWarpgroup> rows[Types::kNumConsumers];
+  alignas(128) uint8 zeros[kZeroTermBytes];
+
+  FSA_DEVICE void fill() {
+#pragma unroll
+    for (int32 i = 0; i < kZeroTermBytes; i += 16)
+      *reinterpret_cast<uint4*>(zeros + i) = make_uint4(0, 0, 0, 0);
+    ptx::fence_shared_for_async();
+  }
+};
+template <class Types>
+struct GateTermStages<Types, false> {
+  FSA_DEVICE void fill() {}
+};
 
 // B of the multiply that adds up P; nothing when kThere is false.
 template <ElementType kElement, bool kThere>
@@ -108,6 +130,7 @@ struct alignas(kSharedAlignment) ForwardStorage {
   uint8 key[Types::kKeyStages][Types::KeyTile::kBytes];
   uint8 value[Types::kValueStages][Types::ValueTile::kBytes];
   [[no_unique_address]] Ones<Types::kElement, Types::kRoundedSums> ones;
+  [[no_unique_address]] GateTermStages<Types, Types::kGateTerms> gate;
   [[no_unique_address]] KeyScalarStages<Types::kKeyStages, Types::kKeyScalarBytes / 4> key_scalars;
   ListedTile following[Types::kKeyStages];  // the listed tile after the one whose keys are there
   ListedWorkTile work[kWorkSlots];

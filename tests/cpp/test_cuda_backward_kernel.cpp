@@ -27,13 +27,13 @@ using Causal = WindowMask<false, true>;
 using Full = WindowMask<false, false>;
 
 // Tiles as tools/gpu/backward.py and docs/kernels/backward_sm90.md have them.
-constexpr BackwardTile kTile64 = {64, 64, 128, 128, 2, 2, 2, 1, kFoldedVectors};
-constexpr BackwardTile kTile64Sparse = {64, 64, 64, 128, 4, 2, 4, 1, kFoldedVectors};
-constexpr BackwardTile kTile128 = {128, 128, 64, 128, 2, 2, 3, 1, kFoldedVectors};
-constexpr BackwardTile kTile128Logit = {128, 128, 64, 128, 2, 2, 3, 1, 2};
-constexpr BackwardTile kTile128Gate = {128, 128, 64, 128, 2, 2, 3, 1, 3};
-constexpr BackwardTile kTile256 = {256, 256, 64, 64, 2, 2, 2, 0, kFoldedVectors};
-constexpr BackwardTile kTile256x128 = {256, 128, 64, 64, 2, 2, 2, 0, kFoldedVectors};
+constexpr BackwardTile kTile64 = {64, 64, 128, 128, 2, 2, 2, 1, kFoldedVectors, 0};
+constexpr BackwardTile kTile64Sparse = {64, 64, 64, 128, 4, 2, 4, 1, kFoldedVectors, 0};
+constexpr BackwardTile kTile128 = {128, 128, 64, 128, 2, 2, 3, 1, kFoldedVectors, 0};
+constexpr BackwardTile kTile128Logit = {128, 128, 64, 128, 2, 2, 3, 1, 2, 0};
+constexpr BackwardTile kTile128Gate = {128, 128, 64, 128, 2, 2, 3, 1, 3, 0};
+constexpr BackwardTile kTile256 = {256, 256, 64, 64, 2, 2, 2, 0, kFoldedVectors, 0};
+constexpr BackwardTile kTile256x128 = {256, 128, 64, 64, 2, 2, 2, 0, kFoldedVectors, 0};
 
 template <BackwardTile kShape, class MaskType, class Rows, class Chain, bool kInTurn, bool kWithSink = false>
 struct Config {

@@ -277,8 +277,8 @@ TEST(CudaDispatch, WorkspaceHoldsWhatTheProblemNeeds) {
   p.aligned_query = p.aligned_key = p.aligned_value = false;
   p.has_gate = p.gate_test = true;
   const ForwardWorkspace parts = forward_workspace(p);
-  std::size_t offsets[] = {parts.query,      parts.key,           parts.value,    parts.out,
-                           parts.gate_delta, parts.gate_extremes, parts.gate_bits};
+  std::size_t offsets[] = {parts.query,      parts.key,           parts.value,      parts.out,
+                           parts.gate_delta, parts.gate_extremes, parts.gate_terms, parts.gate_bits};
   EXPECT_TRUE(std::is_sorted(std::begin(offsets), std::end(offsets)));
   for (const std::size_t offset : offsets) {
     EXPECT_EQ(offset % 64, 0u);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -30,14 +31,15 @@ using kernels::ptx::float_of_bf16;
 
 // Tiles as tools/gpu/features.py and docs/kernels/forward_sm90.md have them; the last three: private values, key
 // scalars, rounded sums.
-constexpr ForwardTile kDense64 = {64, 64, 192, 128, 2, 4, 4, 0, 0, 0};
-constexpr ForwardTile kDense128 = {128, 128, 128, 128, 2, 2, 2, 0, 0, 0};
-constexpr ForwardTile kDense256 = {256, 256, 128, 80, 1, 2, 2, 0, 0, 0};
-constexpr ForwardTile kGate128 = {128, 128, 128, 128, 2, 2, 2, 0, 1, 0};
-constexpr ForwardTile kVote64 = {64, 64, 192, 128, 2, 4, 6, 1, 0, 0};
-constexpr ForwardTile kVote128 = {128, 128, 128, 128, 1, 2, 4, 1, 0, 0};
-constexpr ForwardTile kVote256 = {256, 256, 128, 64, 1, 2, 2, 0, 0, 0};
-constexpr ForwardTile kBounded128 = {128, 128, 192, 80, 2, 2, 4, 0, 0, 1};
+constexpr ForwardTile kDense64 = {64, 64, 192, 128, 2, 4, 4, 0, 0, 0, 0};
+constexpr ForwardTile kDense128 = {128, 128, 128, 128, 2, 2, 2, 0, 0, 0, 0};
+constexpr ForwardTile kDense256 = {256, 256, 128, 80, 1, 2, 2, 0, 0, 0, 0};
+constexpr ForwardTile kGate128 = {128, 128, 128, 128, 2, 2, 2, 0, 1, 0, 0};
+constexpr ForwardTile kFoldedGate128 = {128, 128, 128, 128, 2, 2, 2, 0, 1, 1, 0};
+constexpr ForwardTile kVote64 = {64, 64, 192, 128, 2, 4, 6, 1, 0, 0, 0};
+constexpr ForwardTile kVote128 = {128, 128, 128, 128, 1, 2, 4, 1, 0, 0, 0};
+constexpr ForwardTile kVote256 = {256, 256, 128, 64, 1, 2, 2, 0, 0, 0, 0};
+constexpr ForwardTile kBounded128 = {128, 128, 192, 80, 2, 2, 4, 0, 0, 0, 1};
 
 using Causal = WindowMask<false, true>;
 using Full = WindowMask<false, false>;
@@ -77,6 +79,7 @@ struct Problem {
   int32 left = -1, right = -1;  // -1: open
   double shift = 0;             // added to every logit, by a column of query and key
   float softcap = 0, threshold = 0;
+  float gate_factor = 3;  // of alpha and delta
   bool gate = false, gate_test = false, alibi = false, sink = false, block_mask = false;
 };
 
@@ -96,7 +99,7 @@ class Call {
     for (auto* tensor : {&query, &key, &value})
       for (uint16& x : tensor->values) x = static_cast<uint16>(ptx::bf16_bits(normal(random)));
     for (auto* tensor : {&alpha, &delta})
-      for (float& x : tensor->values) x = 3 * normal(random);
+      for (float& x : tensor->values) x = p.gate_factor * normal(random);
     for (float& x : slopes) x = 0.1f * std::abs(normal(random));
     for (float& x : sinks) x = normal(random);
     if (p.shift != 0) set_column(query, 0, std::sqrt(std::abs(p.shift) / scale()));
@@ -204,6 +207,8 @@ Result run(Call& c) {
   const std::size_t all_tiles = static_cast<std::size_t>(p.batch) * p.kv_heads * key_tiles;
   std::vector<float4> gate_delta(all_tiles * kN / 4, float4{nan, nan, nan, nan});
   std::vector<float> gate_extremes(all_tiles * 2, nan);
+  std::vector<GateTermTile<kN>> gate_terms(all_tiles);
+  std::memset(static_cast<void*>(gate_terms.data()), 0xff, all_tiles * sizeof(gate_terms[0]));
   int32 counter[2] = {0, 0};
 
   ForwardParams f = {};
@@ -247,6 +252,7 @@ Result run(Call& c) {
   f.delta = c.delta.operand();
   f.gate_delta = &gate_delta.data()->x;
   f.gate_extremes = gate_extremes.data();
+  if (C::LogitChain::kGateTerms) f.gate_terms = gate_terms.data()->terms;
   f.gate_delta_stride_batch = int64{p.kv_heads} * key_tiles * kN;
   f.gate_delta_stride_head = int64{key_tiles} * kN;
   f.gate_bits = map;
@@ -396,6 +402,26 @@ TEST(ForwardKernel, Gates) {
   check<Ranges<kGate128, Causal, Logit<PairGate<true>>>>(problem);
   problem.gate_test = true;
   check<Ranges<kGate128, Causal, Logit<PairGate<true>>, Never, NoSink, true>>(problem);
+}
+
+// Terms hold where |alpha delta| <= 4 in the whole tile. With a test, the tiles that are not open lie far below 0, and
+// the right-most of them is kept.
+TEST(ForwardKernel, FoldedGates) {
+  Problem problem = {1, 100, 450, 2, 1, 128, 90, 440, -1, 0};
+  problem.gate = true;
+  for (const float factor : {0.3f, 0.9f, 3.0f, 1000.0f}) {
+    problem.gate_factor = factor;
+    check<Ranges<kFoldedGate128, Causal, Logit<FoldedPairGate>>>(problem);
+  }
+  Problem window = {1, 300, 300, 1, 1, 128, 290, 280, 150, 0};
+  window.gate = window.alibi = true;
+  window.gate_factor = problem.gate_factor = 0.5f;
+  check<Ranges<kFoldedGate128, Window, Logit<FoldedPairGate, Alibi>>>(window);
+  problem.gate_test = true;
+  for (const int32 used : {440, 330}) {
+    problem.used_k = used;
+    check<Ranges<kFoldedGate128, Causal, Logit<FoldedPairGate>, Never, NoSink, true>>(problem);
+  }
 }
 
 TEST(ForwardKernel, SoftcapAlibiSink) {

@@ -131,6 +131,7 @@ class Problem:
     gate_bits: object = None  # as skip_map; written by the gate kernels
     gate_delta: object = None  # float32, scratch of the gate kernels: [.., kv_heads, keys of whole tiles]
     gate_extremes: object = None  # [.., kv_heads, tiles, 2]
+    gate_terms: object = None  # uint8 [.., kv_heads, tiles, n * 64 + 128]
     window_sizes: object = None  # int32 [kv_heads, 4]
     blocks: object = None  # BlockMask of features.py
 
@@ -174,6 +175,7 @@ def pack_policies(p: Problem, packed_q: bool, packed_k: bool) -> bytes:
         struct.pack("<Qqqq", pointer(p.gate_bits), *bits),
         struct.pack("<fiii", p.gate_threshold, p.gate_test, p.adaptive_gate, p.log_sigmoid),
         bytes(152) if p.blocks is None else p.blocks.pack(),
+        struct.pack("<Q", pointer(p.gate_terms)),
     ])  # fmt: skip
 
 

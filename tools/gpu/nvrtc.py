@@ -44,7 +44,11 @@ class ForwardConfig:
 
     @property
     def key_scalars(self) -> bool:
-        return any(stage.startswith("PairGate") for stage in self.logit)
+        return any("PairGate" in stage for stage in self.logit)
+
+    @property
+    def gate_terms(self) -> bool:
+        return "FoldedPairGate" in self.logit
 
     @property
     def rounded_sums(self) -> bool:
@@ -73,6 +77,10 @@ class ForwardConfig:
         tiles = self.query_stages * self.block_m * dim * 2
         tiles += self.block_n * (self.key_stages * dim + self.value_stages * dim_v) * 2
         scalars = self.key_scalars * self.key_stages * self.block_n * 4 + self.rounded_sums * 128
+        if self.gate_terms:
+            scalars += (
+                self.key_stages * (self.block_n * 64 + 128) + 128 + self.block_m // 64 * (64 * 64 + 128)
+            )
         barriers = 8 * 2 * (self.query_stages + self.key_stages + self.value_stages + 2)
         return -(-(tiles + scalars + 2 * (144 + 12) + self.key_stages * 12 + barriers) // 1024) * 1024
 
@@ -114,7 +122,7 @@ struct Config {{
       .head_dim = {self.head_dim}, .head_dim_v = {self.head_dim_v}, .block_m = {self.block_m},
       .block_n = {self.block_n}, .query_stages = {self.query_stages}, .key_stages = {self.key_stages},
       .value_stages = {self.value_stages}, .private_values = {int(self.private_values)},
-      .key_scalars = {int(self.key_scalars)}, .rounded_sums = {int(self.rounded_sums)}}};
+      .key_scalars = {int(self.key_scalars)}, .gate_terms = {int(self.gate_terms)}, .rounded_sums = {int(self.rounded_sums)}}};
   using KvSource = ContiguousTma;
   using Mask = {self.mask_type};
   using TileIterator = {tiles};

@@ -16,16 +16,16 @@ using kernels::kFoldedVectors;
 // As in dispatch.cpp: padded head dimensions, by cost; docs/kernels/backward_sm90.md says why these. The second
 // table is for kernels with more to hold in registers: bits, lists, logit policies.
 constexpr std::array<BackwardTile, 4> kDense = {{
-    {64, 64, 128, 128, 2, 2, 2, 1, kFoldedVectors},
-    {128, 128, 64, 128, 2, 2, 3, 1, kFoldedVectors},
-    {256, 128, 64, 64, 2, 2, 2, 0, kFoldedVectors},
-    {256, 256, 64, 64, 2, 2, 2, 0, kFoldedVectors},
+    {64, 64, 128, 128, 2, 2, 2, 1, kFoldedVectors, 0},
+    {128, 128, 64, 128, 2, 2, 3, 1, kFoldedVectors, 0},
+    {256, 128, 64, 64, 2, 2, 2, 0, kFoldedVectors, 0},
+    {256, 256, 64, 64, 2, 2, 2, 0, kFoldedVectors, 0},
 }};
 constexpr std::array<BackwardTile, 4> kTiled = {{
-    {64, 64, 64, 128, 4, 2, 4, 1, kFoldedVectors},
-    {128, 128, 64, 128, 2, 2, 3, 1, kFoldedVectors},
-    {256, 128, 64, 64, 2, 2, 2, 0, kFoldedVectors},
-    {256, 256, 64, 64, 2, 2, 2, 0, kFoldedVectors},
+    {64, 64, 64, 128, 4, 2, 4, 1, kFoldedVectors, 0},
+    {128, 128, 64, 128, 2, 2, 3, 1, kFoldedVectors, 0},
+    {256, 128, 64, 64, 2, 2, 2, 0, kFoldedVectors, 0},
+    {256, 256, 64, 64, 2, 2, 2, 0, kFoldedVectors, 0},
 }};
 
 int logits(const KernelConfig& config) {

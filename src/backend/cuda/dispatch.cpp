@@ -73,6 +73,8 @@ ForwardTile tile_of(const KernelConfig& config, int row) {
   tile.value_stages = r.value_stages;
   tile.private_values = r.private_values;
   tile.key_scalars = gated;
+  // Where a vote leaves no room for them, and at head_dim 256, whose registers are full, the gate is computed.
+  tile.gate_terms = config.gate == GateKind::log_sigmoid && !config.threshold && r.head_dim <= 128;
   tile.rounded_sums = bounded;
   if (config.threshold && gated && r.block_m == 192) {  // three warpgroups have too few registers for both
     tile.block_m = 128;
@@ -239,6 +241,9 @@ ForwardWorkspace forward_workspace(const Problem& p) {
     const std::int64_t tiles = gate_tiles(p) * p.num_kv_heads * (p.packed_k ? 1 : p.batch);
     parts.gate_delta = carver.take(tiles * skip_tile_keys(p.head_dim) * 4);
     parts.gate_extremes = carver.take(tiles * 2 * 4);
+    if (forward_kernel(p).tile.gate_terms)
+      parts.gate_terms =
+          carver.take(tiles * kernels::gate_term_bytes(static_cast<int>(skip_tile_keys(p.head_dim))));
   }
   if (p.gate_test) parts.gate_bits = carver.take(map_words(p) * 4);
   parts.bytes = carver.used();

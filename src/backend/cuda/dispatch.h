@@ -36,7 +36,7 @@ struct InputCopies {
 struct ForwardWorkspace : InputCopies {
   std::size_t out = kAbsent;        // of which the copy engine cannot write the real one
   std::size_t no_blocks = kAbsent;  // a zero: the length of every list of partial blocks, when there are none
-  std::size_t gate_delta = kAbsent, gate_extremes = kAbsent, gate_bits = kAbsent;
+  std::size_t gate_delta = kAbsent, gate_extremes = kAbsent, gate_terms = kAbsent, gate_bits = kAbsent;
   std::size_t bytes = 0;
 };
 ForwardWorkspace forward_workspace(const Problem& problem);

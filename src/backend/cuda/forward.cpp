@@ -121,7 +121,7 @@ class ForwardCall : KernelCall {
     const auto blocks = [](std::int64_t count) { return static_cast<unsigned>(count); };
     params_.gate_bits =
         tile_bits(writes_map() ? static_cast<void*>(args_.skip_map.data) : workspace_ + parts_.gate_bits);
-    if (p_.has_gate) prepare_delta(params_, parts_.gate_delta, parts_.gate_extremes);
+    if (p_.has_gate) prepare_delta();
     if (p_.gate_test || writes_map()) {
       const LoadedKernel& kernel = loaded(gate_bitmap_kernel(p_));
       const std::int64_t row_tiles = ceil_div(p_.max_seqlen_q, kSkipTileRows);
@@ -129,6 +129,20 @@ class ForwardCall : KernelCall {
              {blocks(ceil_div(row_tiles, kernel.threads / 32)), blocks(p_.num_heads), blocks(p_.batch)},
              &params_);
     }
+  }
+
+  // delta in whole key tiles, on its way into the workspace.
+  void prepare_delta() {
+    const std::int64_t keys = skip_tile_keys(p_.head_dim);
+    params_.gate_delta = part<float>(parts_.gate_delta);
+    params_.gate_extremes = part<float>(parts_.gate_extremes);
+    params_.gate_terms = part<std::uint8_t>(parts_.gate_terms);
+    params_.gate_delta_stride_head = gate_tiles(p_) * keys;
+    params_.gate_delta_stride_batch = p_.packed_k ? 0 : p_.num_kv_heads * params_.gate_delta_stride_head;
+    launch(loaded(gate_prepare_kernel(p_)),
+           {static_cast<unsigned>(ceil_div(p_.max_seqlen_k, keys)), static_cast<unsigned>(p_.num_kv_heads),
+            static_cast<unsigned>(p_.batch)},
+           &params_);
   }
 
   const ForwardWorkspace parts_;

@@ -197,17 +197,4 @@ kernels::TileBits KernelCall::tile_bits(void* words) const {
           width};
 }
 
-void KernelCall::prepare_delta(kernels::ForwardParams& params, std::size_t gate_delta,
-                               std::size_t gate_extremes) const {
-  const std::int64_t keys = skip_tile_keys(p_.head_dim);
-  params.gate_delta = part<float>(gate_delta);
-  params.gate_extremes = part<float>(gate_extremes);
-  params.gate_delta_stride_head = gate_tiles(p_) * keys;
-  params.gate_delta_stride_batch = p_.packed_k ? 0 : p_.num_kv_heads * params.gate_delta_stride_head;
-  launch(loaded(gate_prepare_kernel(p_)),
-         {static_cast<unsigned>(ceil_div(p_.max_seqlen_k, keys)), static_cast<unsigned>(p_.num_kv_heads),
-          static_cast<unsigned>(p_.batch)},
-         &params);
-}
-
 }  // namespace fsa::cuda

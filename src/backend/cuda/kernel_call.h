@@ -78,9 +78,6 @@ class KernelCall {
   // A map over skip tiles as the kernels address it, in one block of memory.
   kernels::TileBits tile_bits(void* words) const;
 
-  // delta in whole key tiles, on its way into the workspace.
-  void prepare_delta(kernels::ForwardParams& params, std::size_t gate_delta, std::size_t gate_extremes) const;
-
   const Problem& p_;
   const Arguments& args_;
   char* const workspace_;

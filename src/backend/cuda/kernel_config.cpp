@@ -50,7 +50,8 @@ std::string logit_stages(const KernelConfig& config) {
     if (present) stages += (stages.empty() ? "" : ", ") + std::string(stage);
   };
   add(config.gate == GateKind::linear, "PairGate<false>");
-  add(config.gate == GateKind::log_sigmoid, "PairGate<true>");
+  const bool folded = config.tile.gate_terms != 0 || config.backward.gate_terms != 0;
+  add(config.gate == GateKind::log_sigmoid, folded ? "FoldedPairGate" : "PairGate<true>");
   add(config.softcap == SoftcapKind::fast, "Softcap");
   add(config.softcap == SoftcapKind::exact, "SoftcapExact");
   add(config.softcap == SoftcapKind::bounded, "SoftcapBounded");
@@ -170,7 +171,7 @@ std::string backward_text(const KernelConfig& config) {
        << ", .head_dim_v = " << t.head_dim_v << ", .block_m = " << t.block_m << ", .block_n = " << t.block_n
        << ",\n    .query_stages = " << t.query_stages << ", .grad_out_stages = " << t.grad_out_stages
        << ", .score_stages = " << t.score_stages << ",\n    .stage_grad_query = " << t.stage_grad_query
-       << ", .row_vectors = " << t.row_vectors << "};\n"
+       << ", .row_vectors = " << t.row_vectors << ", .gate_terms = " << t.gate_terms << "};\n"
        << "  static constexpr bool kDeterministic = " << boolean(config.deterministic) << ";\n"
        << "  static constexpr bool kSink = " << boolean(config.sink) << ";\n"
        << "  using Mask = " << mask_type(config) << ";\n"
@@ -220,7 +221,8 @@ std::string forward_text(const KernelConfig& config) {
        << ", .head_dim_v = " << t.head_dim_v << ", .block_m = " << t.block_m << ", .block_n = " << t.block_n
        << ",\n    .query_stages = " << t.query_stages << ", .key_stages = " << t.key_stages
        << ", .value_stages = " << t.value_stages << ", .private_values = " << t.private_values
-       << ", .key_scalars = " << t.key_scalars << ", .rounded_sums = " << t.rounded_sums << "};\n"
+       << ", .key_scalars = " << t.key_scalars << ", .gate_terms = " << t.gate_terms
+       << ", .rounded_sums = " << t.rounded_sums << "};\n"
        << "  using KvSource = ContiguousTma;\n"
        << "  using Mask = " << mask_type(config) << ";\n"
        << "  using TileIterator = " << tiles << ";\n"

@@ -18,41 +18,34 @@ void wgmma_wait() {
 template <class T, int32 kCount>
 void settle(T (&)[kCount]) {}
 
-// An operand in shared memory with 128-byte swizzle, by its descriptor.
+// An operand in shared memory by its descriptor: with 128-byte swizzle, or in units of eight inner values.
 struct SharedOperand {
   int64 start, chunk_stride, group_stride;
   bool rows;  // the inner values lie on different lines
+  bool swizzled;
 
   SharedOperand(uint64 descriptor, bool rows_)
       : start(static_cast<int64>(descriptor & 0x3fff) << 4),
         chunk_stride(static_cast<int64>(descriptor >> 16 & 0x3fff) << 4),
         group_stride(static_cast<int64>(descriptor >> 32 & 0x3fff) << 4),
-        rows(rows_) {}
+        rows(rows_),
+        swizzled(descriptor >> 62 == 1) {}
 
   // Row or column `outer` of the product, inner index 0..15.
   float operator()(int32 outer, int32 inner) const {
+    if (!swizzled)
+      return element(start + outer / 8 * group_stride + outer % 8 * 16 + inner / 8 * chunk_stride +
+                     inner % 8 * 2);
     const int64 address = start + (rows ? inner / 8 * group_stride + inner % 8 * 128 +
                                               outer / 64 * chunk_stride + outer % 64 * 2
                                         : outer / 8 * group_stride + outer % 8 * 128 + inner * 2);
-    uint16 bits;
-    std::memcpy(&bits, emulator::shared_memory + (address ^ (address >> 7 & 7) << 4), 2);
-    return float_of_bf16(bits);
+    return element(address ^ (address >> 7 & 7) << 4);
   }
-};
 
-// Lines of eight elements, the same for both halves of the inner values.
-struct RepeatedRows {
-  int64 start, group_stride;
-
-  explicit RepeatedRows(uint64 descriptor)
-      : start(static_cast<int64>(descriptor & 0x3fff) << 4),
-        group_stride(static_cast<int64>(descriptor >> 32 & 0x3fff) << 4) {}
-
-  float operator()(int32 outer, int32 inner) const {
+ private:
+  static float element(int64 address) {
     uint16 bits;
-    std::memcpy(&bits,
-                emulator::shared_memory + start + outer / 8 * group_stride + outer % 8 * 16 + inner % 8 * 2,
-                2);
+    std::memcpy(&bits, emulator::shared_memory + address, 2);
     return float_of_bf16(bits);
   }
 };
@@ -98,13 +91,9 @@ void multiply_registers(float (&d)[kN / 2], uint32 a0, uint32 a1, uint32 a2, uin
   multiply_quads<kN>(d, true, a0, a1, a2, a3, SharedOperand(b, true));
 }
 
-// Rows of eight elements have no swizzle, and say so in their descriptor.
 template <ElementType kElement, int32 kN, bool kAccumulate>
 void multiply_registers_columns(float (&d)[kN / 2], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint64 b) {
-  if (b >> 62 == 0)
-    multiply_quads<kN>(d, kAccumulate, a0, a1, a2, a3, RepeatedRows(b));
-  else
-    multiply_quads<kN>(d, kAccumulate, a0, a1, a2, a3, SharedOperand(b, false));
+  multiply_quads<kN>(d, kAccumulate, a0, a1, a2, a3, SharedOperand(b, false));
 }
 
 }  // namespace fsa::kernels::ptx
