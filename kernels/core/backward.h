@@ -29,7 +29,7 @@ inline constexpr int32 kBackwardThreads = 128 * (kBackwardConsumers + 1);
 inline constexpr int32 kKeyWorkBytes = 176;
 inline constexpr int32 kRowTileInfoBytes = 32;
 inline constexpr int32 kStagedSumsBytes = 16;
-inline constexpr int32 kProducerBytes = 64;  // what the producer keeps in shared memory
+inline constexpr int32 kProducerBytes = 192;  // what the producer keeps in shared memory
 
 // Both as three bfloat16 whose sum is the float, to 2^-24, and two zeros: an operand of one more multiply.
 inline constexpr int32 kFoldedVectors = 4;
@@ -61,8 +61,8 @@ constexpr int32 backward_shared_bytes(const BackwardTile& t) {
   const int32 queries = t.query_stages * t.block_m * (t.head_dim * kElementBytes + t.row_vectors * 4);
   const int32 grad_out = t.grad_out_stages * t.block_m * t.head_dim_v * kElementBytes;
   const int32 grad_query = t.stage_grad_query * t.block_m * t.head_dim * 4;
-  const int32 infos = kWorkSlots * kKeyWorkBytes + (2 * t.query_stages + 1) * kRowTileInfoBytes +
-                      kProducerBytes + kBackwardConsumers * kStagedSumsBytes;
+  const int32 infos = kWorkSlots * kKeyWorkBytes + 2 * t.query_stages * kRowTileInfoBytes + kProducerBytes +
+                      kBackwardConsumers * kStagedSumsBytes;
   const int32 barriers =
       8 * (4 + 2 * (t.score_stages + t.query_stages + t.grad_out_stages + kWorkSlots + kBackwardConsumers));
   const int32 alpha = t.row_vectors == 3 ? t.score_stages * (t.block_n / 16) * t.block_m * 4 : 0;

@@ -77,8 +77,9 @@ FSA_DEVICE int64 row_tile_number(const BackwardParams& params, const WorkTile& w
 // issued before its own, wherever CTAs run. For that every unit comes from the counter, and none is taken ahead
 // of time: it would start late, and later units wait for it.
 //
-// kSplits: long columns may have been cut; their parts follow each other.
-template <int32 kBlockN, bool kDeterministic, bool kSplits>
+// kSplits: long columns may have been cut; their parts follow each other. kDescribesAhead: whoever asks for a unit has
+// time to wait for the counter, and holds one that has not begun already.
+template <int32 kBlockN, bool kDeterministic, bool kSplits, bool kDescribesAhead>
 class KeySchedule {
  public:
   // In the order of all heads' key tiles; false when there is none at this place, the sequence being too short.
@@ -100,14 +101,14 @@ class KeySchedule {
   }
   FSA_DEVICE static int32 key_tiles(const BackwardParams& params) { return blocks(params) * heads(params); }
 
-  FSA_DEVICE void start(const BackwardParams&) { index_ = static_cast<int32>(blockIdx.x); }
+  FSA_DEVICE void start(const BackwardParams&) { index_ = kTakesAhead ? static_cast<int32>(blockIdx.x) : -1; }
 
   // False when there is no more; otherwise everything but the segments is filled in.
   FSA_DEVICE bool next(const BackwardParams& params, KeyWork& work) {
     for (;;) {
-      const int32 index = kDeterministic ? atomicAdd(params.forward.work_counter, 1) : index_;
+      const int32 index = kTakesAhead ? index_ : take(params);
       if (index >= units(params)) return false;
-      if constexpr (!kDeterministic) {  // ahead of time, to hide the latency
+      if constexpr (kTakesAhead) {  // to hide the latency
         const int32 taken = params.forward.work_counter ? atomicAdd(params.forward.work_counter, 1) : index_;
         index_ = static_cast<int32>(gridDim.x) + taken;
       }
@@ -123,6 +124,16 @@ class KeySchedule {
   }
 
  private:
+  static constexpr bool kTakesAhead = !kDeterministic && !kDescribesAhead;
+
+  FSA_DEVICE int32 take(const BackwardParams& params) {
+    int32* const counter = params.forward.work_counter;
+    if constexpr (kDeterministic) return atomicAdd(counter, 1);
+    index_ = index_ < 0 ? static_cast<int32>(blockIdx.x)
+                        : static_cast<int32>(gridDim.x) + (counter ? atomicAdd(counter, 1) : index_);
+    return index_;
+  }
+
   FSA_DEVICE static int32 blocks(const BackwardParams& params) {
     return ceil_div(params.forward.max_seqlen_k, kBlockN);
   }

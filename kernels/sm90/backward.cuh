@@ -62,7 +62,7 @@ FSA_DEVICE void init_barriers(BackwardStorage<Types>& storage) {
   }
   for (int32 i = 0; i < kWorkSlots; ++i) {
     ptx::init(storage.work_full[i], 1);
-    ptx::init(storage.work_empty[i], kWarps);
+    ptx::init(storage.work_empty[i], kWarps + (Types::kDescribesAhead ? 1 : 0));
   }
   ptx::fence_init();
 }
@@ -80,51 +80,66 @@ FSA_DEVICE void load_rows(const TensorMap& map, int32 row, int32 head, int32 bat
 }
 
 template <class Types>
-FSA_DEVICE bool next_row_tile(const BackwardParams& params, BackwardStorage<Types>& storage,
-                              const KeyWork& work) {
+FSA_DEVICE bool next_row_tile(const BackwardParams& params, Column<Types>& column, const KeyWork& work) {
   if constexpr (Types::kSplits)
-    if (storage.producer.remaining-- == 0) return false;
-  return storage.producer.walk.next(params, work, storage.next);
+    if (column.remaining-- == 0) return false;
+  return column.walk.next(params, work, column.next);
 }
 
-// One thread. Loads run ahead of the consumers by the depth of the rings, across work units. What it walks
-// through is kept in shared memory: it has 24 registers.
-template <class Types>
+// Two jobs, of one thread each or of one for both. Who describes takes units of work and finds their first row tile.
+// Who loads runs ahead of the consumers by the depth of the rings, across units. What they walk through is kept in shared
+// memory: they have 24 registers.
+template <class Types, bool kDescribes, bool kLoads>
 FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& storage) {
   ProducerState<Types>& state = storage.producer;
-  state.schedule.start(params);
-  state.units = state.loads = 0;
+  int32& units = kDescribes ? state.units : state.loaded;
+  if constexpr (kDescribes) {
+    state.schedule.start(params);
+    state.loads = 0;
+  }
+  units = 0;
   uint32 tiles = 0;
 
-  for (;; ++state.units) {
-    const Ring<kWorkSlots> slot = {static_cast<uint32>(state.units)};
-    ptx::wait(storage.work_empty[slot.stage()], slot.phase() ^ 1);
+  for (;; ++units) {
+    const Ring<kWorkSlots> slot = {static_cast<uint32>(units)};
+    if constexpr (kDescribes)
+      ptx::wait(storage.work_empty[slot.stage()], slot.phase() ^ 1);
+    else
+      ptx::wait(storage.work_full[slot.stage()], slot.phase());
     KeyWork& work = storage.work[slot.stage()];
-    work.number = state.units;
-    work.loads = state.loads;
-    if (!state.schedule.next(params, work)) {
-      work.sequence = -1;
+    Column<Types>& column = state.column(slot.stage());
+    bool found;
+    if constexpr (kDescribes) {
+      work.number = units;
+      work.loads = state.loads;
+      if (!state.schedule.next(params, work)) {
+        work.sequence = -1;
+        ptx::arrive(storage.work_full[slot.stage()]);
+        break;
+      }
+      Types::Rows::describe(params, work);
+      column.walk.start(params, work);
+      if constexpr (Types::kSplits) {
+        if (work.num_segments > 0) column.walk.skip(params, work, work.part.skip);
+        column.remaining = work.part.count;
+      }
+      found = work.num_segments > 0 && next_row_tile<Types>(params, column, work);
+      if (!found) work.num_segments = 0;
       ptx::arrive(storage.work_full[slot.stage()]);
-      break;
+      if (!found) continue;
+      ++state.loads;
+    } else {
+      if (work.sequence < 0) break;
+      found = work.num_segments > 0;
     }
-    Types::Rows::describe(params, work);
-    state.walk.start(params, work);
-    if constexpr (Types::kSplits) {
-      if (work.num_segments > 0) state.walk.skip(params, work, work.part.skip);
-      state.remaining = work.part.count;
-    }
-    bool found = work.num_segments > 0 && next_row_tile<Types>(params, storage, work);
-    if (!found) work.num_segments = 0;
-    ptx::arrive(storage.work_full[slot.stage()]);
-    if (!found) continue;
+    if constexpr (!kLoads) continue;
 
-    ++state.loads;
     state.first_tile = tiles;
     for (; found; ++tiles) {
       // All but the loads before the wait: it takes 1500 clocks through busy shared memory.
       RowTileInfo& info = storage.info[tiles % Types::kInfoStages];
-      info = storage.next;
-      found = next_row_tile<Types>(params, storage, work);
+      info = column.next;
+      found = next_row_tile<Types>(params, column, work);
       if (!found) info.flags |= RowTileInfo::kLast;
       const int32 head = info.head, row = work.q_begin + info.tile * Types::kBlockM;
       const int32 number = static_cast<int32>(row_tile_number<Types::kBlockM>(params, work, head, info.tile));
@@ -163,8 +178,9 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
                                                            work.k_map_batch, storage.key, storage.key_full);
       }
     }
+    if constexpr (!kDescribes) ptx::arrive(storage.work_empty[slot.stage()]);
   }
-  Types::Schedule::finish(params);
+  if constexpr (kDescribes) Types::Schedule::finish(params);
 }
 
 template <class Config>
@@ -188,10 +204,13 @@ FSA_DEVICE void backward(const BackwardParams& params) {
   if (warpgroup == 0) {
     ptx::shrink_registers<Types::kProducerRegisters>();
     const int32 warp = static_cast<int32>(threadIdx.x) / kWarpThreads;
-    if (threadIdx.x == 0) produce<Types>(params, storage);
+    if (threadIdx.x == 0) produce<Types, !Types::kDescribesAhead, true>(params, storage);
     if constexpr (Types::kStagedGradQuery)
       if (warp == 1 || warp == 2) add_staged_sums<Types>(params, storage, warp - 1);
+    if constexpr (Types::kDescribesAhead)
+      if (threadIdx.x == 3 * kWarpThreads) produce<Types, true, false>(params, storage);
     if (warp == 3) {
+      __syncwarp();
       clear_gradient_tail(params, grad_key_rows(params));
       clear_gradient_tail(params, grad_value_rows(params));
       if constexpr (Types::kPairGate) clear_grad_delta_tail(params);

@@ -29,7 +29,11 @@ struct BackwardTypes {
   using Mask = KeyMask<typename Config::Mask>;
   using Rows = typename Config::RowIterator;
   static constexpr bool kSplits = Rows::kSplits;
-  using Schedule = KeySchedule<kBlockN, kDeterministic, kSplits>;
+  // A column of a map or a list takes reads of global memory to describe, one behind the other: 8500 clocks where a range
+  // takes 3300. A thread of its own does it a unit ahead. Deterministic units must not be taken ahead of time; at
+  // head_dim 64 ptxas would serialise every multiply (C7511).
+  static constexpr bool kDescribesAhead = kSplits && !kDeterministic && kDim >= 128;
+  using Schedule = KeySchedule<kBlockN, kDeterministic, kSplits, kDescribesAhead>;
   using Logits = LogitBackward<typename Config::LogitChain>;
   static constexpr bool kPairGate = Config::LogitChain::kKeyScalars;
   static constexpr bool kFolded = kTile.row_vectors == kFoldedVectors;
@@ -103,15 +107,27 @@ struct StagedSums {
 };
 static_assert(sizeof(StagedSums) == kStagedSumsBytes, "backward.h must know the size of a StagedSums");
 
+// The row tiles of a unit of work that have not been asked for.
+template <class Types>
+struct Column {
+  RowTileInfo next;
+  typename Types::Rows::Walk walk;
+  int32 remaining;  // of a part
+};
+
 // In shared memory, because the producer has 24 registers.
 template <class Types>
 struct ProducerState {
-  typename Types::Rows::Walk walk;
+  // Of who describes them.
   typename Types::Schedule schedule;
-  int32 units;        // of work so far
-  int32 loads;        // of keys so far
-  int32 remaining;    // row tiles of this unit
+  int32 units;  // of work so far
+  int32 loads;  // of keys so far
+  // Of who loads them.
+  int32 loaded;       // units of work so far
   uint32 first_tile;  // of this unit
+  Column<Types> columns[Types::kDescribesAhead ? kWorkSlots : 1];
+
+  FSA_DEVICE Column<Types>& column(int32 slot) { return columns[Types::kDescribesAhead ? slot : 0]; }
 };
 
 template <class Types>
@@ -129,7 +145,6 @@ struct alignas(kSharedAlignment) BackwardStorage {
                                   Types::kBlockM> alpha_sums;
   KeyWork work[kWorkSlots];
   RowTileInfo info[Types::kInfoStages];
-  RowTileInfo next;  // of the producer alone
   StagedSums sums[kBackwardConsumers];
   union {
     ProducerState<Types> producer;

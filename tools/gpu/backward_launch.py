@@ -86,7 +86,7 @@ class BackwardConfig:
         scores = slots * score_bytes
         grad_query = self.stage_grad_query * self.block_m * self.head_dim * 4
         alpha = self.score_stages * self.block_n // 16 * self.block_m * 4 if self.pair_gate else 0
-        infos = 2 * 176 + (2 * self.query_stages + 1) * 32 + 64 + 32
+        infos = 2 * 176 + 2 * self.query_stages * 32 + 192 + 32
         barriers = 8 * (4 + 2 * (self.score_stages + self.query_stages + self.grad_out_stages + 4))
         return -(-(keys + queries + grad_out + grad_query + scores + alpha + infos + barriers) // 1024) * 1024
 
