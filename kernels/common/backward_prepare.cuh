@@ -7,6 +7,7 @@
 // batch). Memory-bound: 4 head_dim_v + 4 head_dim bytes a row.
 #pragma once
 
+#include "policy/gate_terms.cuh"
 #include "policy/key_work.cuh"
 #include "policy/logit.cuh"
 #include "policy/scalar.cuh"
@@ -109,9 +110,10 @@ FSA_DEVICE void backward_prepare(const BackwardParams& params) {
       const int32 at = row_vector_position(in_tile);
       vectors[0][at] = empty ? kInfinity : lse * kLog2e;
       vectors[1][at] = empty ? 0.0f : sum;
-      if constexpr (Types::kPairGate)
-        vectors[2][at] = used ? load_scalar(p.alpha, work.q_map_batch, position, head) : 0.0f;
     }
+    if constexpr (Types::kPairGate)
+      vectors[Types::kAlphaVector][row_vector_position(in_tile)] =
+          used ? load_scalar(p.alpha, work.q_map_batch, position, head) : 0.0f;
     if constexpr (Types::kSink)
       sink_terms[in_tile] = empty ? 0.0f : -sum * ptx::exp2_approx((sink - lse) * kLog2e);
   }
@@ -121,6 +123,19 @@ FSA_DEVICE void backward_prepare(const BackwardParams& params) {
     params.row_vectors[number * (kVectors * kBlockM) + i] = vectors[i / kBlockM][i % kBlockM];
   if constexpr (Types::kPairGate)
     if (thread < kBlockM) params.grad_alpha_sum[number * kBlockM + thread] = 0;
+  if constexpr (Types::kGateTerms) {
+    Extremes extremes;  // every warp of all rows
+    for (int32 row = thread % kWarpThreads; row < min_of(kBlockM, work.seqlen_q - tile * kBlockM);
+         row += kWarpThreads) {
+      const float alpha = vectors[Types::kAlphaVector][row_vector_position(row)];
+      extremes.include({alpha, alpha});
+    }
+    extremes.reduce_warp();
+    if (thread < kBlockM)
+      store_gate_terms<false, kBlockM>(params.gate_row_terms + number * gate_term_bytes(kBlockM), thread,
+                                       vectors[Types::kAlphaVector][row_vector_position(thread)],
+                                       tile * kBlockM + thread < work.seqlen_q, extremes);
+  }
   if constexpr (Types::kSink) {
     if (thread < kWarpThreads) {
       float sum = 0;

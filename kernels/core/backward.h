@@ -17,8 +17,8 @@ struct BackwardTile {
   int32 grad_out_stages;
   int32 score_stages;      // of dS
   int32 stage_grad_query;  // 1: dQ is added by the copy engine, from shared memory of its own
-  // Floats per query row that travel with Q. 2 or 3: lse, out_dot_grad, alpha of the pair gate, a vector each.
-  // kFoldedVectors: -lse / scale and -out_dot_grad, which start the sums of S and dP.
+  // Floats per query row that travel with Q. 2: lse, out_dot_grad, a vector each. kFoldedVectors: -lse / scale and
+  // -out_dot_grad, which start the sums of S and dP. One more: alpha of the pair gate.
   int32 row_vectors;
   int32 gate_terms;  // 1: so do the terms of the pair gate
 };
@@ -37,6 +37,10 @@ inline constexpr int32 kFoldedVectors = 4;
 // So softmax_scale_log2 of a call is at least this: the quotient stays finite. Logits are 0 in float32 either way.
 inline constexpr float kLeastFoldedScale = 1e-30f;
 
+constexpr bool backward_has_gate(const BackwardTile& t) {
+  return t.row_vectors == 3 || t.row_vectors == kFoldedVectors + 1;
+}
+
 // Where P does not stay in registers it is in shared memory beside dS.
 constexpr int32 backward_shared_operands(const BackwardTile& t) { return t.block_n == 64 ? 2 : 1; }
 
@@ -47,7 +51,7 @@ constexpr int32 backward_score_bytes(const BackwardTile& t) {
 // Where keys are split, gradients of keys and values leave through the stages of dS, so that the next keys can
 // be loaded meanwhile; the pair gate has no room for that at head_dim 128.
 constexpr bool backward_stages_in_scores(const BackwardTile& t) {
-  return t.block_n == 128 && (t.head_dim <= 64 || t.row_vectors != 3);
+  return t.block_n == 128 && (t.head_dim <= 64 || !backward_has_gate(t));
 }
 constexpr int32 backward_score_slots(const BackwardTile& t) {
   const int32 gradients = t.block_n * (t.head_dim + t.head_dim_v) * kElementBytes;
@@ -65,9 +69,10 @@ constexpr int32 backward_shared_bytes(const BackwardTile& t) {
                       kBackwardConsumers * kStagedSumsBytes;
   const int32 barriers =
       8 * (4 + 2 * (t.score_stages + t.query_stages + t.grad_out_stages + kWorkSlots + kBackwardConsumers));
-  const int32 alpha = t.row_vectors == 3 ? t.score_stages * (t.block_n / 16) * t.block_m * 4 : 0;
+  const int32 terms = t.gate_terms * (t.query_stages * gate_term_bytes(t.block_m) + kZeroTermBytes);
+  const int32 alpha = backward_has_gate(t) ? t.score_stages * (t.block_n / 16) * t.block_m * 4 : 0;
   return round_up(keys + queries + grad_out + grad_query + backward_score_slots(t) * backward_score_bytes(t) +
-                      alpha + infos + barriers,
+                      terms + alpha + infos + barriers,
                   kSharedAlignment);
 }
 
@@ -149,6 +154,7 @@ struct BackwardParams {
   float* row_vectors;     // [row tiles, row_vectors, block_m] in the order of row_vector_position
   float* grad_query_sum;  // [row tiles, block_m * head_dim]: [8 warps, columns / 8, 32 lanes, 4], fragments
   float* grad_alpha_sum;  // [row tiles, block_m]; pair gate
+  uint8* gate_row_terms;  // gate_term_bytes(block_m) for each row tile; FoldedPairGate
   float* grad_sink_sum;   // [row tiles]; learnable sink
   int32* turns;  // [row tiles, 8 warps]: how many key tiles have been added; deterministic. Staged sums
                  // use the first of each four

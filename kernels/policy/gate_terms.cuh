@@ -12,6 +12,7 @@
 #include "core/base.cuh"
 #include "core/config.h"
 #include "ptx/math.cuh"
+#include "ptx/sync.cuh"
 
 namespace fsa::kernels {
 
@@ -68,8 +69,20 @@ struct GateTermRows {
   }
 };
 
-// 128 bytes of zeros as an operand of any number of rows.
-FSA_DEVICE uint64 zero_terms(uint32 address) { return static_cast<uint64>((address & 0x3ffff) >> 4); }
+// An operand of any number of rows.
+struct alignas(128) ZeroTerms {
+  uint8 bytes[kZeroTermBytes];
+
+  FSA_DEVICE void fill() {
+#pragma unroll
+    for (int32 i = 0; i < kZeroTermBytes; i += 16)
+      *reinterpret_cast<uint4*>(bytes + i) = make_uint4(0, 0, 0, 0);
+    ptx::fence_shared_for_async();
+  }
+  FSA_DEVICE uint64 inner_columns() const {
+    return static_cast<uint64>((shared_address(bytes) & 0x3ffff) >> 4);
+  }
+};
 
 namespace gate_terms_detail {
 

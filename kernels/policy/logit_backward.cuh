@@ -13,8 +13,9 @@ namespace fsa::kernels {
 struct LogitRows {
   int32 sequence;
   int32 head;
-  int32 distance;      // position of its first query row less that of its first key
-  const float* alpha;  // of its query rows, four of 16 rows at a time; pair gate
+  int32 distance;                           // position of its first query row less that of its first key
+  const float* alpha;                       // of its query rows, four of 16 rows at a time; pair gate
+  Extremes alpha_extremes, delta_extremes;  // FoldedPairGate
 };
 
 // Element i: query row and key less the thread's first.
@@ -98,7 +99,8 @@ struct LogitBackward<PairGate<kLogSigmoid>> {
   static constexpr bool kNeedsValue = false;
   float scale_out;
   float delta[kRowsPerThread];
-  float delta_sum[kRowsPerThread] = {0, 0};  // over the thread's query rows
+  float doubled_delta_sum[kRowsPerThread] = {0,
+                                             0};  // over the thread's query rows; twice the gradient of delta
 
   FSA_DEVICE LogitBackward(const BackwardParams& params, const KeyWork& work, int32 key, float scale_in)
       : scale_out(scale_in) {
@@ -120,37 +122,92 @@ struct LogitBackward<PairGate<kLogSigmoid>> {
   FSA_DEVICE void derive(const BackwardParams&, const LogitRows&, float (&)[kCount],
                          float (&)[kCount]) const {}
 
-  // alpha_sums: the warp's line, one float per query row in the order of row_vector_position.
-  template <int32 kCount>
+  // alpha_sums: the warp's line, one float per query row in the order of row_vector_position. kCoarse: gradients are
+  // rounded to 2^-9.
+  template <bool kCoarse, int32 kCount>
   FSA_DEVICE void sum(const LogitRows& rows, const float (&gradient)[kCount], float* alpha_sums) {
+    if constexpr (kLogSigmoid)  // sigmoid(-x)
+      sum_slopes(rows, gradient, alpha_sums, [](float g, float x) {
+        return g * ptx::reciprocal_approx(0.5f + 0.5f * ptx::exp2_approx(2 * kLog2e * x));
+      });
+    else
+      sum_slopes(rows, gradient, alpha_sums, [](float g, float) { return 2 * g; });
+  }
+
+ protected:
+  // slope(g, x / 2): twice g times the gate's derivative. The thread's sums over its two keys are added up over the eight
+  // lanes that share its query rows; at each of the three exchanges a lane gives half of its sums away: 14 shuffles, not
+  // 48.
+  template <int32 kCount, class Slope>
+  FSA_DEVICE void sum_slopes(const LogitRows& rows, const float (&gradient)[kCount], float* alpha_sums,
+                             Slope slope) {
+    const float half[kRowsPerThread] = {0.5f * delta[0], 0.5f * delta[1]};
+    float sums[kCount / 2];  // four of every 16 query rows
 #pragma unroll
-    for (int32 i = 0; i < kCount; i += 8) {  // 16 query rows, of which the thread has four
-      float sums[4] = {0, 0, 0, 0};
+    for (int32 i = 0; i < kCount / 2; ++i) sums[i] = 0;
 #pragma unroll
-      for (int32 j = 0; j < 8; ++j) {
-        const int32 slot = fragment_slot(j), row = j / 4 * 2 + j % 2;
-        const float a = rows.alpha[2 * i + row];
-        float g = gradient[i + j];
-        if constexpr (kLogSigmoid)  // sigmoid(-alpha delta)
-          g *= ptx::reciprocal_approx(1 + ptx::exp2_approx(kLog2e * a * delta[slot]));
-        delta_sum[slot] += g * a;
-        sums[row] += g * delta[slot];
+    for (int32 i = 0; i < kCount; ++i) {
+      const int32 slot = fragment_slot(i);
+      const float a = alpha(rows, i), g = slope(gradient[i], a * half[slot]);
+      doubled_delta_sum[slot] += g * a;
+      sums[sum_of(i)] += g * half[slot];
+    }
+    int32 first = 0;
+    const int32 lane = own_lane();
+#pragma unroll
+    for (int32 exchange = 0; exchange < 3; ++exchange) {
+      const int32 distance = kWarpThreads / 2 >> exchange, count = kCount / 4 >> exchange;
+      const bool upper = (lane & distance) != 0;
+      if (upper) first += count;
+#pragma unroll
+      for (int32 i = 0; i < kCount / 4; ++i) {
+        if (i >= count) continue;
+        sums[i] = (upper ? sums[i + count] : sums[i]) +
+                  __shfl_xor_sync(0xffffffffu, upper ? sums[i] : sums[i + count], distance);
       }
+    }
+    float* const to = alpha_sums + first / 4 * 16 + lane % 4 * 4 + first % 4;
+    static_assert(kCount == 32 || kCount == 16, "two or one sum remain");
+    if constexpr (kCount == 32)
+      *reinterpret_cast<float2*>(to) = {sums[0], sums[1]};
+    else
+      *to = sums[0];
+  }
+
+ protected:
+  FSA_DEVICE static float alpha(const LogitRows& rows, int32 i) {
+    return rows.alpha[i / 8 * 16 + i % 8 / 4 * 2 + i % 2];
+  }
+  // Which of the thread's query rows.
+  static constexpr int32 sum_of(int32 i) { return i / 8 * 4 + i % 8 / 4 * 2 + i % 2; }
+};
+
+template <>
+struct LogitBackward<FoldedPairGate> : LogitBackward<PairGate<true>> {
+  using Base = LogitBackward<PairGate<true>>;
+  using Base::Base;
+  static constexpr float kGentle = 2;
+
+  template <int32 kCount>
+  FSA_DEVICE void apply(const BackwardParams& params, const LogitRows& rows, float (&rS)[kCount]) const {
+    const GateRange range = gate_range(rows.alpha_extremes, rows.delta_extremes);
+    if (range == GateRange::near) return;
+    if (range == GateRange::far) {
 #pragma unroll
-      for (int32 row = 0; row < 4; ++row) {
-#pragma unroll
-        for (int32 distance = 4; distance < kWarpThreads; distance *= 2)
-          sums[row] += __shfl_xor_sync(0xffffffffu, sums[row], distance);
-      }
-      if (own_lane() < 4)
-        *reinterpret_cast<float4*>(alpha_sums + 2 * i + 4 * own_lane()) =
-            make_float4(sums[0], sums[1], sums[2], sums[3]);
+      for (int32 i = 0; i < kCount; ++i) rS[i] += alpha(rows, i) * delta[fragment_slot(i)];
+    } else {
+      Base::apply(params, rows, rS);
     }
   }
 
- private:
-  FSA_DEVICE static float alpha(const LogitRows& rows, int32 i) {
-    return rows.alpha[i / 8 * 16 + i % 8 / 4 * 2 + i % 2];
+  // sigmoid(-x) = 1 / 2 - tanh(x / 2) / 2, right to 2^-12: where it is above 1 / 9, to 2^-9.
+  template <bool kCoarse, int32 kCount>
+  FSA_DEVICE void sum(const LogitRows& rows, const float (&gradient)[kCount], float* alpha_sums) {
+    if (kCoarse && rows.alpha_extremes.largest_product(rows.delta_extremes) <= kGentle)
+      sum_slopes(rows, gradient, alpha_sums,
+                 [](float g, float half_x) { return g - g * ptx::tanh_approx(half_x); });
+    else
+      Base::sum<false>(rows, gradient, alpha_sums);
   }
 };
 
@@ -158,7 +215,7 @@ struct LogitBackward<PairGate<kLogSigmoid>> {
 template <>
 struct LogitBackward<Logit<>> {
   static constexpr bool kNeedsValue = false;
-  static constexpr bool kPlain = true;  // the value is q k
+  static constexpr bool kPlain = true;  // the value is q k, or q k with the gate folded in
   float scale_out;
 
   FSA_DEVICE LogitBackward(const BackwardParams&, const KeyWork&, int32, float scale_in)
@@ -175,7 +232,7 @@ template <class First, class... Rest>
 struct LogitBackward<Logit<First, Rest...>> {
   static constexpr bool kNeedsValue =
       LogitBackward<First>::kNeedsValue || LogitBackward<Logit<Rest...>>::kNeedsValue;
-  static constexpr bool kPlain = false;
+  static constexpr bool kPlain = First::kGateTerms && LogitBackward<Logit<Rest...>>::kPlain;
   LogitBackward<First> first;
   LogitBackward<Logit<Rest...>> rest;
 

@@ -152,12 +152,17 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       const Ring<Types::kQueryStages> query = {tiles};
       ptx::wait(storage.query_empty[query.stage()], query.phase() ^ 1);
       ptx::Mbarrier& query_full = storage.query_full[query.stage()];
-      ptx::arrive_expect_bytes(query_full, Types::QueryRows::kBytes + Types::kRowVectorBytes);
+      constexpr int32 kTermBytes = Types::kGateTerms ? gate_term_bytes(Types::kBlockM) : 0;
+      ptx::arrive_expect_bytes(query_full, Types::QueryRows::kBytes + Types::kRowVectorBytes + kTermBytes);
       load_rows<typename Types::QueryRows, Types::kBlockM>(params.forward.query_map, row, head, batch,
                                                            storage.query[query.stage()], query_full);
       ptx::load_bytes(storage.row_vectors[query.stage()],
                       params.row_vectors + static_cast<int64>(number) * (Types::kRowVectorBytes / 4),
                       Types::kRowVectorBytes, query_full);
+      if constexpr (Types::kGateTerms)
+        ptx::load_bytes(&storage.gate.rows[query.stage()],
+                        params.gate_row_terms + static_cast<int64>(number) * kTermBytes, kTermBytes,
+                        query_full);
 
       const Ring<Types::kGradOutStages> grad_out = {tiles};
       ptx::wait(storage.grad_out_empty[grad_out.stage()], grad_out.phase() ^ 1);
@@ -198,6 +203,7 @@ FSA_DEVICE void backward(const BackwardParams& params) {
     ptx::prefetch(params.forward.value_map);
     ptx::prefetch(params.grad_out_map);
     init_barriers(storage);
+    if constexpr (Types::kGateTerms) storage.gate.zeros.fill();
   }
   __syncthreads();
 

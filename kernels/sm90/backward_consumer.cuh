@@ -34,7 +34,8 @@ struct BackwardConsumer {
   // 64 rows) it serialises every multiply instead (C7511).
   static constexpr bool kQuerySharesProducts = kQueryCount == kScoreCount;
   using GradQuery = float[kQueryCount];
-  static_assert(!Types::kFolded || Logits::kPlain, "lse is folded into S only where S is the logit");
+  static_assert(!Types::kFolded || Logits::kPlain,
+                "lse is folded into S only where the logit is S and what is added");
   static constexpr int32 kConsumerWarps = Types::kConsumerThreads / kWarpThreads;
 
   const BackwardParams& params;
@@ -48,6 +49,10 @@ struct BackwardConsumer {
 
   // Of the row vector that is wanted next, read while multiplies run.
   float4 ahead[Types::kUnitsAhead];  // not where they are folded
+
+  // The terms of the warpgroup's keys as A, and the extremes of their delta.
+  uint32 rGate[Types::kGateTerms ? kGateTerms / 4 : 1];
+  Extremes delta_extremes;
 
   uint32 rHeld[Types::kHeldSteps > 0 ? 4 * Types::kHeldSteps : 1];  // V
   float rS[kScoreCount];                                            // S, then P
@@ -134,7 +139,47 @@ struct BackwardConsumer {
       ptx::multiply_shared<kElement, Types::kScoreRows>(
           rS, KeyRows::advance(a, KeyRows::inner_columns_offset(step)),
           QueryRows::advance(b, QueryRows::inner_columns_offset(step)), Types::kFolded || step != 0);
+    if constexpr (Types::kGateTerms) issue_gate_terms(query(tile).stage());
     ptx::wgmma_commit();
+  }
+
+  // The pair gate in S, zeros where its terms do not hold: ptxas allows no branch around a multiply.
+  FSA_DEVICE void issue_gate_terms(int32 stage) {
+    using RowTerms = GateTermRows<Types::kBlockM>;
+    const auto& rows = storage.gate.rows[stage];
+    const bool near = gate_range(rows.extremes, delta_extremes) == GateRange::near;
+    const uint64 zeros = storage.gate.zeros.inner_columns();
+    const uint32 base = shared_address(rows.terms + RowTerms::unit_offset(first_row(), 0));
+#pragma unroll
+    for (int32 step = 0; step < kGateTerms / 16; ++step)
+      ptx::multiply_registers_columns<ElementType::bf16, Types::kScoreRows, true>(
+          rS, rGate[4 * step], rGate[4 * step + 1], rGate[4 * step + 2], rGate[4 * step + 3],
+          near ? RowTerms::inner_columns(base, step) : zeros);
+  }
+
+  // Of the warpgroup's 64 keys; every warp finds the extremes of all.
+  FSA_DEVICE void make_gate_terms(const KeyWork& work, const Logits& logits) {
+    const int32 first = work.n_begin + first_key();
+    delta_extremes = Extremes();
+#pragma unroll
+    for (int32 i = 0; i < kRowsPerWarpgroup / kWarpThreads; ++i) {
+      const int32 key = min_of(first + lane() + i * kWarpThreads, work.seqlen_k - 1);
+      const float delta = load_scalar(params.forward.delta, work.k_map_batch,
+                                      static_cast<int64>(work.k_begin) + key, work.kv_head);
+      delta_extremes.include({delta, delta});
+    }
+    delta_extremes.reduce_warp();
+#pragma unroll
+    for (int32 row = 0; row < kRowsPerThread; ++row) {
+      uint32 terms[kGateTerms / 2];
+      kernels::make_gate_terms<true>(has_gate_terms(delta_extremes) ? logits.first.delta[row] : 0.0f, terms);
+      const int32 pair = lane() % 4;
+#pragma unroll
+      for (int32 unit = 0; unit < kGateTerms / 8; ++unit) {
+        const uint32* const of = terms + 4 * unit;
+        rGate[2 * unit + row] = pair == 0 ? of[0] : pair == 1 ? of[1] : pair == 2 ? of[2] : of[3];
+      }
+    }
   }
 
   // The first columns of the warpgroup's V, as A.
@@ -243,11 +288,21 @@ struct BackwardConsumer {
     }
   }
 
+  FSA_DEVICE Extremes alpha_extremes(int32 stage) const {
+    if constexpr (Types::kGateTerms)
+      return storage.gate.rows[stage].extremes;
+    else
+      return {};
+  }
   FSA_DEVICE LogitRows logit_rows(const KeyWork& work, const RowTileInfo& info, int32 stage) const {
     const int32 row = info.tile * Types::kBlockM + first_row() + fragment_column(lane(), 0);
     const int32 key = work.n_begin + first_key() + fragment_row(thread, 0);
-    return {work.sequence, info.head, row + work.offset() - key,
-            Types::kPairGate ? row_vector(stage, 2) : nullptr};
+    return {work.sequence,
+            info.head,
+            row + work.offset() - key,
+            Types::kPairGate ? row_vector(stage, Types::kAlphaVector) : nullptr,
+            alpha_extremes(stage),
+            delta_extremes};
   }
 
   // S becomes the logits.
@@ -298,11 +353,17 @@ struct BackwardConsumer {
                    [&](int32, float p, float lse) { return (ptx::log2_approx(p) + lse) * inverse; });
     }
     logits.derive(params, logit_rows(work, info(tiles), stage), rS, rD);
-    if constexpr (Types::kPairGate)
-      logits.first.sum(logit_rows(work, info(tiles), stage), rD,
-                       storage.alpha_sums.line(score_stage(tiles), alpha_line()) + first_row());
+    if constexpr (!kSplitKeys) sum_gate(work, logits, stage);
 #pragma unroll
     for (int32 i = 0; i < kScoreCount / 2; ++i) rdS[i] = ptx::pack<kElement>(rD[2 * i], rD[2 * i + 1]);
+  }
+
+  // The pair gate's gradients, from dS.
+  FSA_DEVICE void sum_gate(const KeyWork& work, Logits& logits, int32 stage) {
+    if constexpr (Types::kPairGate)
+      logits.first.template sum<kElement == ElementType::bf16>(
+          logit_rows(work, info(tiles), stage), rD,
+          storage.alpha_sums.line(score_stage(tiles), alpha_line()) + first_row());
   }
 
   // The warpgroup's share of P^T or dS^T, a line per key.
@@ -379,7 +440,8 @@ struct BackwardConsumer {
   FSA_DEVICE void store_grad_delta(const KeyWork& work, const Logits& logits) {
 #pragma unroll
     for (int32 row = 0; row < kRowsPerThread; ++row) {
-      const float sum = reduce_row(logits.first.delta_sum[row], [](float a, float b) { return a + b; });
+      const float sum =
+          0.5f * reduce_row(logits.first.doubled_delta_sum[row], [](float a, float b) { return a + b; });
       if (lane() % 4 == 0) storage.alpha_sums.line(0, index)[fragment_row(thread, row)] = sum;
     }
     sync_consumers();
@@ -452,11 +514,12 @@ struct BackwardConsumer {
   // be up to a tile apart, and one's multiplies run beside the other's arithmetic. Whatever waits, for memory
   // or for others, does so while this warpgroup's multiplies run.
   template <bool kLast>
-  FSA_DEVICE void multiply_split_keys(const KeyWork& work, const Logits& logits, bool first) {
+  FSA_DEVICE void multiply_split_keys(const KeyWork& work, Logits& logits, bool first) {
     const int32 stage = query(tiles).stage(), grad_out_stage = grad_out(tiles).stage();
     store_scores(rdS, storage.scores[score_stage(tiles)][0]);
     issue_gradient<GradOutRows, Types::kGradDimV>(rV, rP, nullptr, storage.grad_out[grad_out_stage]);
     issue_gradient<QueryRows, Types::kGradDim>(rK, rdS, nullptr, storage.query[stage]);
+    sum_gate(work, logits, stage);
     ptx::fence_shared_for_async();
     release(storage.scores_full[score_stage(tiles)]);
     RowTileBrief next;
@@ -609,6 +672,7 @@ struct BackwardConsumer {
     ptx::wait(storage.key_full, work.loads & 1);
     if (work.partial(Types::kBlockN))
       clear_rows<KeyRows, Types::kBlockN>(storage.key, work.seqlen_k - work.n_begin);
+    if constexpr (Types::kGateTerms) make_gate_terms(work, logits);
     brief = find(tiles);
     start_scores(tiles, brief);
     ptx::wait(storage.value_full, work.loads & 1);

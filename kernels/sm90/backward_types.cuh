@@ -36,7 +36,8 @@ struct BackwardTypes {
   using Schedule = KeySchedule<kBlockN, kDeterministic, kSplits, kDescribesAhead>;
   using Logits = LogitBackward<typename Config::LogitChain>;
   static constexpr bool kPairGate = Config::LogitChain::kKeyScalars;
-  static constexpr bool kFolded = kTile.row_vectors == kFoldedVectors;
+  static constexpr bool kGateTerms = Config::LogitChain::kGateTerms;
+  static constexpr bool kFolded = kTile.row_vectors >= kFoldedVectors;
 
   // Two ways to share a tile between two warpgroups. With 128 keys each has 64: P and dS stay in its registers
   // for dV and dK, and only dS goes to shared memory, for dQ. With 64 keys (head_dim 256, where gradients of 64
@@ -55,7 +56,7 @@ struct BackwardTypes {
 
   // Of dP's A operand, steps of 16 columns that stay in registers: 128 of 3070 wavefronts of shared memory a tile.
   // At head_dim 128 there are 20 registers left.
-  static constexpr int32 kHeldSteps = kSplitKeys && kFolded && kDim == 128 ? 4 : 0;
+  static constexpr int32 kHeldSteps = kSplitKeys && kFolded && !kPairGate && kDim == 128 ? 4 : 0;
 
   using KeyRows = SwizzledTile<kBlockN, kDim>;
   using ValueRows = SwizzledTile<kBlockN, kDimV>;
@@ -72,8 +73,10 @@ struct BackwardTypes {
   static_assert(kDim % kChunkColumns == 0 && kDimV % kChunkColumns == 0,
                 "pad head dimensions to whole chunks");
   static_assert(kSplitKeys || (kDim % 128 == 0 && kDimV % 128 == 0), "half of the columns are whole chunks");
-  static_assert(kFolded ? !kPairGate : kTile.row_vectors == (kPairGate ? 3 : 2),
+  static constexpr int32 kAlphaVector = kFolded ? kFoldedVectors : 2;
+  static_assert(kTile.row_vectors == kAlphaVector + kPairGate,
                 "lse, out_dot_grad, and alpha for the pair gate");
+  static_assert((kTile.gate_terms != 0) == kGateTerms, "FoldedPairGate needs its terms beside Q");
 };
 
 // Sums of alpha's gradient over the keys of a warp, per stage of dS: a line of block_m floats for each warp,
@@ -88,6 +91,15 @@ struct AlphaSums {
 };
 template <int32 kLines, int32 kRows>
 struct AlphaSums<0, kLines, kRows> {};
+
+// Terms of the pair gate of row tiles; nothing when kThere is false.
+template <class Types, bool kThere>
+struct RowTermStages {
+  GateTermTile<Types::kBlockM> rows[Types::kQueryStages];
+  ZeroTerms zeros;
+};
+template <class Types>
+struct RowTermStages<Types, false> {};
 
 // dQ of one row tile on its way to global memory; nothing where it goes straight from registers.
 template <int32 kWarpBytes>
@@ -140,6 +152,7 @@ struct alignas(kSharedAlignment) BackwardStorage {
               [Types::Scores::kBytes];  // dS; P
   // Before what follows: checkers take the repeated rows of issue_row_values for 4 KB side by side.
   alignas(128) float row_vectors[Types::kQueryStages][Types::kTile.row_vectors][Types::kBlockM];
+  [[no_unique_address]] RowTermStages<Types, Types::kGateTerms> gate;
   [[no_unique_address]] StagedGradQuery<Types::kStagedGradQuery ? Types::kQueryColumns * 64 : 0> grad_query;
   [[no_unique_address]] AlphaSums<Types::kPairGate ? Types::kScoreStages : 0, kAlphaLines<Types>,
                                   Types::kBlockM> alpha_sums;

@@ -168,7 +168,7 @@ FSA_DEVICE void forward(const ForwardParams& params) {
     Types::Source::prefetch(params);
     init_barriers(storage);
     storage.ones.fill();
-    storage.gate.fill();
+    if constexpr (Types::kGateTerms) storage.gate.zeros.fill();
   }
   __syncthreads();
 

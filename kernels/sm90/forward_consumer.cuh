@@ -147,7 +147,7 @@ struct Consumer {
     using RowTerms = GateTermRows<kRowsPerWarpgroup>;
     using KeyTerms = GateTermRows<Types::kBlockN>;
     const bool near = gate_range(key.stage()) == GateRange::near;
-    const uint64 zeros = zero_terms(shared_address(storage.gate.zeros));
+    const uint64 zeros = storage.gate.zeros.inner_columns();
     const uint32 rows = shared_address(storage.gate.rows[index].terms);
     const uint32 keys =
         shared_address(storage.gate.keys[key.stage()].terms + KeyTerms::unit_offset(kBegin, 0));

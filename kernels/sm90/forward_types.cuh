@@ -94,19 +94,10 @@ template <class Types, bool kThere>
 struct GateTermStages {
   GateTermTile<Types::kBlockN> keys[Types::kKeyStages];
   GateTermTile<kRowsPerWarpgroup> rows[Types::kNumConsumers];
-  alignas(128) uint8 zeros[kZeroTermBytes];
-
-  FSA_DEVICE void fill() {
-#pragma unroll
-    for (int32 i = 0; i < kZeroTermBytes; i += 16)
-      *reinterpret_cast<uint4*>(zeros + i) = make_uint4(0, 0, 0, 0);
-    ptx::fence_shared_for_async();
-  }
+  ZeroTerms zeros;
 };
 template <class Types>
-struct GateTermStages<Types, false> {
-  FSA_DEVICE void fill() {}
-};
+struct GateTermStages<Types, false> {};
 
 // B of the multiply that adds up P; nothing when kThere is false.
 template <ElementType kElement, bool kThere>

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -32,6 +34,8 @@ constexpr BackwardTile kTile64Sparse = {64, 64, 64, 128, 4, 2, 4, 1, kFoldedVect
 constexpr BackwardTile kTile128 = {128, 128, 64, 128, 2, 2, 3, 1, kFoldedVectors, 0};
 constexpr BackwardTile kTile128Logit = {128, 128, 64, 128, 2, 2, 3, 1, 2, 0};
 constexpr BackwardTile kTile128Gate = {128, 128, 64, 128, 2, 2, 3, 1, 3, 0};
+constexpr BackwardTile kTile128FoldedGate = {128, 128, 64, 128, 2, 2, 3, 1, kFoldedVectors + 1, 1};
+constexpr BackwardTile kTile128GateAlibi = {128, 128, 64, 128, 2, 2, 3, 1, 3, 1};
 constexpr BackwardTile kTile256 = {256, 256, 64, 64, 2, 2, 2, 0, kFoldedVectors, 0};
 constexpr BackwardTile kTile256x128 = {256, 128, 64, 64, 2, 2, 2, 0, kFoldedVectors, 0};
 
@@ -52,6 +56,7 @@ struct Problem {
   bool causal = false;
   bool skip_map = false;
   bool block_mask = false;
+  float gate_factor = 1, gate_shift = 0;  // of alpha and delta; a mean of delta, with alpha near 1
   bool gate = false, alibi = false, sink = false;
   float softcap = 0;
   int32 least_part = 0;  // row tiles; 0: columns are not cut
@@ -92,6 +97,8 @@ class Call {
       for (uint16& x : tensor->values) x = static_cast<uint16>(kernels::ptx::bf16_bits(normal(random)));
     for (auto* tensor : {&alpha, &delta, &grad_lse})
       for (float& x : tensor->values) x = normal(random);
+    for (float& x : alpha.values) x = p.gate_shift != 0 ? 1 + 0.1f * x : p.gate_factor * x;
+    for (float& x : delta.values) x = p.gate_shift != 0 ? p.gate_shift + 0.5f * x : p.gate_factor * x;
     for (float& x : slopes) x = 0.1f * std::abs(normal(random));
     for (float& x : sinks) x = normal(random);
     fill_map();
@@ -145,7 +152,10 @@ class Call {
                             (!p.block_mask || blocks.listed(h, i, j));
           double x = 0;
           for (int32 e = 0; e < p.head_dim; ++e) x += read(query.at(b, i, h, e)) * read(key.at(b, j, kv, e));
-          if (p.gate) x -= std::log1p(std::exp(-a * delta.at(b, j, kv, 0)));
+          if (p.gate) {
+            const double z = a * delta.at(b, j, kv, 0);
+            x += std::min(z, 0.0) - std::log1p(std::exp(-std::abs(z)));
+          }
           x *= scale;
           t[j] = p.softcap > 0 ? std::tanh(x / p.softcap) : 0;
           if (p.softcap > 0) x = p.softcap * t[j];
@@ -333,6 +343,10 @@ void check(const Problem& problem) {
   params.row_vectors = &vectors.data()->x;
   params.grad_query_sum = &sums.data()->x;
   params.grad_alpha_sum = alpha_sums.data();
+  std::vector<GateTermTile<Types::kBlockM>> row_terms(Types::kGateTerms ? alpha_sums.size() / Types::kBlockM
+                                                                        : 0);
+  std::memset(static_cast<void*>(row_terms.data()), 0xff, row_terms.size() * sizeof(row_terms[0]));
+  if (Types::kGateTerms) params.gate_row_terms = row_terms.data()->terms;
   params.grad_sink_sum = sink_sums.data();
   params.turns = turns.data();
   params.row_tiles = row_tiles;
@@ -402,6 +416,27 @@ TEST(BackwardKernel, SkipMapAndPairGate) {
   problem.gate = true;
   check<
       Config<kTile128Gate, Causal, BitmapRows<RangeRows<Causal, 64, 128>, 128>, Logit<PairGate<true>>, true>>(
+      problem);
+}
+
+// Terms hold where |alpha delta| <= 4 in the whole tile; shifts are for tiles all alike: near 1 and 3, far below 0.
+TEST(BackwardKernel, FoldedPairGate) {
+  using MapConfig = Config<kTile128FoldedGate, Causal, BitmapRows<RangeRows<Causal, 64, 128>, 128>,
+                           Logit<FoldedPairGate>, false>;
+  Problem problem = {1, 100, 200, 1, 1, 128, 128, 90, 190, true, true};
+  problem.gate = true;
+  for (const float factor : {0.3f, 0.8f, 2.0f}) {
+    problem.gate_factor = factor;
+    check<MapConfig>(problem);
+  }
+  for (const float shift : {-40.0f, 1.0f, 3.0f}) {
+    problem.gate_shift = shift;
+    check<MapConfig>(problem);
+  }
+  problem = {1, 100, 200, 2, 1, 128, 128, 100, 200, true};
+  problem.gate = problem.alibi = true;
+  problem.gate_factor = 0.6f;
+  check<Config<kTile128GateAlibi, Causal, RangeRows<Causal, 64, 128>, Logit<FoldedPairGate, Alibi>, true>>(
       problem);
 }
 

@@ -48,7 +48,11 @@ class BackwardConfig:
 
     @property
     def pair_gate(self) -> bool:
-        return any(stage.startswith("PairGate") for stage in self.logit)
+        return any("PairGate" in stage for stage in self.logit)
+
+    @property
+    def gate_terms(self) -> bool:
+        return "FoldedPairGate" in self.logit
 
     @property
     def cuts(self) -> bool:
@@ -69,7 +73,7 @@ class BackwardConfig:
 
     @property
     def row_vectors(self) -> int:
-        return 3 if self.pair_gate else 2 if self.logit else 4
+        return (4 if self.logit in ((), ("FoldedPairGate",)) else 2) + self.pair_gate
 
     @property
     def shared_bytes(self) -> int:
@@ -80,12 +84,14 @@ class BackwardConfig:
         score_bytes = operands * self.block_m * self.block_n * 2
         slots = self.score_stages
         if self.block_n == 128 and (
-            self.head_dim <= 64 or self.row_vectors != 3
+            self.head_dim <= 64 or not self.pair_gate
         ):  # gradients leave through them
             slots = max(slots, -(-self.block_n * (self.head_dim + self.head_dim_v) * 2 // score_bytes))
         scores = slots * score_bytes
         grad_query = self.stage_grad_query * self.block_m * self.head_dim * 4
         alpha = self.score_stages * self.block_n // 16 * self.block_m * 4 if self.pair_gate else 0
+        if self.gate_terms:
+            alpha += self.query_stages * (self.block_m * 64 + 128) + 128
         infos = 2 * 176 + 2 * self.query_stages * 32 + 192 + 32
         barriers = 8 * (4 + 2 * (self.score_stages + self.query_stages + self.grad_out_stages + 4))
         return -(-(keys + queries + grad_out + grad_query + scores + alpha + infos + barriers) // 1024) * 1024
@@ -138,7 +144,8 @@ struct Config {{
       .head_dim = {self.head_dim}, .head_dim_v = {self.head_dim_v}, .block_m = {self.block_m},
       .block_n = {self.block_n}, .query_stages = {self.query_stages},
       .grad_out_stages = {self.grad_out_stages}, .score_stages = {self.score_stages},
-      .stage_grad_query = {int(self.stage_grad_query)}, .row_vectors = {self.row_vectors}}};
+      .stage_grad_query = {int(self.stage_grad_query)}, .row_vectors = {self.row_vectors},
+      .gate_terms = {int(self.gate_terms)}}};
   static constexpr bool kDeterministic = {str(self.deterministic).lower()};
   static constexpr bool kSink = {str(self.sink).lower()};
   using Mask = {self.mask_type};
@@ -172,7 +179,7 @@ def config_of(dims: tuple[int, int], element: str = "bf16", **options: object) -
     """The shipped tile of a pair of padded head dimensions with the given policies."""
     tiled = options.get("bits") or options.get("mask") == "list" or options.get("logit")
     m, n, q, g, scores, staged = (TILED if tiled else DENSE)[dims]
-    if any(stage.startswith("PairGate") for stage in options.get("logit", ())):  # alpha's sums need room
+    if any("PairGate" in stage for stage in options.get("logit", ())):  # alpha's sums need room
         if dims == (256, 256):
             g = 1
         elif dims == (128, 128):
@@ -273,6 +280,9 @@ class Backward:
         vectors = torch.full((tiles, config.row_vectors, block_m), math.nan, **nan)
         sums = torch.full((tiles, block_m, config.head_dim), math.nan, **nan)
         alpha_sums = torch.full((tiles, block_m), math.nan, **nan) if config.pair_gate else None
+        row_terms = None
+        if config.gate_terms:
+            row_terms = torch.full((tiles, block_m * 64 + 128), 255, dtype=torch.uint8, device="cuda")
         sink_sums = torch.full((tiles,), math.nan, **nan) if config.sink else None
         turns = torch.full((tiles, 8), 1 << 30, dtype=torch.int32, device="cuda")
         columns = None
@@ -333,10 +343,10 @@ class Backward:
         maps = b"".join([self.driver.tensor_map(given.grad_out, 64), self.driver.tensor_map(outputs["k"], 64),
                          self.driver.tensor_map(outputs["v"], 64)])  # fmt: skip
         body = struct.pack(
-            "<" + "Qqqq" * 5 + "QQQQQqQqqqQQqqiiiifiQQQQQii",
+            "<" + "Qqqq" * 5 + "QQQQQQqQqqqQQqqiiiifiQQQQQii",
             *rows(given.grad_out, packed_q), *rows(outputs["q"], packed_q), *rows(outputs["k"], packed_k),
             *rows(outputs["v"], packed_k), *grad_lse, vectors.data_ptr(), sums.data_ptr(), pointer(alpha_sums),
-            pointer(sink_sums), turns.data_ptr(), row_tiles, *bits, *lists, head_dim,
+            pointer(row_terms), pointer(sink_sums), turns.data_ptr(), row_tiles, *bits, *lists, head_dim,
             p.k.shape[0] if packed_k else 0, per_wave, 1 / math.sqrt(head_dim), least_part,
             *map(pointer, parts), slots, 0,
         ) + by_row(outputs.get("alpha"), packed_q) + by_row(outputs.get("delta"), packed_k) + pack_scalar(
@@ -348,7 +358,19 @@ class Backward:
         address = (ctypes.addressof(kept) + 63) // 64 * 64
         ctypes.memmove(address, params, PARAMS_BYTES)
         arguments = (ctypes.c_void_p * 1)(address)
-        alive = (kept, storage, vectors, sums, alpha_sums, sink_sums, turns, columns, counts, parts)
+        alive = (
+            kept,
+            storage,
+            vectors,
+            sums,
+            alpha_sums,
+            row_terms,
+            sink_sums,
+            turns,
+            columns,
+            counts,
+            parts,
+        )
 
         def launcher(function, grid: tuple[int, int, int], threads: int, shared: int = 0):
             def launch() -> None:

@@ -13,7 +13,7 @@ from backward_launch import (
     Gradients,
     config_of,
 )
-from features import random_blocks
+from features import log_gate, random_blocks
 from forward_launch import Problem
 from forward_problems import hidden_keys, logits_of, map_bits, new_skip_map, sequences, take
 
@@ -253,12 +253,15 @@ def policy_cases(dims: tuple[int, int]) -> dict:
     alibi = {"alibi": lambda p: random(heads(p)).abs() * 0.1}
     sink = {"sink": lambda p: random(heads(p))}
     gate = {"alpha": lambda p: random(*p.q.shape[:-1]), "delta": lambda p: random(*p.k.shape[:-1])}
+    small_gate = {
+        "alpha": lambda p: random(*p.q.shape[:-1], scale=0.5), "delta": lambda p: random(*p.k.shape[:-1], scale=0.5),
+    }  # fmt: skip
     softcap = {"softcap": lambda p: 5.0}
     linear = {"log_sigmoid": lambda p: False}
     rows = {
         "softcap": (("Softcap",), softcap, {}), "softcap exact": (("SoftcapExact",), softcap, {}),
         "alibi": (("Alibi",), alibi, {}), "sink": ((), sink, {"sink": True}),
-        "gate": (("PairGate<true>",), gate, {}),
+        "gate": ((log_gate(dims[0]),), gate, {}), "small gate": ((log_gate(dims[0]),), small_gate, {}),
         "all logits": (("PairGate<false>", "Softcap", "Alibi"), gate | softcap | alibi | sink | linear, {"sink": True}),
     }  # fmt: skip
     found = {
@@ -287,7 +290,7 @@ def policy_cases(dims: tuple[int, int]) -> dict:
         for case, p in shapes(gate, **causal)():
             yield case, random_bits(p, block_n, 0.3)
 
-    options = {"right": True, "bits": True, "logit": ("PairGate<true>",), "deterministic": True}
+    options = {"right": True, "bits": True, "logit": (log_gate(dims[0]),), "deterministic": True}
     found[f"map gate {label}"] = (config_of(dims, **options), gated)
 
     def bands():

@@ -151,6 +151,7 @@ class BackwardCall : KernelCall {
     params_.row_vectors = part<float>(parts_.row_vectors);
     params_.grad_query_sum = part<float>(parts_.grad_query_sum);
     params_.grad_alpha_sum = part<float>(parts_.grad_alpha_sum);
+    params_.gate_row_terms = part<std::uint8_t>(parts_.gate_row_terms);
     params_.grad_sink_sum = part<float>(parts_.grad_sink_sum);
     params_.turns = part<std::int32_t>(parts_.turns);
     params_.row_tiles = backward_row_tiles(p_);

@@ -40,6 +40,9 @@ BackwardTile tile_of(const KernelConfig& config, std::size_t row) {
     tile.row_vectors = 3;
     if (tile.head_dim == 128) tile.score_stages = 3;  // where shared memory is full
     if (tile.head_dim_v == 256) tile.grad_out_stages = 1;
+    tile.gate_terms =
+        config.gate == GateKind::log_sigmoid && tile.head_dim <= 128;  // above, registers are full
+    if (tile.gate_terms && logits(config) == 1) tile.row_vectors = kFoldedVectors + 1;
   }
   return tile;
 }
@@ -65,7 +68,11 @@ KernelConfig around(const Problem& problem, KernelKind kind) {
   config.backward = main.backward;
   config.backward.query_stages = config.backward.grad_out_stages = 1;  // stages are the main kernel's
   config.backward.score_stages = 1;
-  if (main.gate != GateKind::none) config.gate = GateKind::linear;  // of either kind they need alpha alone
+  config.backward.gate_terms = 0;
+  if (main.gate != GateKind::none) {
+    config.gate = GateKind::linear;  // of either kind they need alpha alone
+    config.backward.row_vectors = 3;
+  }
   return config;
 }
 
@@ -103,6 +110,10 @@ KernelConfig backward_kernel(const Problem& problem) {
 
 KernelConfig backward_prepare_kernel(const Problem& problem) {
   KernelConfig config = around(problem, KernelKind::backward_prepare);
+  const BackwardTile tile = backward_kernel(problem).backward;
+  config.backward.row_vectors = tile.row_vectors;
+  config.backward.gate_terms = tile.gate_terms;
+  if (tile.gate_terms) config.gate = GateKind::log_sigmoid;
   config.deterministic = problem.deterministic;
   config.sink = problem.has_sink;
   return config;
@@ -189,6 +200,7 @@ BackwardWorkspace backward_workspace(const Problem& p) {
   parts.row_vectors = carver.take(rows * tile.row_vectors * 4);
   parts.grad_query_sum = carver.take(rows * tile.head_dim * 4);
   if (p.has_gate) parts.grad_alpha_sum = carver.take(rows * 4);
+  if (tile.gate_terms) parts.gate_row_terms = carver.take(row_tiles * kernels::gate_term_bytes(tile.block_m));
   if (p.has_sink) parts.grad_sink_sum = carver.take(row_tiles * 4);
   if (p.deterministic) parts.turns = carver.take(row_tiles * kernels::kBackwardWarps * 4);
   if (walks_bits(p)) {

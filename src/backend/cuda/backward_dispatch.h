@@ -42,6 +42,7 @@ struct BackwardWorkspace : InputCopies {
   std::size_t grad_query = kAbsent, grad_key = kAbsent, grad_value = kAbsent;
   // BackwardParams says what they hold.
   std::size_t row_vectors = kAbsent, grad_query_sum = kAbsent, grad_alpha_sum = kAbsent;
+  std::size_t gate_row_terms = kAbsent;
   std::size_t grad_sink_sum = kAbsent, turns = kAbsent;
   std::size_t visible_bits = kAbsent, column_bits = kAbsent;
   std::size_t column_parts = kAbsent, split_columns = kAbsent, column_lengths = kAbsent;
