@@ -5,7 +5,7 @@
 // One warp per key tile: blocks of kSplitThreads threads, grid ceil(key tiles / (kSplitThreads / 32)). The block that is
 // the last to have counted its columns lays out the parts of all. With a length L, the larger of least_part and the
 // mean length of most_slots parts, a column of c >= 2 L row tiles gets floor(c / L) parts: no part is longer than
-// 2 L, and all parts of cut columns are most_slots at most.
+// 2 L, and all parts of cut columns are most_slots at most. Units of work are handed out the longest first.
 #pragma once
 
 #include "policy/row_tiles.cuh"
@@ -64,6 +64,17 @@ FSA_DEVICE int32 parts_of(int32 length, int32 part) {
   return length < 0 ? 0 : length >= 2 * static_cast<int64>(part) ? length / part : 1;
 }
 
+// Units of work come the longer the sooner, or CTAs that end with a long one work alone: by quarters of L, and as the
+// columns lie within a class, so that neighbours read the same rows. Turns want the order of the columns.
+inline constexpr int32 kLengths = 8;
+
+template <class Types>
+FSA_DEVICE int32 length_class(int32 length, int32 part) {
+  if constexpr (Types::kDeterministic) return 0;
+  return kLengths - 1 -
+         min_of(kLengths - 1, static_cast<int32>(static_cast<int64>(max_of(length, 0)) * 4 / part));
+}
+
 template <class Types>
 FSA_DEVICE void split_columns(const BackwardParams& params) {
   __shared__ KeyWork works[kSplitWarps];
@@ -93,27 +104,46 @@ FSA_DEVICE void split_columns(const BackwardParams& params) {
   const int64 mean = (row_tiles + params.most_slots - 1) / params.most_slots;
   const int32 part = static_cast<int32>(mean > params.least_part ? mean : params.least_part);
 
-  int32 parts_before = 0, slots_before = 0;
-  for (int32 first = 0; first < key_tiles; first += kSplitThreads) {
-    const int32 index = first + thread;
-    const int32 length = index < key_tiles ? params.column_lengths[index] : -1;
-    const int32 parts = parts_of(length, part), slots = parts > 1 ? parts : 0;
-    int32 all_parts, all_slots;
-    const int32 at = parts_before + sum_before(parts, all_parts);
-    const int32 slot = slots_before + sum_before(slots, all_slots);
+  // Each thread lays out the columns of a range.
+  const int32 range = ceil_div(key_tiles, kSplitThreads);
+  const int32 first = thread * range, last = min_of(key_tiles, first + range);
+  int32 slots = 0, counts[kLengths] = {};
+  for (int32 index = first; index < last; ++index) {
+    const int32 length = params.column_lengths[index], parts = parts_of(length, part);
+    if (parts > 1) slots += parts;
+#pragma unroll
+    for (int32 i = 0; i < kLengths; ++i)
+      if (i == length_class<Types>(length / max_of(parts, 1), part)) counts[i] += parts;
+  }
+  int32 all_slots, units = 0;
+  int32 slot = sum_before(slots, all_slots);
+#pragma unroll
+  for (int32 i = 0; i < kLengths; ++i) {  // where the thread's own begin
+    int32 all;
+    counts[i] = units + sum_before(counts[i], all);
+    units += all;
+  }
+  for (int32 index = first; index < last; ++index) {
+    const int32 length = params.column_lengths[index], parts = parts_of(length, part);
+    int32 at = 0;
+#pragma unroll
+    for (int32 i = 0; i < kLengths; ++i) {
+      if (i != length_class<Types>(length / max_of(parts, 1), part)) continue;
+      at = counts[i];
+      counts[i] += parts;
+    }
     for (int32 i = 0; i < parts; ++i) {
       const int32 begin = static_cast<int32>(static_cast<int64>(length) * i / parts);
       const int32 end = static_cast<int32>(static_cast<int64>(length) * (i + 1) / parts);
       params.column_parts[at + i] = {index, begin, i + 1 < parts ? end - begin : kRestOfColumn,
-                                     slots > 0 ? slot + i : -1};
-      if (slots > 0) params.split_columns[slot + i] = {index, i == 0 ? parts : 0};
+                                     parts > 1 ? slot + i : -1};
+      if (parts > 1) params.split_columns[slot + i] = {index, i == 0 ? parts : 0};
     }
-    parts_before += all_parts;
-    slots_before += all_slots;
+    if (parts > 1) slot += parts;
   }
   if (thread == 0) {
-    params.part_counts->parts = parts_before;
-    params.part_counts->slots = slots_before;
+    params.part_counts->parts = units;
+    params.part_counts->slots = all_slots;
   }
 }
 
