@@ -122,7 +122,8 @@ struct Config {{
       .head_dim = {self.head_dim}, .head_dim_v = {self.head_dim_v}, .block_m = {self.block_m},
       .block_n = {self.block_n}, .query_stages = {self.query_stages}, .key_stages = {self.key_stages},
       .value_stages = {self.value_stages}, .private_values = {int(self.private_values)},
-      .key_scalars = {int(self.key_scalars)}, .gate_terms = {int(self.gate_terms)}, .rounded_sums = {int(self.rounded_sums)}}};
+      .key_scalars = {int(self.key_scalars)}, .gate_terms = {int(self.gate_terms)},
+      .rounded_sums = {int(self.rounded_sums)}}};
   using KvSource = ContiguousTma;
   using Mask = {self.mask_type};
   using TileIterator = {tiles};
