@@ -132,9 +132,10 @@ FSA_DEVICE void backward_prepare(const BackwardParams& params) {
     }
     extremes.reduce_warp();
     if (thread < kBlockM)
-      store_gate_terms<false, kBlockM>(params.gate_row_terms + number * gate_term_bytes(kBlockM), thread,
-                                       vectors[Types::kAlphaVector][row_vector_position(thread)],
-                                       tile * kBlockM + thread < work.seqlen_q, extremes);
+      store_gate_terms<Types::kLogGate, false, kBlockM>(
+          params.gate_row_terms + number * gate_term_bytes(kBlockM), thread,
+          vectors[Types::kAlphaVector][row_vector_position(thread)], tile * kBlockM + thread < work.seqlen_q,
+          extremes);
   }
   if constexpr (Types::kSink) {
     if (thread < kWarpThreads) {

@@ -39,8 +39,11 @@ FSA_DEVICE void gate_prepare(const ForwardParams& params) {
   if (thread_id() == 0)
     *reinterpret_cast<float2*>(params.gate_extremes + number * 2) = {extremes.low, extremes.high};
   if (params.gate_terms == nullptr) return;
-  store_gate_terms<true, kTileKeys>(params.gate_terms + number * gate_term_bytes(kTileKeys), thread_id(),
-                                    delta, used, extremes);
+  uint8* const terms = params.gate_terms + number * gate_term_bytes(kTileKeys);
+  if (params.log_sigmoid_gate)
+    store_gate_terms<true, true, kTileKeys>(terms, thread_id(), delta, used, extremes);
+  else
+    store_gate_terms<false, true, kTileKeys>(terms, thread_id(), delta, used, extremes);
 }
 
 }  // namespace fsa::kernels

@@ -3,7 +3,8 @@
 //
 //   log sigmoid x = x / 2 + c0 + c1 x^2 + ... + c7 x^14   (to 4e-6)
 //
-// is a sum of products of a power of alpha and one of delta: nine inner values of one more multiply. Each factor is
+// is a sum of products of a power of alpha and one of delta: nine inner values of one more multiply; without log sigmoid
+// there is one, which holds everywhere. Each factor is
 // split into bfloat16 parts (h, m, l: 8 bits, 8 of the rest, 8 of the rest of that), of whose products those count that
 // are above 2^-17 of the largest: 32 inner values, two steps of a multiply, instead of ten instructions an element.
 // Absolute error 3e-6 root mean square, 5e-5 at most where |x| is near 4, times softmax_scale in a logit.
@@ -17,8 +18,13 @@
 namespace fsa::kernels {
 
 inline constexpr float kNearGate = 4;
-inline constexpr float kLargestGateFactor = 256;  // of alpha and delta: 256^14 is finite
-inline constexpr float kFarGate = -17;            // below it log sigmoid x = x to 2^-24
+// Of alpha and delta: 256^14 is finite.
+template <bool kLogSigmoid>
+inline constexpr float kLargestGateFactor = kLogSigmoid ? 256.0f : 1e18f;
+// Multiplies of 16 inner values.
+template <bool kLogSigmoid>
+inline constexpr int32 kGateSteps = kLogSigmoid ? kGateTerms / 16 : 1;
+inline constexpr float kFarGate = -17;  // below it log sigmoid x = x to 2^-24
 
 // {smallest, largest}; NaN when one value is NaN.
 struct Extremes {
@@ -42,15 +48,20 @@ struct Extremes {
   }
 };
 
-// What is known of all x of a tile.
+// What is known of all x of a tile: the terms hold, or the gate is x.
 enum class GateRange : int32 { any, near, far };
 
-FSA_DEVICE bool has_gate_terms(const Extremes& factors) { return factors.magnitude() <= kLargestGateFactor; }
+template <bool kLogSigmoid>
+FSA_DEVICE bool has_gate_terms(const Extremes& factors) {
+  return factors.magnitude() <= kLargestGateFactor<kLogSigmoid>;
+}
 
+template <bool kLogSigmoid>
 FSA_DEVICE GateRange gate_range(const Extremes& alpha, const Extremes& delta) {
-  if (has_gate_terms(alpha) && has_gate_terms(delta) && alpha.magnitude() * delta.magnitude() <= kNearGate)
+  if (has_gate_terms<kLogSigmoid>(alpha) && has_gate_terms<kLogSigmoid>(delta) &&
+      (!kLogSigmoid || alpha.magnitude() * delta.magnitude() <= kNearGate))
     return GateRange::near;
-  return alpha.largest_product(delta) <= kFarGate ? GateRange::far : GateRange::any;
+  return !kLogSigmoid || alpha.largest_product(delta) <= kFarGate ? GateRange::far : GateRange::any;
 }
 
 // A tile of terms: units of eight columns, of a unit the rows one behind the other. No swizzle: a multiply reads eight
@@ -109,7 +120,7 @@ static_assert(column(kGateTerms - 1, false).power == kPowers - 1);
 }  // namespace gate_terms_detail
 
 // The terms of one row, two columns a word. The coefficients lie with the keys.
-template <bool kKeys>
+template <bool kLogSigmoid, bool kKeys>
 FSA_DEVICE void make_gate_terms(float value, uint32 (&terms)[kGateTerms / 2]) {
   using namespace gate_terms_detail;
   constexpr ElementType kBf16 = ElementType::bf16;
@@ -119,8 +130,9 @@ FSA_DEVICE void make_gate_terms(float value, uint32 (&terms)[kGateTerms / 2]) {
 #pragma unroll
   for (int32 k = 0; k < kPowers; ++k) {
     if (k >= 2) power *= square;
-    float rest = k == 0 ? (kKeys ? kConstant : 1.0f)
-                        : (k == 1 ? value : power) * (kKeys ? kCoefficients[max_of(k, 1) - 1] : 1.0f);
+    float rest = k == 0 ? 1.0f : k == 1 ? value : power;
+    if (kKeys && kLogSigmoid) rest *= k == 0 ? kConstant : kCoefficients[max_of(k, 1) - 1];
+    if (!kLogSigmoid && k != 1) rest = 0;
 #pragma unroll
     for (int32 part = 0; part < 3; ++part) {
       parts[k][part] = ptx::unpack<kBf16>(ptx::pack<kBf16>(rest, 0.0f)).x;
@@ -135,13 +147,13 @@ FSA_DEVICE void make_gate_terms(float value, uint32 (&terms)[kGateTerms / 2]) {
 }
 
 // One row of a GateTermTile: zeros where it is not `used`, or where the tile has no terms. Row 0 adds the extremes.
-template <bool kKeys, int32 kRows>
+template <bool kLogSigmoid, bool kKeys, int32 kRows>
 FSA_DEVICE void store_gate_terms(uint8* tile, int32 row, float value, bool used, const Extremes& extremes) {
   if (row == 0)
     *reinterpret_cast<float2*>(tile + GateTermRows<kRows>::kBytes) = {extremes.low, extremes.high};
-  const bool there = used && has_gate_terms(extremes);
+  const bool there = used && has_gate_terms<kLogSigmoid>(extremes);
   uint32 terms[kGateTerms / 2];
-  make_gate_terms<kKeys>(there ? value : 0.0f, terms);
+  make_gate_terms<kLogSigmoid, kKeys>(there ? value : 0.0f, terms);
 #pragma unroll
   for (int32 unit = 0; unit < kGateTerms / 8; ++unit)
     *reinterpret_cast<uint4*>(tile + GateTermRows<kRows>::unit_offset(row, unit)) =

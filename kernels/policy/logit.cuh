@@ -30,6 +30,7 @@ struct LogitTile {
 struct Softcap {
   static constexpr bool kKeyScalars = false;
   static constexpr bool kGateTerms = false;
+  static constexpr bool kLogGate = false;  // its terms are those of log sigmoid
   static constexpr bool kBounded = false;
   float scale_out, factor;
 
@@ -55,6 +56,7 @@ struct SoftcapBounded : Softcap {
 struct SoftcapExact {
   static constexpr bool kKeyScalars = false;
   static constexpr bool kGateTerms = false;
+  static constexpr bool kLogGate = false;
   static constexpr bool kBounded = false;
   float scale_out, factor;
 
@@ -73,6 +75,7 @@ struct SoftcapExact {
 struct Alibi {
   static constexpr bool kKeyScalars = false;
   static constexpr bool kGateTerms = false;
+  static constexpr bool kLogGate = false;
   static constexpr bool kBounded = false;
   float scale_out;
   float slope;  // in units of the values
@@ -99,6 +102,7 @@ template <bool kLogSigmoid>
 struct PairGate {
   static constexpr bool kKeyScalars = true;
   static constexpr bool kGateTerms = false;
+  static constexpr bool kLogGate = false;
   static constexpr bool kBounded = false;
   static constexpr float kUnit = kLogSigmoid ? kLog2e : 1;
   float scale_out;
@@ -138,7 +142,7 @@ struct PairGate {
     with_products(tile, rS, [](float value, float x) { return add(value, x); });
   }
 
-  // log sigmoid of what is far below 0.
+  // What log sigmoid is far below 0.
   template <int32 kCount>
   FSA_DEVICE void add_products(const LogitTile& tile, float (&rS)[kCount]) const {
     with_products(tile, rS, [](float value, float x) { return value + x * (1 / kUnit); });
@@ -160,18 +164,21 @@ struct PairGate {
   }
 };
 
-// log sigmoid of it, which Q K^T holds already where the tile's terms do (gate_terms.cuh).
-struct FoldedPairGate : PairGate<true> {
+// Which Q K^T holds already where the tile's terms do (gate_terms.cuh).
+template <bool kLogSigmoid>
+struct FoldedPairGate : PairGate<kLogSigmoid> {
+  using Base = PairGate<kLogSigmoid>;
   static constexpr bool kGateTerms = true;
-  using PairGate<true>::PairGate;
+  static constexpr bool kLogGate = kLogSigmoid;
+  using Base::Base;
 
   template <int32 kCount>
   FSA_DEVICE void apply(const LogitTile& tile, float (&rS)[kCount]) const {
     if (tile.gate_range == GateRange::near) return;
     if (tile.gate_range == GateRange::far)
-      add_products(tile, rS);
+      this->add_products(tile, rS);
     else
-      PairGate<true>::apply(tile, rS);
+      Base::apply(tile, rS);
   }
 };
 
@@ -182,6 +189,7 @@ template <>
 struct Logit<> {
   static constexpr bool kKeyScalars = false;
   static constexpr bool kGateTerms = false;
+  static constexpr bool kLogGate = false;
   static constexpr bool kBounded = false;
   float scale_out;
 
@@ -195,6 +203,7 @@ template <class First, class... Rest>
 struct Logit<First, Rest...> {
   static constexpr bool kKeyScalars = First::kKeyScalars || Logit<Rest...>::kKeyScalars;
   static constexpr bool kGateTerms = First::kGateTerms;  // the gate comes first
+  static constexpr bool kLogGate = First::kLogGate;
   static constexpr bool kBounded =
       sizeof...(Rest) == 0 ? First::kBounded : Logit<Rest...>::kBounded;  // the last stage's
   First first;

@@ -182,19 +182,19 @@ struct LogitBackward<PairGate<kLogSigmoid>> {
   static constexpr int32 sum_of(int32 i) { return i / 8 * 4 + i % 8 / 4 * 2 + i % 2; }
 };
 
-template <>
-struct LogitBackward<FoldedPairGate> : LogitBackward<PairGate<true>> {
-  using Base = LogitBackward<PairGate<true>>;
+template <bool kLogSigmoid>
+struct LogitBackward<FoldedPairGate<kLogSigmoid>> : LogitBackward<PairGate<kLogSigmoid>> {
+  using Base = LogitBackward<PairGate<kLogSigmoid>>;
   using Base::Base;
   static constexpr float kGentle = 2;
 
   template <int32 kCount>
   FSA_DEVICE void apply(const BackwardParams& params, const LogitRows& rows, float (&rS)[kCount]) const {
-    const GateRange range = gate_range(rows.alpha_extremes, rows.delta_extremes);
+    const GateRange range = gate_range<kLogSigmoid>(rows.alpha_extremes, rows.delta_extremes);
     if (range == GateRange::near) return;
     if (range == GateRange::far) {
 #pragma unroll
-      for (int32 i = 0; i < kCount; ++i) rS[i] += alpha(rows, i) * delta[fragment_slot(i)];
+      for (int32 i = 0; i < kCount; ++i) rS[i] += Base::alpha(rows, i) * this->delta[fragment_slot(i)];
     } else {
       Base::apply(params, rows, rS);
     }
@@ -203,11 +203,11 @@ struct LogitBackward<FoldedPairGate> : LogitBackward<PairGate<true>> {
   // sigmoid(-x) = 1 / 2 - tanh(x / 2) / 2, right to 2^-12: where it is above 1 / 9, to 2^-9.
   template <bool kCoarse, int32 kCount>
   FSA_DEVICE void sum(const LogitRows& rows, const float (&gradient)[kCount], float* alpha_sums) {
-    if (kCoarse && rows.alpha_extremes.largest_product(rows.delta_extremes) <= kGentle)
-      sum_slopes(rows, gradient, alpha_sums,
-                 [](float g, float half_x) { return g - g * ptx::tanh_approx(half_x); });
+    if (kLogSigmoid && kCoarse && rows.alpha_extremes.largest_product(rows.delta_extremes) <= kGentle)
+      Base::sum_slopes(rows, gradient, alpha_sums,
+                       [](float g, float half_x) { return g - g * ptx::tanh_approx(half_x); });
     else
-      Base::sum<false>(rows, gradient, alpha_sums);
+      Base::template sum<kCoarse>(rows, gradient, alpha_sums);
   }
 };
 

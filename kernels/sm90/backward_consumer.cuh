@@ -51,7 +51,7 @@ struct BackwardConsumer {
   float4 ahead[Types::kUnitsAhead];  // not where they are folded
 
   // The terms of the warpgroup's keys as A, and the extremes of their delta.
-  uint32 rGate[Types::kGateTerms ? kGateTerms / 4 : 1];
+  uint32 rGate[Types::kGateTerms ? 4 * kGateSteps<Types::kLogGate> : 1];
   Extremes delta_extremes;
 
   uint32 rHeld[Types::kHeldSteps > 0 ? 4 * Types::kHeldSteps : 1];  // V
@@ -147,11 +147,11 @@ struct BackwardConsumer {
   FSA_DEVICE void issue_gate_terms(int32 stage) {
     using RowTerms = GateTermRows<Types::kBlockM>;
     const auto& rows = storage.gate.rows[stage];
-    const bool near = gate_range(rows.extremes, delta_extremes) == GateRange::near;
+    const bool near = gate_range<Types::kLogGate>(rows.extremes, delta_extremes) == GateRange::near;
     const uint64 zeros = storage.gate.zeros.inner_columns();
     const uint32 base = shared_address(rows.terms + RowTerms::unit_offset(first_row(), 0));
 #pragma unroll
-    for (int32 step = 0; step < kGateTerms / 16; ++step)
+    for (int32 step = 0; step < kGateSteps<Types::kLogGate>; ++step)
       ptx::multiply_registers_columns<ElementType::bf16, Types::kScoreRows, true>(
           rS, rGate[4 * step], rGate[4 * step + 1], rGate[4 * step + 2], rGate[4 * step + 3],
           near ? RowTerms::inner_columns(base, step) : zeros);
@@ -172,10 +172,11 @@ struct BackwardConsumer {
 #pragma unroll
     for (int32 row = 0; row < kRowsPerThread; ++row) {
       uint32 terms[kGateTerms / 2];
-      kernels::make_gate_terms<true>(has_gate_terms(delta_extremes) ? logits.first.delta[row] : 0.0f, terms);
+      kernels::make_gate_terms<Types::kLogGate, true>(
+          has_gate_terms<Types::kLogGate>(delta_extremes) ? logits.first.delta[row] : 0.0f, terms);
       const int32 pair = lane() % 4;
 #pragma unroll
-      for (int32 unit = 0; unit < kGateTerms / 8; ++unit) {
+      for (int32 unit = 0; unit < 2 * kGateSteps<Types::kLogGate>; ++unit) {
         const uint32* const of = terms + 4 * unit;
         rGate[2 * unit + row] = pair == 0 ? of[0] : pair == 1 ? of[1] : pair == 2 ? of[2] : of[3];
       }
@@ -361,9 +362,10 @@ struct BackwardConsumer {
   // The pair gate's gradients, from dS.
   FSA_DEVICE void sum_gate(const KeyWork& work, Logits& logits, int32 stage) {
     if constexpr (Types::kPairGate)
-      logits.first.template sum<kElement == ElementType::bf16>(
-          logit_rows(work, info(tiles), stage), rD,
-          storage.alpha_sums.line(score_stage(tiles), alpha_line()) + first_row());
+      if (params.forward.batch > 0)  // all: among what is around it ptxas spills
+        logits.first.template sum<kElement == ElementType::bf16>(
+            logit_rows(work, info(tiles), stage), rD,
+            storage.alpha_sums.line(score_stage(tiles), alpha_line()) + first_row());
   }
 
   // The warpgroup's share of P^T or dS^T, a line per key.

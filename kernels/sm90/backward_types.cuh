@@ -37,6 +37,7 @@ struct BackwardTypes {
   using Logits = LogitBackward<typename Config::LogitChain>;
   static constexpr bool kPairGate = Config::LogitChain::kKeyScalars;
   static constexpr bool kGateTerms = Config::LogitChain::kGateTerms;
+  static constexpr bool kLogGate = Config::LogitChain::kLogGate;
   static constexpr bool kFolded = kTile.row_vectors >= kFoldedVectors;
 
   // Two ways to share a tile between two warpgroups. With 128 keys each has 64: P and dS stay in its registers

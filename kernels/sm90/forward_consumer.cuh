@@ -136,7 +136,7 @@ struct Consumer {
 
   FSA_DEVICE GateRange gate_range(int32 stage) const {
     if constexpr (Types::kGateTerms)
-      return kernels::gate_range(alpha_extremes, storage.gate.keys[stage].extremes);
+      return kernels::gate_range<Types::kLogGate>(alpha_extremes, storage.gate.keys[stage].extremes);
     else
       return GateRange::any;
   }
@@ -152,7 +152,7 @@ struct Consumer {
     const uint32 keys =
         shared_address(storage.gate.keys[key.stage()].terms + KeyTerms::unit_offset(kBegin, 0));
 #pragma unroll
-    for (int32 step = 0; step < kGateTerms / 16; ++step)
+    for (int32 step = 0; step < kGateSteps<Types::kLogGate>; ++step)
       ptx::multiply_shared<ElementType::bf16, 2 * kCount>(
           r, RowTerms::inner_columns(rows, step), near ? KeyTerms::inner_columns(keys, step) : zeros, 1);
   }
@@ -170,9 +170,9 @@ struct Consumer {
     alpha_extremes.reduce_warp();
     const int32 in_tile = warpgroup_thread();
     if (in_tile < kRowsPerWarpgroup)
-      store_gate_terms<false, kRowsPerWarpgroup>(storage.gate.rows[index].terms, in_tile,
-                                                 in_tile < kWarpThreads ? alpha[0] : alpha[1], true,
-                                                 alpha_extremes);
+      store_gate_terms<Types::kLogGate, false, kRowsPerWarpgroup>(
+          storage.gate.rows[index].terms, in_tile, in_tile < kWarpThreads ? alpha[0] : alpha[1], true,
+          alpha_extremes);
     ptx::fence_shared_for_async();
     ptx::barrier_sync(kWarpgroupBarrier + index, kWarpgroupThreads);
   }

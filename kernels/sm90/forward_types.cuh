@@ -52,6 +52,7 @@ struct ForwardTypes {
   static constexpr bool kRoundedSums = LogitChain::kBounded;
   static constexpr int32 kKeyScalarBytes = kKeyScalars ? kBlockN * 4 : 0;
   static constexpr bool kGateTerms = LogitChain::kGateTerms;
+  static constexpr bool kLogGate = LogitChain::kLogGate;
 
   // 64 K registers: a launch gives each of the warpgroups the same share, setmaxnreg moves it to the
   // consumers.

@@ -57,6 +57,7 @@ struct Problem {
   bool skip_map = false;
   bool block_mask = false;
   float gate_factor = 1, gate_shift = 0;  // of alpha and delta; a mean of delta, with alpha near 1
+  bool linear_gate = false;               // without log sigmoid
   bool gate = false, alibi = false, sink = false;
   float softcap = 0;
   int32 least_part = 0;  // row tiles; 0: columns are not cut
@@ -154,7 +155,7 @@ class Call {
           for (int32 e = 0; e < p.head_dim; ++e) x += read(query.at(b, i, h, e)) * read(key.at(b, j, kv, e));
           if (p.gate) {
             const double z = a * delta.at(b, j, kv, 0);
-            x += std::min(z, 0.0) - std::log1p(std::exp(-std::abs(z)));
+            x += p.linear_gate ? z : std::min(z, 0.0) - std::log1p(std::exp(-std::abs(z)));
           }
           x *= scale;
           t[j] = p.softcap > 0 ? std::tanh(x / p.softcap) : 0;
@@ -187,7 +188,7 @@ class Call {
             want_key.at(b, j, kv, e) += ds * read(query.at(b, i, h, e));
           }
           if (!p.gate) continue;
-          const double d = delta.at(b, j, kv, 0), slope = 1 / (1 + std::exp(a * d));
+          const double d = delta.at(b, j, kv, 0), slope = p.linear_gate ? 1 : 1 / (1 + std::exp(a * d));
           want_alpha.at(b, i, h, 0) += ds * slope * d;
           want_delta.at(b, j, kv, 0) += ds * slope * a;
         }
@@ -251,7 +252,7 @@ void check(const Problem& problem) {
   Tensor<float> grad_sink(1, 1, p.heads, 1, nan);
   const int32 row_tiles = ceil_div(p.seqlen_q, kM);
   const std::size_t tiles = static_cast<std::size_t>(p.batch) * p.heads * row_tiles;
-  std::vector<float4> vectors(tiles * kFoldedVectors * kM / 4, float4{nan, nan, nan, nan});
+  std::vector<float4> vectors(tiles * Types::kTile.row_vectors * kM / 4, float4{nan, nan, nan, nan});
   std::vector<float4> sums(tiles * kM * Types::kDim / 4, float4{nan, nan, nan, nan});
   std::vector<float> alpha_sums(tiles * kM, nan), sink_sums(tiles, nan);
   std::vector<int32> turns(tiles * kBackwardWarps, 1 << 20), used_q(p.batch), used_k(p.batch);
@@ -422,7 +423,7 @@ TEST(BackwardKernel, SkipMapAndPairGate) {
 // Terms hold where |alpha delta| <= 4 in the whole tile; shifts are for tiles all alike: near 1 and 3, far below 0.
 TEST(BackwardKernel, FoldedPairGate) {
   using MapConfig = Config<kTile128FoldedGate, Causal, BitmapRows<RangeRows<Causal, 64, 128>, 128>,
-                           Logit<FoldedPairGate>, false>;
+                           Logit<FoldedPairGate<true>>, false>;
   Problem problem = {1, 100, 200, 1, 1, 128, 128, 90, 190, true, true};
   problem.gate = true;
   for (const float factor : {0.3f, 0.8f, 2.0f}) {
@@ -433,11 +434,15 @@ TEST(BackwardKernel, FoldedPairGate) {
     problem.gate_shift = shift;
     check<MapConfig>(problem);
   }
+  problem.gate_shift = 0;
+  problem.linear_gate = true;
+  check<Config<kTile128FoldedGate, Causal, BitmapRows<RangeRows<Causal, 64, 128>, 128>,
+               Logit<FoldedPairGate<false>>, false>>(problem);
   problem = {1, 100, 200, 2, 1, 128, 128, 100, 200, true};
   problem.gate = problem.alibi = true;
   problem.gate_factor = 0.6f;
-  check<Config<kTile128GateAlibi, Causal, RangeRows<Causal, 64, 128>, Logit<FoldedPairGate, Alibi>, true>>(
-      problem);
+  check<Config<kTile128GateAlibi, Causal, RangeRows<Causal, 64, 128>, Logit<FoldedPairGate<true>, Alibi>,
+               true>>(problem);
 }
 
 TEST(BackwardKernel, SoftcapAlibiSink) {

@@ -79,7 +79,8 @@ struct Problem {
   int32 left = -1, right = -1;  // -1: open
   double shift = 0;             // added to every logit, by a column of query and key
   float softcap = 0, threshold = 0;
-  float gate_factor = 3;  // of alpha and delta
+  float gate_factor = 3;     // of alpha and delta
+  bool linear_gate = false;  // without log sigmoid
   bool gate = false, gate_test = false, alibi = false, sink = false, block_mask = false;
 };
 
@@ -125,7 +126,7 @@ class Call {
       x += static_cast<double>(float_of_bf16(query.at(b, row, h, e))) * float_of_bf16(key.at(b, k, kv, e));
     if (p.gate) {
       const double z = static_cast<double>(alpha.at(b, row, h, 0)) * delta.at(b, k, kv, 0);
-      x += std::min(z, 0.0) - std::log1p(std::exp(-std::abs(z)));
+      x += p.linear_gate ? z : std::min(z, 0.0) - std::log1p(std::exp(-std::abs(z)));
     }
     x *= scale();
     if (p.softcap > 0) x = p.softcap * std::tanh(x / p.softcap);
@@ -257,7 +258,7 @@ Result run(Call& c) {
   f.gate_delta_stride_head = int64{key_tiles} * kN;
   f.gate_bits = map;
   f.gate_test = p.gate_test;
-  f.log_sigmoid_gate = 1;
+  f.log_sigmoid_gate = !p.linear_gate;
   if (p.block_mask) f.blocks = c.blocks.lists();
 
   const auto grid = [](int32 x, int32 y, int32 z) {
@@ -411,16 +412,20 @@ TEST(ForwardKernel, FoldedGates) {
   problem.gate = true;
   for (const float factor : {0.3f, 0.9f, 3.0f, 1000.0f}) {
     problem.gate_factor = factor;
-    check<Ranges<kFoldedGate128, Causal, Logit<FoldedPairGate>>>(problem);
+    check<Ranges<kFoldedGate128, Causal, Logit<FoldedPairGate<true>>>>(problem);
   }
+  problem.linear_gate = true;
+  problem.gate_factor = 3;
+  check<Ranges<kFoldedGate128, Causal, Logit<FoldedPairGate<false>>>>(problem);
+  problem.linear_gate = false;
   Problem window = {1, 300, 300, 1, 1, 128, 290, 280, 150, 0};
   window.gate = window.alibi = true;
   window.gate_factor = problem.gate_factor = 0.5f;
-  check<Ranges<kFoldedGate128, Window, Logit<FoldedPairGate, Alibi>>>(window);
+  check<Ranges<kFoldedGate128, Window, Logit<FoldedPairGate<true>, Alibi>>>(window);
   problem.gate_test = true;
   for (const int32 used : {440, 330}) {
     problem.used_k = used;
-    check<Ranges<kFoldedGate128, Causal, Logit<FoldedPairGate>, Never, NoSink, true>>(problem);
+    check<Ranges<kFoldedGate128, Causal, Logit<FoldedPairGate<true>>, Never, NoSink, true>>(problem);
   }
 }
 

@@ -29,7 +29,7 @@ from backward_problems import (
     given_for,
     judge,
 )
-from features import BlockMask, log_gate
+from features import BlockMask, pair_gate
 from forward_launch import Driver, Problem, interleaved_ms
 from nvrtc import with_checks
 
@@ -161,7 +161,7 @@ def bench_features(args: argparse.Namespace) -> bool:
     import torch
 
     n, d, dims = 16384, 128, (128, 128)
-    gate = (log_gate(d),)
+    gate = (pair_gate(d),)
     configs = {
         "causal": config_of(dims, right=True), "deterministic": config_of(dims, right=True, deterministic=True),
         "full": config_of(dims), "full deterministic": config_of(dims, deterministic=True),

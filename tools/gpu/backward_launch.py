@@ -52,7 +52,7 @@ class BackwardConfig:
 
     @property
     def gate_terms(self) -> bool:
-        return "FoldedPairGate" in self.logit
+        return any(stage.startswith("FoldedPairGate") for stage in self.logit)
 
     @property
     def cuts(self) -> bool:
@@ -73,7 +73,7 @@ class BackwardConfig:
 
     @property
     def row_vectors(self) -> int:
-        return (4 if self.logit in ((), ("FoldedPairGate",)) else 2) + self.pair_gate
+        return (4 if not self.logit or (self.gate_terms and len(self.logit) == 1) else 2) + self.pair_gate
 
     @property
     def shared_bytes(self) -> int:

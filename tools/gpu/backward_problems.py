@@ -13,7 +13,7 @@ from backward_launch import (
     Gradients,
     config_of,
 )
-from features import log_gate, random_blocks
+from features import pair_gate, random_blocks
 from forward_launch import Problem
 from forward_problems import hidden_keys, logits_of, map_bits, new_skip_map, sequences, take
 
@@ -258,11 +258,13 @@ def policy_cases(dims: tuple[int, int]) -> dict:
     }  # fmt: skip
     softcap = {"softcap": lambda p: 5.0}
     linear = {"log_sigmoid": lambda p: False}
+    linear_gate = pair_gate(dims[0], log_sigmoid=False)
     rows = {
         "softcap": (("Softcap",), softcap, {}), "softcap exact": (("SoftcapExact",), softcap, {}),
         "alibi": (("Alibi",), alibi, {}), "sink": ((), sink, {"sink": True}),
-        "gate": ((log_gate(dims[0]),), gate, {}), "small gate": ((log_gate(dims[0]),), small_gate, {}),
-        "all logits": (("PairGate<false>", "Softcap", "Alibi"), gate | softcap | alibi | sink | linear, {"sink": True}),
+        "linear gate": ((linear_gate,), small_gate | linear, {}),
+        "gate": ((pair_gate(dims[0]),), gate, {}), "small gate": ((pair_gate(dims[0]),), small_gate, {}),
+        "all logits": ((linear_gate, "Softcap", "Alibi"), gate | softcap | alibi | sink | linear, {"sink": True}),
     }  # fmt: skip
     found = {
         f"{name} {label}": (config_of(dims, right=True, logit=logit, **extra), shapes(options, **causal))
@@ -290,7 +292,7 @@ def policy_cases(dims: tuple[int, int]) -> dict:
         for case, p in shapes(gate, **causal)():
             yield case, random_bits(p, block_n, 0.3)
 
-    options = {"right": True, "bits": True, "logit": (log_gate(dims[0]),), "deterministic": True}
+    options = {"right": True, "bits": True, "logit": (pair_gate(dims[0]),), "deterministic": True}
     found[f"map gate {label}"] = (config_of(dims, **options), gated)
 
     def bands():

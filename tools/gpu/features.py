@@ -39,9 +39,10 @@ VOTING = {
 SOFTCAP = (192, 80, 2, 2, 4)  # dense, head_dim 128, the fast softcap, bounded or not
 
 
-def log_gate(head_dim: int, skip: str = "Never") -> str:
-    """The log gate as the library computes it: folded into Q K^T where shared memory has room for its terms."""
-    return "FoldedPairGate" if head_dim <= 128 and skip == "Never" else "PairGate<true>"
+def pair_gate(head_dim: int, skip: str = "Never", log_sigmoid: bool = True) -> str:
+    """The gate as the library computes it: folded into Q K^T where shared memory has room for its terms."""
+    folded = "Folded" * (head_dim <= 128 and skip == "Never")
+    return f"{folded}PairGate<{str(log_sigmoid).lower()}>"
 
 
 def config_of(dims: tuple[int, int], element: str = "bf16", **options: object) -> ForwardConfig:
@@ -291,13 +292,14 @@ def cases() -> dict[str, tuple[ForwardConfig, list]]:
         )  # fmt: skip
         for element in ("bf16",):
             found[f"all logits {d}"] = (
-                config_of((d, d), element, right=True, logit=("PairGate<false>", "Softcap", "Alibi"), sink=True),
+                config_of((d, d), element, right=True, sink=True,
+                          logit=(pair_gate(d, log_sigmoid=False), "Softcap", "Alibi")),
                 [lambda d=d: with_gate_scratch(
                     gated(batched(2, 500, 700, 4, 2, d, d, softcap=8.0, alibi=tensor(4).abs() * 0.1,
                                   sink=tensor(4), log_sigmoid=False, **causal), 1.0), 128)],
             )  # fmt: skip
         found[f"log gate {d}"] = (
-            config_of((d, d), right=True, logit=(log_gate(d),)),
+            config_of((d, d), right=True, logit=(pair_gate(d),)),
             [lambda d=d, s=s: gated(batched(2, 500, 700, 4, 2, d, d, **causal), s)
              for s in (0.4, 1.0, 4.0, 20.0)],
         )  # fmt: skip
@@ -309,7 +311,7 @@ def cases() -> dict[str, tuple[ForwardConfig, list]]:
         for skip in ("Never", "ThresholdSkip"):
             tau = 0.0 if skip == "Never" else 1.0
             found[f"gate {d} {skip}"] = (
-                config_of((d, d), right=True, logit=(log_gate(d, skip),), gate_bits=True, skip=skip),
+                config_of((d, d), right=True, logit=(pair_gate(d, skip),), gate_bits=True, skip=skip),
                 [lambda c=c, tau=tau: replace(closing(c()), threshold=tau) for c in gate_cases],
             )  # fmt: skip
     return found
@@ -413,7 +415,7 @@ def bench(args: argparse.Namespace) -> bool:
         "alibi": config_of(dims, right=True, logit=("Alibi",)), "sink": config_of(dims, right=True, sink=True),
         "window": config_of(dims, left=True, right=True), "band": config_of(dims, mask="band"),
         "list": config_of(dims, mask="list"),
-        "gate": config_of(dims, right=True, logit=(log_gate(d),), gate_bits=True),
+        "gate": config_of(dims, right=True, logit=(pair_gate(d),), gate_bits=True),
         "gate_voting": config_of(dims, right=True, logit=("PairGate<true>",), gate_bits=True, skip="ThresholdSkip"),
     }  # fmt: skip
     gate_config = GateConfig(128, right=True)

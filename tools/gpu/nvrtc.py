@@ -48,7 +48,7 @@ class ForwardConfig:
 
     @property
     def gate_terms(self) -> bool:
-        return "FoldedPairGate" in self.logit
+        return any(stage.startswith("FoldedPairGate") for stage in self.logit)
 
     @property
     def rounded_sums(self) -> bool:

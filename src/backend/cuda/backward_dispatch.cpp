@@ -40,8 +40,7 @@ BackwardTile tile_of(const KernelConfig& config, std::size_t row) {
     tile.row_vectors = 3;
     if (tile.head_dim == 128) tile.score_stages = 3;  // where shared memory is full
     if (tile.head_dim_v == 256) tile.grad_out_stages = 1;
-    tile.gate_terms =
-        config.gate == GateKind::log_sigmoid && tile.head_dim <= 128;  // above, registers are full
+    tile.gate_terms = tile.head_dim <= 128;  // above, registers are full
     if (tile.gate_terms && logits(config) == 1) tile.row_vectors = kFoldedVectors + 1;
   }
   return tile;
@@ -113,7 +112,7 @@ KernelConfig backward_prepare_kernel(const Problem& problem) {
   const BackwardTile tile = backward_kernel(problem).backward;
   config.backward.row_vectors = tile.row_vectors;
   config.backward.gate_terms = tile.gate_terms;
-  if (tile.gate_terms) config.gate = GateKind::log_sigmoid;
+  if (tile.gate_terms) config.gate = backward_kernel(problem).gate;
   config.deterministic = problem.deterministic;
   config.sink = problem.has_sink;
   return config;

@@ -74,7 +74,7 @@ ForwardTile tile_of(const KernelConfig& config, int row) {
   tile.private_values = r.private_values;
   tile.key_scalars = gated;
   // Where a vote leaves no room for them, and at head_dim 256, whose registers are full, the gate is computed.
-  tile.gate_terms = config.gate == GateKind::log_sigmoid && !config.threshold && r.head_dim <= 128;
+  tile.gate_terms = gated && !config.threshold && r.head_dim <= 128;
   tile.rounded_sums = bounded;
   if (config.threshold && gated && r.block_m == 192) {  // three warpgroups have too few registers for both
     tile.block_m = 128;

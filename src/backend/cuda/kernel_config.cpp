@@ -49,9 +49,9 @@ std::string logit_stages(const KernelConfig& config) {
   const auto add = [&](bool present, const char* stage) {
     if (present) stages += (stages.empty() ? "" : ", ") + std::string(stage);
   };
-  add(config.gate == GateKind::linear, "PairGate<false>");
   const bool folded = config.tile.gate_terms != 0 || config.backward.gate_terms != 0;
-  add(config.gate == GateKind::log_sigmoid, folded ? "FoldedPairGate" : "PairGate<true>");
+  add(config.gate == GateKind::linear, folded ? "FoldedPairGate<false>" : "PairGate<false>");
+  add(config.gate == GateKind::log_sigmoid, folded ? "FoldedPairGate<true>" : "PairGate<true>");
   add(config.softcap == SoftcapKind::fast, "Softcap");
   add(config.softcap == SoftcapKind::exact, "SoftcapExact");
   add(config.softcap == SoftcapKind::bounded, "SoftcapBounded");
