@@ -27,8 +27,9 @@ FSA_DEVICE Bands load_bands(const ForwardParams& params, int32 kv_head) {
 
 struct BandMask {
   template <int32 kCount>
-  FSA_DEVICE static void apply(const ForwardParams& params, const WorkTile& work, const TileInfo&,
-                               float (&rS)[kCount], int32 row, int32 key_begin) {
+  FSA_DEVICE static SeenKeys<kCount> seen(const ForwardParams& params, const WorkTile& work, const TileInfo&,
+                                          int32 row, int32 key_begin) {
+    SeenKeys<kCount> keys;
     const Bands bands = load_bands(params, work.kv_head);
     const int32 first_key = key_begin + fragment_column(lane_id(), 0);
     // Keys behind the sequence's end lie behind the diagonal of every row in use.
@@ -41,10 +42,10 @@ struct BandMask {
       const int32 sink = keys_before(min_of(bands.sink - first_key, diagonal + 1));
 #pragma unroll
       for (int32 word = 0; word < kKeyWords<kCount>; ++word)
-        hide_unseen(rS, slot, word,
-                    key_bits(near_begin, end, word) | key_bits(far_begin, far_end, word) |
-                        low_bits(sink - 32 * word));
+        keys.words[slot][word] =
+            key_bits(near_begin, end, word) | key_bits(far_begin, far_end, word) | low_bits(sink - 32 * word);
     }
+    return keys;
   }
 };
 

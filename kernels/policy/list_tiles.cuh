@@ -39,6 +39,25 @@ FSA_DEVICE BlockList partial_list(const ForwardParams& params, const WorkTile& w
 }
 
 struct ListMask {
+  // Few tiles are masked, and bits take eight registers: they are read when they are wanted.
+  template <int32 kCount>
+  struct Seen {
+    const ForwardParams& params;
+    const WorkTile& work;
+    TileInfo info;
+    int32 row;
+    int32 key_begin;
+    FSA_DEVICE bool all() const { return !info.masked(); }
+    FSA_DEVICE void hide_others(float (&rS)[kCount]) const { apply(params, work, info, rS, row, key_begin); }
+  };
+
+  template <int32 kCount>
+  FSA_DEVICE static Seen<kCount> seen(const ForwardParams& params, const WorkTile& work, const TileInfo& info,
+                                      int32 row, int32 key_begin) {
+    return {params, work, info, row, key_begin};
+  }
+
+ private:
   template <int32 kCount>
   FSA_DEVICE static void apply(const ForwardParams& params, const WorkTile& work, const TileInfo& info,
                                float (&rS)[kCount], int32 row, int32 key_begin) {

@@ -25,6 +25,11 @@ FSA_DEVICE uint32 low_bits(int32 count) {
   return ~ptx::shift_left(0xffffffffu, static_cast<uint32>(max_of(count, 0)));
 }
 
+// The same by another instruction: where a complement is all that there is to a mask, its bits are tested one by one.
+FSA_DEVICE uint32 bits_before(int32 count) {
+  return ptx::shift_left(1u, static_cast<uint32>(max_of(count, 0))) - 1;
+}
+
 // Bits [begin, end) of word `word`.
 FSA_DEVICE uint32 key_bits(int32 begin, int32 end, int32 word) {
   return low_bits(end - 32 * word) & ~low_bits(begin - 32 * word);
@@ -46,6 +51,25 @@ FSA_DEVICE void hide_unseen(float (&rS)[kCount], int32 slot, int32 word, uint32 
   }
 }
 
+// The keys that a thread's rows see of one tile; bits as in hide_unseen.
+template <int32 kCount>
+struct SeenKeys {
+  uint32 words[kRowsPerThread][kKeyWords<kCount>];
+  FSA_DEVICE void hide_others(float (&rS)[kCount]) const {
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot)
+#pragma unroll
+      for (int32 word = 0; word < kKeyWords<kCount>; ++word) hide_unseen(rS, slot, word, words[slot][word]);
+  }
+  // Whether all rows of the warp see all of its columns.
+  FSA_DEVICE bool all() const {
+    uint32 both = words[0][0] & words[1][0];
+#pragma unroll
+    for (int32 word = 1; word < kKeyWords<kCount>; ++word) both &= words[0][word] & words[1][word];
+    return __all_sync(0xffffffffu, (~both & low_bits(kCount / 2)) == 0);
+  }
+};
+
 // kLeft, kRight: the window is limited on that side (causal: on the right, by zero).
 template <bool kLeft, bool kRight>
 struct WindowMask {
@@ -59,10 +83,11 @@ struct WindowMask {
     return range;
   }
 
-  // rS: logits of rows `row` and `row + 8` (the thread's two) by the keys from `key_begin`.
+  // Of rows `row` and `row + 8` (the thread's two), of the keys from `key_begin`.
   template <int32 kCount>
-  FSA_DEVICE static void apply(const ForwardParams& params, const WorkTile& work, const TileInfo&,
-                               float (&rS)[kCount], int32 row, int32 key_begin) {
+  FSA_DEVICE static SeenKeys<kCount> seen(const ForwardParams& params, const WorkTile& work, const TileInfo&,
+                                          int32 row, int32 key_begin) {
+    SeenKeys<kCount> keys;
     const int32 first_key = key_begin + fragment_column(lane_id(), 0);
 #pragma unroll
     for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
@@ -71,8 +96,9 @@ struct WindowMask {
       const int32 begin = kLeft ? keys_before(range.begin - first_key) : 0;
 #pragma unroll
       for (int32 word = 0; word < kKeyWords<kCount>; ++word)
-        hide_unseen(rS, slot, word, kLeft ? key_bits(begin, end, word) : low_bits(end - 32 * word));
+        keys.words[slot][word] = kLeft ? key_bits(begin, end, word) : bits_before(end - 32 * word);
     }
+    return keys;
   }
 };
 

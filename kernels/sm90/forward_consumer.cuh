@@ -241,9 +241,16 @@ struct Consumer {
     }
   }
 
-  template <int32 kBegin = 0, int32 kCount>
-  FSA_DEVICE void mask(const WorkTile& work, const TileInfo& info, float (&r)[kCount]) {
-    Types::Mask::apply(params, work, info, r, work.m_begin + row, info.tile * Types::kBlockN + kBegin);
+  // Which keys of a tile the thread's rows see, of its columns from kBegin. Asked for while S is in flight, where the
+  // 50 instructions cost nothing; the vote of all() keeps ptxas from moving them behind the wait.
+  template <int32 kCount, int32 kBegin = 0>
+  FSA_DEVICE auto seen_keys(const WorkTile& work, const TileInfo& info) const {
+    return Types::Mask::template seen<kCount>(params, work, info, work.m_begin + row,
+                                              info.tile * Types::kBlockN + kBegin);
+  }
+
+  FSA_DEVICE void mask(const WorkTile& work, const TileInfo& info, Scores& r) {
+    seen_keys<Types::kBlockN / 2>(work, info).hide_others(r);
   }
 
   template <int32 kCount>
@@ -285,9 +292,12 @@ struct Consumer {
   FSA_DEVICE void first_step(const WorkTile& work, const LogitChain& logit, TileInfo info,
                              float (&r)[kCount]) {
     const int32 stage = start_scores<kBegin>(r);
+    const auto seen = seen_keys<kCount, kBegin>(work, info);
+    const bool all_seen = seen.all();
+    if (params.batch > 0) ptx::wgmma_wait<0>();  // a branch, as in wait_output_late
     ptx::wgmma_wait<0>();
     take_scores<kBegin>(logit, r, info.tile, stage);
-    if (info.masked()) mask<kBegin>(work, info, r);
+    if (!all_seen) seen.hide_others(r);
     clear_unused_values(work, info.tile);
     update_softmax(logit, r);
     if constexpr (kListed) {  // O may hold earlier tiles
@@ -302,9 +312,11 @@ struct Consumer {
     const int32 stage = start_scores<kBegin>(r);
     wait_value();
     issue_output();
+    const auto seen = seen_keys<kCount, kBegin>(work, info);
+    const bool all_seen = !kMasked || seen.all();
     ptx::wgmma_wait<1>();
     take_scores<kBegin>(logit, r, info.tile, stage);
-    if constexpr (kMasked) mask<kBegin>(work, info, r);
+    if (!all_seen) seen.hide_others(r);
     update_softmax(logit, r);
     wait_output_late(r);
     if (softmax.grown) softmax.rescale(rO);
