@@ -5,11 +5,26 @@
 #include "policy/key_work.cuh"
 #include "policy/scalar.cuh"
 #include "ptx/math.cuh"
+#include "ptx/reduce.cuh"
+#include "ptx/sync.cuh"
 #include "tile/fragment.cuh"
 #include "tile/swizzle.cuh"
 
 namespace fsa::kernels {
 
+// Nothing is added to the sums of this head any more. `work` is of one of its row tiles.
+template <class Types>
+FSA_DEVICE bool sums_complete(const BackwardParams& params, const WorkTile& work) {
+  const ForwardParams& p = params.forward;
+  const int32 keys = p.cu_seqlens_k ? p.cu_seqlens_k[work.sequence + 1] - work.k_begin : p.max_seqlen_k;
+  const int32 of_group = work.sequence * p.num_heads + work.head / p.group_size * p.group_size;
+  return ptx::load_acquire(params.sums_done + of_group) ==
+         ceil_div(keys, Types::kBlockN) * kBackwardConsumers;
+}
+
+// Launched without waiting for the backward kernel: where sums are complete, blocks run beside its last key tiles, on
+// processors that have none. The last block waits whatever happens, so that who comes after this kernel comes after both.
+//
 // One block of 2 block_m threads per (row tile, head, sequence): grid (largest number of row tiles, heads,
 // batch). A warpgroup takes 64 rows, in the order in which the accumulators held them. Rows beyond the used
 // length, and those behind the last packed sequence, become zero.
@@ -24,6 +39,8 @@ FSA_DEVICE void backward_finish(const BackwardParams& params) {
   const int32 warp = thread / kWarpThreads, lane = lane_id();
   WorkTile work;
   describe_sequence(p, static_cast<int32>(blockIdx.z), head, work);
+  if (blockIdx.x + 1 == gridDim.x && blockIdx.y + 1 == gridDim.y && blockIdx.z + 1 == gridDim.z)
+    ptx::wait_for_kernel_before();
 
   if (blockIdx.z == 0 && p.cu_seqlens_q != nullptr) {
     const int32 begin = p.cu_seqlens_q[p.batch] + tile;
@@ -37,6 +54,7 @@ FSA_DEVICE void backward_finish(const BackwardParams& params) {
     }
   }
   if (tile * kBlockM >= work.rows) return;
+  if (!sums_complete<Types>(params, work)) ptx::wait_for_kernel_before();
   const int64 number = row_tile_number<kBlockM>(params, work, head, tile);
 
   // Warps of the backward kernel: [2 halves, of rows or of columns][4][units of eight columns].

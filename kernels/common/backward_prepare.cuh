@@ -63,6 +63,7 @@ FSA_DEVICE void backward_prepare(const BackwardParams& params) {
   describe_sequence(p, static_cast<int32>(blockIdx.z), head, work);
   if (params.part_counts != nullptr && tile + head + static_cast<int32>(blockIdx.z) + thread == 0)
     params.part_counts->blocks = 0;
+  if (tile + thread == 0) params.sums_done[static_cast<int32>(blockIdx.z) * p.num_heads + head] = 0;
   if (tile * kBlockM >= work.rows) return;
   const int64 number = row_tile_number<kBlockM>(params, work, head, tile);
 

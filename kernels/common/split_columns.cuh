@@ -139,7 +139,12 @@ FSA_DEVICE void split_columns(const BackwardParams& params) {
                                      parts > 1 ? slot + i : -1};
       if (parts > 1) params.split_columns[slot + i] = {index, i == 0 ? parts : 0};
     }
-    if (parts > 1) slot += parts;
+    if (parts > 1) {
+      slot += parts;
+      atomicAdd(  // so that it counts as one key tile
+          params.sums_done + Types::Schedule::place_of(params, index).batch_head * params.forward.group_size,
+          (1 - parts) * kBackwardConsumers);
+    }
   }
   if (thread == 0) {
     params.part_counts->parts = units;

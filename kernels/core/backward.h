@@ -180,6 +180,10 @@ struct BackwardParams {
   int32 most_slots;
   int32 reserved;
 
+  // [batch, heads], at the first head of each group: for every key tile, how many adders have added all that it adds to
+  // dQ and grad_alpha, less what parts of columns count more than once. Not counted where sums come from registers.
+  int32* sums_done;
+
   ScalarOperand grad_alpha;  // written
   ScalarOperand grad_delta;
   ScalarOperand grad_sink;

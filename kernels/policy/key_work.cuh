@@ -42,6 +42,9 @@ struct alignas(16) RowTileBrief {
   FSA_DEVICE bool last() const { return (flags & kLast) != 0; }
   // Of this key tile among those of the row tile; deterministic.
   FSA_DEVICE int32 rank() const { return flags >> kRankShift; }
+  // The rank, and whether it is the last of the work, in one number.
+  FSA_DEVICE int32 order() const { return flags >> 1; }
+  static constexpr int32 kOrderLast = 1, kOrderRankShift = kRankShift - 1;
 };
 
 // One row tile of one head. It travels with the stage that holds its Q.
@@ -82,15 +85,22 @@ FSA_DEVICE int64 row_tile_number(const BackwardParams& params, const WorkTile& w
 template <int32 kBlockN, bool kDeterministic, bool kSplits, bool kDescribesAhead>
 class KeySchedule {
  public:
-  // In the order of all heads' key tiles; false when there is none at this place, the sequence being too short.
-  FSA_DEVICE static bool describe(const BackwardParams& params, int32 index, KeyWork& work) {
-    const ForwardParams& p = params.forward;
+  struct Place {
+    int32 batch_head;  // key head
+    int32 in_order;    // of its key tiles
+  };
+  // In the order of all heads' key tiles.
+  FSA_DEVICE static Place place_of(const BackwardParams& params, int32 index) {
     const int32 wave = index / (params.key_heads_per_wave * blocks(params));
     const int32 first_head = wave * params.key_heads_per_wave;
     const int32 wave_heads = min_of(params.key_heads_per_wave, heads(params) - first_head);
     const int32 in_wave = index - first_head * blocks(params);
-    const int32 in_order = in_wave / wave_heads;
-    const int32 batch_head = first_head + in_wave % wave_heads;
+    return {first_head + in_wave % wave_heads, in_wave / wave_heads};
+  }
+  // False when there is no key tile at this place, the sequence being too short.
+  FSA_DEVICE static bool describe(const BackwardParams& params, int32 index, KeyWork& work) {
+    const ForwardParams& p = params.forward;
+    const auto [batch_head, in_order] = place_of(params, index);
     const int32 kv_heads = p.num_heads / p.group_size;
     const int32 sequence = batch_head / kv_heads;
 

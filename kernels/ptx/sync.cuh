@@ -34,6 +34,13 @@ FSA_DEVICE bool barrier_any(int32 id, int32 threads, bool vote) {
 // Orders this thread's ordinary shared-memory writes before later reads by WGMMA and the copy engine.
 FSA_DEVICE void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Until the kernel before in the stream is over, where this one was launched without waiting for it.
+FSA_DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Blocks of the next kernel, launched like that, may begin once every block of this one has said so: they take the
+// processors that have nothing left to do.
+FSA_DEVICE void admit_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 template <int32 kRegisters>
 FSA_DEVICE void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

@@ -62,7 +62,8 @@ FSA_DEVICE void init_barriers(BackwardStorage<Types>& storage) {
   }
   for (int32 i = 0; i < kWorkSlots; ++i) {
     ptx::init(storage.work_full[i], 1);
-    ptx::init(storage.work_empty[i], kWarps + (Types::kDescribesAhead ? 1 : 0));
+    ptx::init(storage.work_empty[i],
+              kWarps + (Types::kDescribesAhead ? 1 : 0) + (Types::kStagedGradQuery ? kBackwardConsumers : 0));
   }
   ptx::fence_init();
 }
@@ -209,6 +210,9 @@ FSA_DEVICE void backward(const BackwardParams& params) {
 
   if (warpgroup == 0) {
     ptx::shrink_registers<Types::kProducerRegisters>();
+    // Consumers touch nothing before what the producer loads.
+    ptx::wait_for_kernel_before();
+    ptx::admit_next_kernel();
     const int32 warp = static_cast<int32>(threadIdx.x) / kWarpThreads;
     if (threadIdx.x == 0) produce<Types, !Types::kDescribesAhead, true>(params, storage);
     if constexpr (Types::kStagedGradQuery)

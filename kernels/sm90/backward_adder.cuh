@@ -7,6 +7,7 @@
 #include "ptx/reduce.cuh"
 #include "ptx/tma.cuh"
 #include "sm90/backward_types.cuh"
+#include "tile/ring.cuh"
 
 namespace fsa::kernels::sm90 {
 
@@ -28,39 +29,65 @@ FSA_DEVICE void add_grad_alpha(const BackwardParams& params, BackwardStorage<Typ
   __syncwarp();
 }
 
-// Deterministic: key tiles add to a row tile in the order in which they were issued.
+// One row tile; true after the last of its key tile. Deterministic: key tiles add to a row tile in the order in which they
+// were issued.
 template <class Types>
-FSA_DEVICE void add_staged_sums(const BackwardParams& params, BackwardStorage<Types>& storage, int32 index) {
+FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types>& storage, int32 index,
+                             uint32 tile) {
   constexpr int32 kFloats = Types::kQueryColumns * kRowsPerWarpgroup;  // of the warpgroup
   const bool leads = own_lane() == 0;
-  for (uint32 tile = 0;; ++tile) {
-    if (leads) ptx::wait(storage.sums_full[index], tile & 1);
+  if (leads) ptx::wait(storage.sums_full[index], tile & 1);
+  __syncwarp();
+  const StagedSums sums = storage.sums[index];
+  const int64 counter = static_cast<int64>(sums.number) * kBackwardWarps + index * (kBackwardWarps / 2);
+  if (leads) {
+    if constexpr (Types::kDeterministic)
+      ptx::wait_until_equal(params.turns + counter, sums.order >> RowTileBrief::kOrderRankShift);
+    ptx::add_bytes(
+        params.grad_query_sum + (static_cast<int64>(sums.number) * kBackwardConsumers + index) * kFloats,
+        storage.grad_query.of_warp(index * (kBackwardWarps / 2)), kFloats * 4);
+    ptx::commit_stores();
+  }
+  __syncwarp();  // all lanes have read what the leader is about to give up
+  if constexpr (kAdderReadsAlpha<Types>) {
+    if (index == 0) {
+      add_grad_alpha<Types, kWarpThreads>(params, storage, sums.number, sums.stage, own_lane());
+      if (leads) ptx::arrive(storage.scores_empty[sums.stage]);
+    }
+  }
+  if (leads) {
+    ptx::wait_stores_read();
+    ptx::arrive(storage.sums_empty[index]);
+    if constexpr (Types::kDeterministic) {
+      ptx::wait_stores();
+      ptx::fence_async_global();
+      ptx::add_release(params.turns + counter, 1);
+    }
+  }
+  __syncwarp();
+  return (sums.order & RowTileBrief::kOrderLast) != 0;
+}
+
+// Walks the work as the consumers do, and says of each key tile when nothing more of it will be added: backward_finish
+// begins with the heads whose key tiles are all done.
+template <class Types>
+FSA_DEVICE void add_staged_sums(const BackwardParams& params, BackwardStorage<Types>& storage, int32 index) {
+  uint32 tile = 0;
+  for (uint32 unit = 0;; ++unit) {
+    const Ring<kWorkSlots> slot = {unit};
+    ptx::wait(storage.work_full[slot.stage()], slot.phase());
+    const KeyWork& work = storage.work[slot.stage()];
+    if (work.sequence < 0) return;
+    if (work.num_segments > 0)
+      while (!add_row_tile<Types>(params, storage, index, tile++)) {
+      }
+    if constexpr (kAdderReadsAlpha<Types>) ptx::fence_global();  // which all lanes have added to
     __syncwarp();
-    const StagedSums sums = storage.sums[index];
-    if (sums.number < 0) return;
-    const int64 counter = static_cast<int64>(sums.number) * kBackwardWarps + index * (kBackwardWarps / 2);
-    if (leads) {
-      if constexpr (Types::kDeterministic) ptx::wait_until_equal(params.turns + counter, sums.rank);
-      ptx::add_bytes(
-          params.grad_query_sum + (static_cast<int64>(sums.number) * kBackwardConsumers + index) * kFloats,
-          storage.grad_query.of_warp(index * (kBackwardWarps / 2)), kFloats * 4);
-      ptx::commit_stores();
-    }
-    __syncwarp();  // all lanes have read what the leader is about to give up
-    if constexpr (kAdderReadsAlpha<Types>) {
-      if (index == 0) {
-        add_grad_alpha<Types, kWarpThreads>(params, storage, sums.number, sums.stage, own_lane());
-        if (leads) ptx::arrive(storage.scores_empty[sums.stage]);
-      }
-    }
-    if (leads) {
-      ptx::wait_stores_read();
-      ptx::arrive(storage.sums_empty[index]);
-      if constexpr (Types::kDeterministic) {
-        ptx::wait_stores();
-        ptx::fence_async_global();
-        ptx::add_release(params.turns + counter, 1);
-      }
+    if (own_lane() == 0) {
+      ptx::wait_stores();
+      ptx::fence_async_global();
+      ptx::add_release(params.sums_done + work.sequence * params.forward.num_heads + work.head, 1);
+      ptx::arrive(storage.work_empty[slot.stage()]);
     }
     __syncwarp();
   }

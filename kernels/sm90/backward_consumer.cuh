@@ -599,7 +599,7 @@ struct BackwardConsumer {
   }
 
   FSA_DEVICE void finish_grad_query(uint32 tile, const RowTileBrief& of) {
-    hand_over({of.number, of.rank(), score_stage(tile), 0});
+    hand_over({of.number, of.order(), score_stage(tile), 0});
     release(storage.scores_empty[score_stage(tile)]);
   }
 
@@ -776,10 +776,8 @@ struct BackwardConsumer {
       release(storage.work_empty[unit % kWorkSlots ^ 1]);
     }
     if (thread == 0) ptx::wait_stores_read();  // shared memory must outlive the stores that read it
-    if constexpr (Types::kStagedGradQuery) {
-      wait_room(tiles);
-      hand_over({-1, 0, 0, 0});
-    }
+    // Nobody wants it; but without it ptxas serialises every multiply of a deterministic kernel of head_dim 64.
+    if constexpr (Types::kStagedGradQuery) wait_room(tiles);
   }
 };
 

@@ -113,8 +113,8 @@ struct StagedGradQuery<0> {};
 
 // Which row tile a warpgroup's staged sums belong to.
 struct StagedSums {
-  int32 number;  // row_tile_number, -1: there are no more
-  int32 rank;    // deterministic
+  int32 number;  // row_tile_number
+  int32 order;   // RowTileBrief's
   int32 stage;   // of dS
   int32 reserved;
 };

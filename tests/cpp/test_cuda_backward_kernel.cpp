@@ -350,6 +350,8 @@ void check(const Problem& problem) {
   if (Types::kGateTerms) params.gate_row_terms = row_terms.data()->terms;
   params.grad_sink_sum = sink_sums.data();
   params.turns = turns.data();
+  std::vector<int32> sums_done(p.batch * p.heads, -1);
+  params.sums_done = sums_done.data();
   params.row_tiles = row_tiles;
   params.head_dim = p.head_dim;
   params.key_heads_per_wave = 1;
@@ -370,12 +372,18 @@ void check(const Problem& problem) {
       emulator::launch(grid(ceil_div(units, kSplitWarps), 1, 1), kSplitThreads,
                        [&] { split_columns<Types>(params); });
   emulator::launch(grid(1, 1, 1), kBackwardThreads, [&] { sm90::backward<C>(params); });
+  for (int32 i = 0; i < p.batch * p.heads; i += f.group_size) {
+    if (Types::kStagedGradQuery)
+      EXPECT_EQ(sums_done[i], kBackwardConsumers * ceil_div(p.seqlen_k, kN)) << "head " << i;
+    else
+      EXPECT_LE(sums_done[i], 0) << "head " << i;
+  }
+  emulator::launch(by_row_tile, 2 * kM, [&] { backward_finish<Types>(params); });
   if (p.least_part > 0) {
     EXPECT_GT(part_counts.slots, 1) << "nothing was cut";
     EXPECT_EQ(part_counts.parts, units + part_counts.slots - count_cut(split, part_counts.slots));
     emulator::launch(grid(kSlots, kN / kSumRows, 1), kSumThreads, [&] { sum_parts<Types>(params); });
   }
-  emulator::launch(by_row_tile, 2 * kM, [&] { backward_finish<Types>(params); });
   if (p.sink) emulator::launch(grid(p.heads, 1, 1), kSumSinkThreads, [&] { sum_sink<Types>(params); });
 
   EXPECT_EQ(counter[0], 0) << "the work counter must be left as it was found";

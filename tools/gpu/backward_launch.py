@@ -285,6 +285,7 @@ class Backward:
             row_terms = torch.full((tiles, block_m * 64 + 128), 255, dtype=torch.uint8, device="cuda")
         sink_sums = torch.full((tiles,), math.nan, **nan) if config.sink else None
         turns = torch.full((tiles, 8), 1 << 30, dtype=torch.int32, device="cuda")
+        done = torch.full((batch, heads), -1, dtype=torch.int32, device="cuda")
         columns = None
         if config.bits:
             key_tiles = p.k.shape[0] // block_n + batch if packed_k else -(-max_k // block_n)
@@ -343,12 +344,12 @@ class Backward:
         maps = b"".join([self.driver.tensor_map(given.grad_out, 64), self.driver.tensor_map(outputs["k"], 64),
                          self.driver.tensor_map(outputs["v"], 64)])  # fmt: skip
         body = struct.pack(
-            "<" + "Qqqq" * 5 + "QQQQQQqQqqqQQqqiiiifiQQQQQii",
+            "<" + "Qqqq" * 5 + "QQQQQQqQqqqQQqqiiiifiQQQQQiiQ",
             *rows(given.grad_out, packed_q), *rows(outputs["q"], packed_q), *rows(outputs["k"], packed_k),
             *rows(outputs["v"], packed_k), *grad_lse, vectors.data_ptr(), sums.data_ptr(), pointer(alpha_sums),
             pointer(row_terms), pointer(sink_sums), turns.data_ptr(), row_tiles, *bits, *lists, head_dim,
             p.k.shape[0] if packed_k else 0, per_wave, 1 / math.sqrt(head_dim), least_part,
-            *map(pointer, parts), slots, 0,
+            *map(pointer, parts), slots, 0, done.data_ptr(),
         ) + by_row(outputs.get("alpha"), packed_q) + by_row(outputs.get("delta"), packed_k) + pack_scalar(
             sink, *(() if sink is None else (0, 0, 1))
         )  # fmt: skip
@@ -367,18 +368,19 @@ class Backward:
             row_terms,
             sink_sums,
             turns,
+            done,
             columns,
             counts,
             parts,
         )
 
-        def launcher(function, grid: tuple[int, int, int], threads: int, shared: int = 0):
+        def launcher(
+            function, grid: tuple[int, int, int], threads: int, shared: int = 0, early: bool = False
+        ):
             def launch() -> None:
                 _ = alive
-                self.driver.call(
-                    "cuLaunchKernel", function, *grid, threads, 1, 1, shared,
-                    ctypes.c_void_p(torch.cuda.current_stream().cuda_stream), arguments, None,
-                )  # fmt: skip
+                stream = torch.cuda.current_stream().cuda_stream
+                self.driver.launch(function, (*grid, threads, 1, 1, shared), stream, arguments, early)
 
             return launch
 
@@ -393,11 +395,11 @@ class Backward:
             launches.append(launcher(self.split, (-(-units // 8), 1, 1), 256))
             units += slots
         launches.append(
-            launcher(self.main, (max(1, min(self.processors, units)), 1, 1), 384, config.shared_bytes)
+            launcher(self.main, (max(1, min(self.processors, units)), 1, 1), 384, config.shared_bytes, True)
         )
+        launches.append(launcher(self.after, row_grid, 2 * block_m, early=True))
         if slots:
             launches.append(launcher(self.sum_parts, (slots, block_n // 32, 1), 128))
-        launches.append(launcher(self.after, row_grid, 2 * block_m))
         if config.sink:
             launches.append(launcher(self.sink, (heads, 1, 1), 256))
         return launches

@@ -80,6 +80,13 @@ class Driver:
         self.call("cuFuncSetAttribute", function, 8, shared_bytes)  # max dynamic shared memory
         return function
 
+    def launch(self, function, shape: tuple[int, ...], stream: int, arguments, early: bool = False) -> None:
+        """Grid, block and bytes of shared memory; `early`: as soon as the kernel before admits it."""
+        attribute = struct.pack("<ii64s", 6, 0, struct.pack("<i", early))  # programmatic stream serialization
+        kept = ctypes.create_string_buffer(attribute)
+        config = struct.pack("<7I4xQQI4x", *shape, stream, ctypes.addressof(kept), 1)
+        self.call("cuLaunchKernelEx", ctypes.c_char_p(config), function, arguments, None)
+
     def tensor_map(self, tensor, rows: int) -> bytes:
         """Boxes of 64 columns by `rows` rows of a [batch, row, head, dim] or packed [row, head, dim] tensor."""
         import torch

@@ -50,11 +50,11 @@ class BackwardCall : KernelCall {
     }
     const std::int64_t units = key_tiles + params_.most_slots;
     // One at least, for rows of a packed tensor that no sequence holds.
-    launch(loaded(config_), {extent(std::clamp<std::int64_t>(units, 1, processors()))}, &params_);
+    launch_early(loaded(config_), {extent(std::clamp<std::int64_t>(units, 1, processors()))}, &params_);
+    launch_early(loaded(backward_finish_kernel(p_)), row_tiles, &params_);
     if (splits)
       launch(loaded(sum_parts_kernel(p_)),
              {extent(params_.most_slots), extent(config_.backward.block_n / kernels::kSumRows)}, &params_);
-    launch(loaded(backward_finish_kernel(p_)), row_tiles, &params_);
     if (args_.grad_sink.present()) launch(loaded(sum_sink_kernel(p_)), {extent(p_.num_heads)}, &params_);
     copy_back(parts_.grad_query, grad_query_, args_.grad_query, q_rows(), p_.num_heads, p_.head_dim);
     copy_back(parts_.grad_key, grad_key_, args_.grad_key, k_rows(), p_.num_kv_heads, p_.head_dim);
@@ -154,6 +154,7 @@ class BackwardCall : KernelCall {
     params_.gate_row_terms = part<std::uint8_t>(parts_.gate_row_terms);
     params_.grad_sink_sum = part<float>(parts_.grad_sink_sum);
     params_.turns = part<std::int32_t>(parts_.turns);
+    params_.sums_done = part<std::int32_t>(parts_.sums_done);
     params_.row_tiles = backward_row_tiles(p_);
     if (parts_.column_parts != kAbsent) {
       params_.column_parts = part<kernels::ColumnPart>(parts_.column_parts);

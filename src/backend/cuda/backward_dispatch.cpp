@@ -202,6 +202,7 @@ BackwardWorkspace backward_workspace(const Problem& p) {
   if (tile.gate_terms) parts.gate_row_terms = carver.take(row_tiles * kernels::gate_term_bytes(tile.block_m));
   if (p.has_sink) parts.grad_sink_sum = carver.take(row_tiles * 4);
   if (p.deterministic) parts.turns = carver.take(row_tiles * kernels::kBackwardWarps * 4);
+  parts.sums_done = carver.take(p.batch * p.num_heads * 4);
   if (walks_bits(p)) {
     if (!p.skips_tiles()) parts.visible_bits = carver.take(map_words(p) * 4);
     parts.column_bits =

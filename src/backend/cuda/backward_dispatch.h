@@ -43,7 +43,7 @@ struct BackwardWorkspace : InputCopies {
   // BackwardParams says what they hold.
   std::size_t row_vectors = kAbsent, grad_query_sum = kAbsent, grad_alpha_sum = kAbsent;
   std::size_t gate_row_terms = kAbsent;
-  std::size_t grad_sink_sum = kAbsent, turns = kAbsent;
+  std::size_t grad_sink_sum = kAbsent, turns = kAbsent, sums_done = kAbsent;
   std::size_t visible_bits = kAbsent, column_bits = kAbsent;
   std::size_t column_parts = kAbsent, split_columns = kAbsent, column_lengths = kAbsent;
   std::size_t part_counts = kAbsent, partial_sums = kAbsent;

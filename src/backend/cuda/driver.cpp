@@ -49,7 +49,8 @@ bool find_actions(void* library, Functions& f, std::string& error) {
          find(library, "cuKernelSetAttribute", f.set_kernel_attribute, error) &&
          find(library, "cuMemsetD8Async", f.fill_bytes, error) &&
          find(library, "cuTensorMapEncodeTiled", f.encode_tensor_map, error) &&
-         find(library, "cuLaunchKernel", f.launch, error);
+         find(library, "cuLaunchKernel", f.launch, error) &&
+         find(library, "cuLaunchKernelEx", f.launch_with, error);
 }
 
 std::string text_of(const Functions& f, Result result, const char* call) {

@@ -18,6 +18,20 @@ using Library = void*;
 using Kernel = void*;  // CUkernel: of no context; a launch takes it where a CUfunction is meant
 using Address = std::uint64_t;
 
+struct LaunchAttribute {
+  int kind;
+  int reserved;
+  alignas(8) unsigned char value[64];
+};
+struct LaunchConfig {
+  unsigned grid[3];
+  unsigned block[3];
+  unsigned shared_bytes;
+  Stream stream;
+  LaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+
 struct Functions {
   Result (*initialize)(unsigned flags) = nullptr;
   Result (*driver_version)(int* version) = nullptr;
@@ -48,6 +62,7 @@ struct Functions {
   Result (*launch)(Kernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                    unsigned block_y, unsigned block_z, unsigned shared_bytes, Stream stream,
                    void** parameters, void** extra) = nullptr;
+  Result (*launch_with)(const LaunchConfig* config, Kernel kernel, void** parameters, void** extra) = nullptr;
 };
 
 struct DeviceInfo {

@@ -9,6 +9,8 @@
 namespace fsa::cuda {
 namespace {
 
+// CUlaunchAttributeID of the driver API.
+constexpr int kProgrammaticStreamSerialization = 6;
 constexpr double kLog2E = 1.4426950408889634;
 
 kernels::ScalarType scalar_type(DType dtype) {
@@ -70,6 +72,15 @@ void KernelCall::launch(const LoadedKernel& kernel, Grid grid, void* params) con
   require_success(driver().call.launch(kernel.kernel, grid.x, grid.y, grid.z, kernel.threads, 1, 1,
                                        kernel.shared_bytes, args_.stream, parameters, nullptr),
                   "cuLaunchKernel");
+}
+
+void KernelCall::launch_early(const LoadedKernel& kernel, Grid grid, void* params) const {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  LaunchAttribute early = {kProgrammaticStreamSerialization, 0, {1}};
+  const LaunchConfig config = {
+      {grid.x, grid.y, grid.z}, {kernel.threads, 1, 1}, kernel.shared_bytes, args_.stream, &early, 1};
+  void* parameters[] = {params};
+  require_success(driver().call.launch_with(&config, kernel.kernel, parameters, nullptr), "cuLaunchKernelEx");
 }
 
 void KernelCall::clear(void* data, std::size_t bytes) const {

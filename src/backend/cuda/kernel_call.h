@@ -48,6 +48,8 @@ class KernelCall {
   int processors() const;
 
   void launch(const LoadedKernel& kernel, Grid grid, void* params) const;
+  // Blocks begin as soon as the kernel before admits them; it is the kernel that waits for what it needs.
+  void launch_early(const LoadedKernel& kernel, Grid grid, void* params) const;
   void clear(void* data, std::size_t bytes) const;
 
   // A part of the workspace, null when absent.

@@ -20,6 +20,7 @@ inline int32 load_relaxed(const int32* from) {
   const std::lock_guard lock(emulator::memory);
   return *from;
 }
+inline int32 load_acquire(const int32* from) { return load_relaxed(from); }
 inline void wait_until_equal(const int32* counter, int32 value) {
   emulator::poll([&] { return *counter == value; });
 }
