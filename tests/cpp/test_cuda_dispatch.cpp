@@ -176,18 +176,19 @@ TEST(CudaDispatch, BackwardWorkspaceIsThatOfTheFormula) {
   Problem p = problem();
   p.operation = Operation::backward;
   const std::int64_t rows = 2 * 4 * 1024;  // 1000 rows in tiles of 64
-  EXPECT_EQ(backward_workspace(p).bytes, static_cast<std::size_t>(64 + rows * 4 * 4 + rows * 128 * 4));
+  const std::int64_t counters = 64 + 64;   // of work, and for each head of key tiles whose sums are done
+  EXPECT_EQ(backward_workspace(p).bytes, static_cast<std::size_t>(counters + rows * 4 * 4 + rows * 128 * 4));
   p.softcap = 30;  // whose row vectors are not folded
-  EXPECT_EQ(backward_workspace(p).bytes, static_cast<std::size_t>(64 + rows * 2 * 4 + rows * 128 * 4));
+  EXPECT_EQ(backward_workspace(p).bytes, static_cast<std::size_t>(counters + rows * 2 * 4 + rows * 128 * 4));
   p.softcap = 0;
   p.threshold = 1;
   const std::int64_t columns = 2 * 4 * 16 * 1 * 4;  // a word per key tile of 128: 16 row tiles
   EXPECT_EQ(backward_workspace(p).bytes,
-            static_cast<std::size_t>(64 + rows * 4 * 4 + rows * 128 * 4 + columns));
+            static_cast<std::size_t>(counters + rows * 4 * 4 + rows * 128 * 4 + columns));
   EXPECT_FALSE(splits_columns(p)) << "no column is long";
   p.aligned_grad_out = false;
-  EXPECT_EQ(backward_workspace(p).bytes,
-            static_cast<std::size_t>(64 + rows * 4 * 4 + rows * 128 * 4 + columns + 2000 * 4 * 128 * 2));
+  EXPECT_EQ(backward_workspace(p).bytes, static_cast<std::size_t>(counters + rows * 4 * 4 + rows * 128 * 4 +
+                                                                  columns + 2000 * 4 * 128 * 2));
 }
 
 TEST(CudaDispatch, Choices) {
