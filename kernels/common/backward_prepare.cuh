@@ -12,6 +12,7 @@
 #include "policy/logit.cuh"
 #include "policy/scalar.cuh"
 #include "ptx/math.cuh"
+#include "ptx/sync.cuh"
 
 namespace fsa::kernels {
 
@@ -61,6 +62,7 @@ FSA_DEVICE void backward_prepare(const BackwardParams& params) {
   const int32 thread = static_cast<int32>(threadIdx.x);
   WorkTile work;
   describe_sequence(p, static_cast<int32>(blockIdx.z), head, work);
+  ptx::admit_next_kernel();  // the main kernel sets up while the last blocks end
   if (params.part_counts != nullptr && tile + head + static_cast<int32>(blockIdx.z) + thread == 0)
     params.part_counts->blocks = 0;
   if (tile + thread == 0) params.sums_done[static_cast<int32>(blockIdx.z) * p.num_heads + head] = 0;

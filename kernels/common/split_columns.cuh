@@ -10,6 +10,7 @@
 
 #include "policy/row_tiles.cuh"
 #include "ptx/reduce.cuh"
+#include "ptx/sync.cuh"
 
 namespace fsa::kernels {
 
@@ -80,6 +81,7 @@ FSA_DEVICE void split_columns(const BackwardParams& params) {
   __shared__ KeyWork works[kSplitWarps];
   __shared__ int64 of_warp[kSplitWarps];
   __shared__ int32 arrived;
+  ptx::admit_next_kernel();  // the main kernel sets up while the last block lays out the parts
   const int32 thread = thread_id(), warp = thread / kWarpThreads;
   const int32 key_tiles = Types::Schedule::key_tiles(params);
   const int32 own = static_cast<int32>(blockIdx.x) * kSplitWarps + warp;
