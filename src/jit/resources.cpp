@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "jit/resources.h"
 
+#include <algorithm>
+#include <cctype>
+#include <charconv>
 #include <cstring>
-#include <regex>
 #include <sstream>
 #include <string_view>
 
@@ -51,21 +53,31 @@ std::vector<std::string_view> code_sections(std::string_view elf) {
   return code;
 }
 
+// The number before the first `phrase` of the line, -1 where there is none.
+int number_before(std::string_view line, std::string_view phrase) {
+  const std::size_t end = line.find(phrase);
+  if (end == std::string_view::npos) return -1;
+  const std::size_t begin = line.find_last_not_of("0123456789", end == 0 ? 0 : end - 1) + 1;
+  int value = -1;
+  if (begin < end) std::from_chars(line.data() + begin, line.data() + end, value);
+  return value;
+}
+
+bool contains_any_case(std::string_view line, std::string_view word) {
+  return std::search(line.begin(), line.end(), word.begin(), word.end(),
+                     [](unsigned char a, unsigned char b) { return std::tolower(a) == b; }) != line.end();
+}
+
 void read_log(const std::string& log, Resources& found) {
-  static const std::regex registers("Used ([0-9]+) registers");
-  static const std::regex memory(
-      "([0-9]+) bytes stack frame, ([0-9]+) bytes spill stores, ([0-9]+) bytes spill loads");
-  static const std::regex lost("serializ|setmaxnreg", std::regex::icase);
   std::istringstream lines(log);
   for (std::string line; std::getline(lines, line);) {
-    std::smatch match;
-    if (std::regex_search(line, match, registers))
-      found.registers = std::max(found.registers, std::stoi(match[1]));
-    if (std::regex_search(line, match, memory)) {
-      found.stack_bytes = std::max(found.stack_bytes, std::stoi(match[1]));
-      found.spill_bytes = std::max(found.spill_bytes, std::stoi(match[2]) + std::stoi(match[3]));
-    }
-    if (std::regex_search(line, lost)) found.notes.push_back(line);
+    if (line.find("Used ") != std::string::npos)
+      found.registers = std::max(found.registers, number_before(line, " registers"));
+    found.stack_bytes = std::max(found.stack_bytes, number_before(line, " bytes stack frame"));
+    found.spill_bytes = std::max(found.spill_bytes, number_before(line, " bytes spill stores") +
+                                                        number_before(line, " bytes spill loads"));
+    if (contains_any_case(line, "serializ") || contains_any_case(line, "setmaxnreg"))
+      found.notes.push_back(line);
   }
 }
 
