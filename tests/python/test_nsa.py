@@ -413,6 +413,33 @@ def test_algorithms_agree(dtype: torch.dtype):
     torch.testing.assert_close(lse_b, lse_a, rtol=1e-5, atol=1e-5)
 
 
+def test_heads_beyond_what_packed_memory_holds():
+    """64 MB hold the packed blocks of 8 such key heads, in the backward of 5: the heads beyond them have a turn of
+    their own. Each must get what it gets alone; its dK and dV are then summed in more parts."""
+    heads, tokens, width = 9, 2048, 256
+    generator = torch.Generator().manual_seed(3)
+
+    def random() -> Tensor:
+        return torch.randn(2, tokens, heads, width, generator=generator).bfloat16()
+
+    states, grad = [random() for _ in range(3)], random()
+    blocks = torch.randint(0, tokens // 16, (2, heads, tokens, 2), generator=generator, dtype=torch.int32)
+
+    def results(first: int, last: int) -> tuple[Tensor, ...]:
+        part = [t[:, :, first:last].detach().requires_grad_() for t in states]
+        out = nsa.selected_attention(*part, blocks[:, first:last], block_size=16, algorithm="kv_outer")
+        return out.detach(), *torch.autograd.grad(out, part, grad[:, :, first:last])
+
+    whole = results(0, heads)
+    for head in (0, 4, 5, 7, 8):
+        out, *grads = (t[:, :, head : head + 1] for t in whole)
+        alone_out, *alone_grads = results(head, head + 1)
+        assert torch.equal(out, alone_out)
+        assert torch.equal(grads[0], alone_grads[0])
+        for a, b in zip(grads[1:], alone_grads[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
 @dtypes(torch.float32, torch.float64)
 def test_all_blocks_are_dense_attention(dtype: torch.dtype):
     shape = dataclasses.replace(SHAPES["packed"], top_k=9)

@@ -149,18 +149,76 @@ std::int64_t backward_segments(const NsaProblem& p) {
   return std::max<std::int64_t>(1, std::min({ceil_div(8, heads), chunks, fit}));
 }
 
+// Key heads whose blocks are packed at a time, within 64 MB: where the chunks of a sequence read most blocks several
+// times. At 32k tokens and top 16 a chunk has 64 rows for a block, and packing it for them took a seventh of the time.
+std::int64_t heads_packed(const NsaProblem& p, std::int64_t bytes_per_head) {
+  const std::int64_t tokens = chunk_tokens(p), blocks = ceil_div(p.max_seqlen_k, p.block_size);
+  const std::int64_t chunks = ceil_div(p.max_seqlen_q, tokens);
+  if (chunks * std::min(tokens * p.top_k, blocks) < 2 * blocks) return 0;
+  return std::min(p.num_kv_heads, (std::int64_t{1} << 26) / std::max<std::int64_t>(1, bytes_per_head));
+}
+
+SelectedPacks selected_packs(const NsaProblem& p, const SelectedBuffers& b, Carver& memory) {
+  const bool backward = p.operation == NsaOperation::selected_backward;
+  const std::int64_t key_t = b.blocks * round_up(p.head_dim, 4) * b.block_pitch;
+  const std::int64_t value_t = backward ? b.blocks * round_up(p.head_dim_v, 4) * b.block_pitch : 0;
+  const std::int64_t key = backward ? b.blocks * p.block_size * b.key_pitch : 0;
+  const std::int64_t value = backward ? 0 : b.blocks * p.block_size * b.value_pitch;
+  SelectedPacks packs;
+  packs.heads = heads_packed(p, 4 * (key_t + value_t + key + value));
+  const auto take = [&](std::int64_t floats) {
+    return floats == 0 ? nullptr : memory.take<float>(packs.heads * floats);
+  };
+  packs.key_t = take(key_t);
+  packs.value_t = take(value_t);
+  packs.key = take(key);
+  packs.value = take(value);
+  return packs;
+}
+
 SelectedBuffers selected_buffers(const NsaProblem& p, Carver& memory) {
   SelectedBuffers b;
-  b.segments = backward_segments(p);
   b.key_rows = p.total_k;
   b.blocks = p.packed ? p.total_k / p.block_size + p.batch : p.batch * ceil_div(p.max_seqlen_k, p.block_size);
   b.key_pitch = round_up(p.head_dim, 16);
   b.value_pitch = round_up(p.head_dim_v, 16);
+  b.block_pitch = round_up(p.block_size, 16);
+  b.packs = selected_packs(p, b, memory);
+  if (p.operation == NsaOperation::selected_forward) return b;
+  b.segments = backward_segments(p);
   const std::int64_t copies = b.segments * p.num_kv_heads;
   b.grad_key = memory.take<float>(copies * b.key_rows * b.key_pitch);
   b.grad_value = memory.take<float>(copies * b.key_rows * b.value_pitch);
   b.touched = memory.take<std::uint8_t>(copies * b.blocks);
   return b;
+}
+
+// Of the sequence among the blocks of all sequences.
+std::int64_t block_begin(const NsaProblem& p, const NsaSequence& s, std::int64_t batch) {
+  return p.packed ? s.k_begin / p.block_size + batch : batch * ceil_div(p.max_seqlen_k, p.block_size);
+}
+
+// Calls body(first_head, last_head) for the key heads whose blocks are packed together, all where none are.
+template <class Body>
+void for_packed_heads(const NsaKernelTable& k, const NsaProblem& p, const NsaArguments& args,
+                      SelectedBuffers& buffers, const Body& body) {
+  if (buffers.packs.heads == 0) return body(std::int64_t{0}, p.num_kv_heads);
+  std::vector<SelectedItem> blocks;
+  for (std::int64_t b = 0; b < p.batch; ++b) {
+    const NsaSequence s = nsa_sequence(p, args, b);
+    for (std::int64_t begin = 0; begin < s.tokens; begin += p.block_size)
+      blocks.push_back({s, 0, begin, std::min(s.tokens, begin + p.block_size), 0, block_begin(p, s, b)});
+  }
+  const std::size_t staging =
+      static_cast<std::size_t>(kSkipTileRows * std::max(buffers.key_pitch, buffers.value_pitch)) *
+      sizeof(float);
+  for (std::int64_t head = 0; head < p.num_kv_heads; head += buffers.packs.heads) {
+    buffers.packs.first_head = head;
+    for_items(blocks, staging, [&](const SelectedItem& item, void* scratch) {
+      k.selected_pack(p, args, buffers, item, scratch);
+    });
+    body(head, std::min(p.num_kv_heads, head + buffers.packs.heads));
+  }
 }
 
 // Lists and kernel memory of one thread for one chunk.
@@ -182,26 +240,31 @@ void run_chunk(const NsaProblem& p, const NsaArguments& args, const SelectedItem
   kernel(item, lists, memory + sizes.lists);
 }
 
-void run_selected_forward(const NsaKernelTable& k, const NsaProblem& p, const NsaArguments& args) {
+void run_selected_forward(const NsaKernelTable& k, const NsaProblem& p, const NsaArguments& args,
+                          Workspace workspace) {
+  Carver memory(workspace.data);
+  SelectedBuffers buffers = selected_buffers(p, memory);
   // Smaller chunks where the largest would leave threads without work: the bits of a row do not depend on them.
   const std::int64_t share =
       ceil_div(p.total_q * p.num_kv_heads, 4 * static_cast<std::int64_t>(num_threads()));
   const std::int64_t largest = chunk_tokens(p);
   const std::int64_t tokens =
       p.chunk_tokens > 0 ? largest : std::min(largest, std::max<std::int64_t>(64, share));
-  std::vector<SelectedItem> items;
-  for (std::int64_t b = 0; b < p.batch; ++b) {
-    const NsaSequence s = nsa_sequence(p, args, b);
-    for (std::int64_t begin = 0; begin < s.rows; begin += tokens)
-      for (std::int64_t head = 0; head < p.num_kv_heads; ++head)
-        items.push_back({s, head, begin, std::min(s.rows, begin + tokens), 0, 0});
-  }
   const ChunkMemory sizes(k, p, tokens);
-  parallel_for(static_cast<std::int64_t>(items.size()), [&](std::int64_t i) {
-    run_chunk(p, args, items[static_cast<std::size_t>(i)], sizes,
-              [&](const SelectedItem& item, const SelectedLists& lists, void* scratch) {
-                k.selected_forward(p, args, item, lists, scratch);
-              });
+  for_packed_heads(k, p, args, buffers, [&](std::int64_t first_head, std::int64_t last_head) {
+    std::vector<SelectedItem> items;
+    for (std::int64_t b = 0; b < p.batch; ++b) {
+      const NsaSequence s = nsa_sequence(p, args, b);
+      for (std::int64_t begin = 0; begin < s.rows; begin += tokens)
+        for (std::int64_t head = first_head; head < last_head; ++head)
+          items.push_back({s, head, begin, std::min(s.rows, begin + tokens), 0, block_begin(p, s, b)});
+    }
+    parallel_for(static_cast<std::int64_t>(items.size()), [&](std::int64_t i) {
+      run_chunk(p, args, items[static_cast<std::size_t>(i)], sizes,
+                [&](const SelectedItem& item, const SelectedLists& lists, void* scratch) {
+                  k.selected_forward(p, args, buffers, item, lists, scratch);
+                });
+    });
   });
   if (!p.packed) return;
   const std::int64_t used = end_of_rows(p, args);
@@ -215,40 +278,44 @@ void run_selected_forward(const NsaKernelTable& k, const NsaProblem& p, const Ns
 void run_selected_backward(const NsaKernelTable& k, const NsaProblem& p, const NsaArguments& args,
                            Workspace workspace) {
   Carver memory(workspace.data);
-  const SelectedBuffers buffers = selected_buffers(p, memory);
+  SelectedBuffers buffers = selected_buffers(p, memory);
   std::fill_n(buffers.touched, buffers.segments * p.num_kv_heads * buffers.blocks, std::uint8_t{0});
   const std::int64_t tokens = chunk_tokens(p);
-  std::vector<SelectedItem> segments, blocks;
+  const ChunkMemory sizes(k, p, tokens);
+  for_packed_heads(k, p, args, buffers, [&](std::int64_t first_head, std::int64_t last_head) {
+    std::vector<SelectedItem> segments;
+    for (std::int64_t b = 0; b < p.batch; ++b) {
+      const NsaSequence s = nsa_sequence(p, args, b);
+      const std::int64_t per_segment = ceil_div(ceil_div(s.rows, tokens), buffers.segments) * tokens;
+      for (std::int64_t segment = 0; segment * per_segment < s.rows; ++segment)
+        for (std::int64_t head = first_head; head < last_head; ++head)
+          segments.push_back({s, head, segment * per_segment, std::min(s.rows, (segment + 1) * per_segment),
+                              segment, block_begin(p, s, b)});
+    }
+    std::stable_sort(segments.begin(), segments.end(), [](const SelectedItem& x, const SelectedItem& y) {
+      return x.row_end - x.row_begin > y.row_end - y.row_begin;
+    });
+    // A call of one key head has four segments at 32k tokens; threads share them by chunks, of which a segment has many.
+    std::vector<std::int64_t> chunks;
+    for (const SelectedItem& segment : segments)
+      chunks.push_back(ceil_div(segment.row_end - segment.row_begin, tokens));
+    parallel_chains(chunks, [&](std::size_t segment, std::int64_t step) {
+      SelectedItem chunk = segments[segment];
+      chunk.row_begin += step * tokens;
+      chunk.row_end = std::min(chunk.row_end, chunk.row_begin + tokens);
+      run_chunk(p, args, chunk, sizes,
+                [&](const SelectedItem& item, const SelectedLists& lists, void* scratch) {
+                  k.selected_backward(p, args, buffers, item, lists, scratch);
+                });
+    });
+  });
+  std::vector<SelectedItem> blocks;
   for (std::int64_t b = 0; b < p.batch; ++b) {
     const NsaSequence s = nsa_sequence(p, args, b);
-    const std::int64_t block_begin =
-        p.packed ? s.k_begin / p.block_size + b : b * ceil_div(p.max_seqlen_k, p.block_size);
-    const std::int64_t per_segment = ceil_div(ceil_div(s.rows, tokens), buffers.segments) * tokens;
-    for (std::int64_t segment = 0; segment * per_segment < s.rows; ++segment)
-      for (std::int64_t head = 0; head < p.num_kv_heads; ++head)
-        segments.push_back({s, head, segment * per_segment, std::min(s.rows, (segment + 1) * per_segment),
-                            segment, block_begin});
     for (std::int64_t begin = 0; begin < s.keys; begin += p.block_size)
       for (std::int64_t head = 0; head < p.num_kv_heads; ++head)
-        blocks.push_back({s, head, begin, std::min(s.keys, begin + p.block_size), 0, block_begin});
+        blocks.push_back({s, head, begin, std::min(s.keys, begin + p.block_size), 0, block_begin(p, s, b)});
   }
-  std::stable_sort(segments.begin(), segments.end(), [](const SelectedItem& x, const SelectedItem& y) {
-    return x.row_end - x.row_begin > y.row_end - y.row_begin;
-  });
-  const ChunkMemory sizes(k, p, tokens);
-  // A call of one key head has four segments at 32k tokens; threads share them by chunks, of which a segment has many.
-  std::vector<std::int64_t> chunks;
-  for (const SelectedItem& segment : segments)
-    chunks.push_back(ceil_div(segment.row_end - segment.row_begin, tokens));
-  parallel_chains(chunks, [&](std::size_t segment, std::int64_t step) {
-    SelectedItem chunk = segments[segment];
-    chunk.row_begin += step * tokens;
-    chunk.row_end = std::min(chunk.row_end, chunk.row_begin + tokens);
-    run_chunk(p, args, chunk, sizes,
-              [&](const SelectedItem& item, const SelectedLists& lists, void* scratch) {
-                k.selected_backward(p, args, buffers, item, lists, scratch);
-              });
-  });
   for_items(
       blocks, static_cast<std::size_t>(std::max(buffers.key_pitch, buffers.value_pitch)) * sizeof(float),
       [&](const SelectedItem& item, void* scratch) { k.selected_finish(p, args, buffers, item, scratch); });
@@ -332,7 +399,7 @@ std::size_t nsa_workspace_bytes(const NsaProblem& p) {
   Carver memory(nullptr);
   if (p.operation == NsaOperation::compress || p.operation == NsaOperation::compress_backward)
     compress_buffers(p, memory);
-  if (p.operation == NsaOperation::selected_backward) selected_buffers(p, memory);
+  if (is_selected(p.operation)) selected_buffers(p, memory);
   return memory.used();
 }
 
@@ -346,7 +413,7 @@ void run_nsa(const NsaKernelTable& k, const NsaProblem& p, const NsaArguments& a
     case NsaOperation::select_blocks:
       return run_select_blocks(k, p, args);
     case NsaOperation::selected_forward:
-      return run_selected_forward(k, p, args);
+      return run_selected_forward(k, p, args, workspace);
     case NsaOperation::selected_backward:
       return run_selected_backward(k, p, args, workspace);
     case NsaOperation::combine:

@@ -22,7 +22,7 @@ struct Fetch {
     const char* next;
     std::int64_t row_bytes, bytes, left;
   };
-  Rows rows[4];
+  Rows rows[5];
   int count = 0, at = 0;
 
   HWY_INLINE void add(const void* first, std::int64_t row_bytes, std::int64_t bytes,
@@ -30,7 +30,7 @@ struct Fetch {
     rows[count++] = {static_cast<const char*>(first), row_bytes, bytes, count_rows};
   }
   HWY_INLINE void some() {
-    for (std::int64_t lines = 8; lines > 0 && at < count;) {
+    for (std::int64_t lines = 24; lines > 0 && at < count;) {
       Rows& r = rows[at];
       for (std::int64_t b = 0; b < r.bytes; b += 64, --lines) __builtin_prefetch(r.next + b, 0, 2);
       r.next += r.row_bytes;

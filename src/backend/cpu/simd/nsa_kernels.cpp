@@ -27,8 +27,10 @@ const NsaKernelTable& FSA_JOIN(FSA_SIMD_TARGET, _nsa_kernels)() {
       FSA_JOIN(FSA_SIMD_TARGET, _select_forward_scratch),
       FSA_JOIN(FSA_SIMD_TARGET, _select_forward),
       [](P p, std::int64_t tokens) HWY_ATTR { return FSA_SIMD_TARGET::selected_scratch(p, tokens); },
-      [](P p, A a, const SelectedItem& item, const SelectedLists& lists, void* scratch)
-          HWY_ATTR { FSA_SIMD_TARGET::selected_forward(p, a, item, lists, scratch); },
+      [](P p, A a, const SelectedBuffers& b, const SelectedItem& item, void* scratch)
+          HWY_ATTR { FSA_SIMD_TARGET::selected_pack(p, a, b, item, scratch); },
+      [](P p, A a, const SelectedBuffers& b, const SelectedItem& item, const SelectedLists& lists,
+         void* scratch) HWY_ATTR { FSA_SIMD_TARGET::selected_forward(p, a, b, item, lists, scratch); },
       [](P p, A a, const SelectedBuffers& b, const SelectedItem& item, const SelectedLists& lists,
          void* scratch) HWY_ATTR { FSA_SIMD_TARGET::selected_backward(p, a, b, item, lists, scratch); },
       [](P p, A a, const SelectedBuffers& b, const SelectedItem& item, void* scratch)

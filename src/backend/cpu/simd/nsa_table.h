@@ -45,16 +45,29 @@ struct SelectedItem {
   std::int64_t row_begin = 0;
   std::int64_t row_end = 0;
   std::int64_t segment = 0;      // backward: whose dK and dV the item adds to
-  std::int64_t block_begin = 0;  // backward: of the sequence in `touched`
+  std::int64_t block_begin = 0;  // of the sequence among the blocks of all sequences
+};
+
+// Keys and values as the products read them, packed once for all chunks: some key heads at a time. Of a block K^T and V,
+// in the backward K^T, V^T and K.
+struct SelectedPacks {
+  std::int64_t heads = 0;  // at a time; 0: every chunk packs what it reads
+  std::int64_t first_head = 0;
+  float* key_t = nullptr;    // [heads, blocks, head_dim, keys], scaled
+  float* value_t = nullptr;  // [heads, blocks, head_dim_v, keys]
+  float* key = nullptr;      // [heads, blocks, keys, key_pitch]
+  float* value = nullptr;    // [heads, blocks, keys, value_pitch]
 };
 
 // dK and dV of backward: one copy per segment of the rows, so that no two items add to the same.
 struct SelectedBuffers {
+  SelectedPacks packs;
   std::int64_t segments = 1;
   std::int64_t key_rows = 0;   // of all sequences
   std::int64_t blocks = 0;     // of all sequences
   std::int64_t key_pitch = 0;  // floats per row: head_dim and head_dim_v in whole cache lines
   std::int64_t value_pitch = 0;
+  std::int64_t block_pitch = 0;     // floats per row of K^T and V^T
   float* grad_key = nullptr;        // [segments, num_kv_heads, key_rows, key_pitch], unscaled
   float* grad_value = nullptr;      // [segments, num_kv_heads, key_rows, value_pitch]
   std::uint8_t* touched = nullptr;  // [segments, num_kv_heads, blocks]: the two above were written
@@ -92,8 +105,11 @@ struct NsaKernelTable {
                          const ForwardItem&, void* scratch);
 
   std::size_t (*selected_scratch)(const NsaProblem&, std::int64_t chunk_tokens);
-  void (*selected_forward)(const NsaProblem&, const NsaArguments&, const SelectedItem&, const SelectedLists&,
-                           void* scratch);
+  // The keys row_begin to row_end of one block, of all heads of the packs.
+  void (*selected_pack)(const NsaProblem&, const NsaArguments&, const SelectedBuffers&, const SelectedItem&,
+                        void* scratch);
+  void (*selected_forward)(const NsaProblem&, const NsaArguments&, const SelectedBuffers&,
+                           const SelectedItem&, const SelectedLists&, void* scratch);
   void (*selected_backward)(const NsaProblem&, const NsaArguments&, const SelectedBuffers&,
                             const SelectedItem&, const SelectedLists&, void* scratch);
   // Rows of a key block: dk and dv, the segments added in order. row_begin and row_end are keys here.

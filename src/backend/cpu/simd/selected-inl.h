@@ -98,6 +98,64 @@ HWY_INLINE void pack_block_transposed(const RowSource& source, const SelectedBlo
     for (std::int64_t c = 0; c < dims; ++c) hn::Store(hn::Zero(kFloat), kFloat, target + c * pitch + j);
 }
 
+// A block as the products read it; what the operation does not need is null.
+struct PackedBlock {
+  float *key_t, *value_t, *key, *value;
+};
+
+HWY_INLINE PackedBlock packed_block(const NsaProblem& p, const SelectedBuffers& b, std::int64_t kv_head,
+                                    std::int64_t block) {
+  const std::int64_t at = (kv_head - b.packs.first_head) * b.blocks + block;
+  const auto part = [&](float* base, std::int64_t size) {
+    return base == nullptr ? nullptr : base + at * size;
+  };
+  return {part(b.packs.key_t, round_up(p.head_dim, 4) * b.block_pitch),
+          part(b.packs.value_t, round_up(p.head_dim_v, 4) * b.block_pitch),
+          part(b.packs.key, p.block_size * b.key_pitch), part(b.packs.value, p.block_size * b.value_pitch)};
+}
+
+HWY_INLINE void pack_block(const NsaProblem& p, const RowSource& keys, const RowSource& values,
+                           const SelectedBlock& block, const SelectedBuffers& b, float* staging,
+                           const PackedBlock& target) {
+  const float scale_log2 = static_cast<float>(p.softmax_scale * kLog2E);
+  pack_block_transposed(keys, block, p.head_dim, scale_log2, b.block_pitch, staging, target.key_t);
+  if (p.operation == NsaOperation::selected_forward)
+    return pack_rows(values, block.begin, block.keys, p.head_dim_v, target.value, b.value_pitch);
+  pack_block_transposed(values, block, p.head_dim_v, 1.0f, b.block_pitch, staging, target.value_t);
+  pack_rows(keys, block.begin, block.keys, p.head_dim, target.key, b.key_pitch);
+}
+
+HWY_INLINE void selected_pack(const NsaProblem& p, const NsaArguments& args, const SelectedBuffers& buffers,
+                              const SelectedItem& item, void* memory) {
+  const NsaSequence& s = item.sequence;
+  const SelectedBlock block{item.row_begin, min_of(item.row_end, s.tokens) - item.row_begin};
+  if (block.keys <= 0) return;  // nobody sees keys beyond the tokens
+  const std::int64_t first = buffers.packs.first_head,
+                     last = min_of(p.num_kv_heads, first + buffers.packs.heads);
+  for (std::int64_t head = first; head < last; ++head)
+    pack_block(p, row_source(args.key, s.batch, s.k_begin, head),
+               row_source(args.value, s.batch, s.k_begin, head), block, buffers, static_cast<float*>(memory),
+               packed_block(p, buffers, head, item.block_begin + item.row_begin / p.block_size));
+}
+
+// What the next block's turn reads of keys and values.
+HWY_INLINE void fetch_block(const NsaProblem& p, const RowSource& keys, const RowSource& values,
+                            const SelectedBlock& block, const SelectedBuffers& b, const PackedBlock& packed,
+                            Fetch& ahead) {
+  if (b.packs.heads == 0) {
+    ahead.add(keys.row(block.begin), keys.row_bytes, p.head_dim * bytes_of(keys.dtype), block.keys);
+    ahead.add(values.row(block.begin), values.row_bytes, p.head_dim_v * bytes_of(values.dtype), block.keys);
+    return;
+  }
+  const auto add = [&](const float* rows, std::int64_t pitch, std::int64_t count) {
+    if (rows != nullptr) ahead.add(rows, 4 * pitch, 4 * pitch, count);
+  };
+  add(packed.key_t, b.block_pitch, p.head_dim);
+  add(packed.value_t, b.block_pitch, p.head_dim_v);
+  add(packed.key, b.key_pitch, block.keys);
+  add(packed.value, b.value_pitch, block.keys);
+}
+
 // Rows [begin, begin + count) of the (token, head) pairs that selected a block.
 struct SelectedRows {
   std::int32_t row[kSelectedBatch];    // in the chunk: token * group + head
@@ -166,8 +224,6 @@ HWY_INLINE void selected_softmax(const SelectedScratch& s, const SelectedRows& r
   }
 }
 
-HWY_INLINE float scale_log2(const NsaProblem& p) { return static_cast<float>(p.softmax_scale * kLog2E); }
-
 // out = O / l and lse = (m + log2 l) ln 2; a row that saw no key gets 0 and -inf.
 HWY_INLINE void finish_selected(const NsaProblem& p, const NsaArguments& args, const SelectedItem& item,
                                 const SelectedScratch& s) {
@@ -192,7 +248,8 @@ HWY_INLINE void finish_selected(const NsaProblem& p, const NsaArguments& args, c
   }
 }
 
-HWY_INLINE void selected_forward(const NsaProblem& p, const NsaArguments& args, const SelectedItem& item,
+HWY_INLINE void selected_forward(const NsaProblem& p, const NsaArguments& args,
+                                 const SelectedBuffers& buffers, const SelectedItem& item,
                                  const SelectedLists& lists, void* memory) {
   SelectedScratch s;
   const std::int64_t tokens = item.row_end - item.row_begin, rows_in_chunk = tokens * p.group_size;
@@ -205,17 +262,21 @@ HWY_INLINE void selected_forward(const NsaProblem& p, const NsaArguments& args, 
   clear_floats(s.row_sum, rows_in_chunk);
   for (std::int64_t r = 0; r < rows_in_chunk; ++r) s.row_max[r] = kNegativeInfinity;
 
+  const bool ahead_of_chunks = buffers.packs.heads > 0;
+  const PackedBlock own{s.key_t, nullptr, nullptr, s.value};
+  const auto block_at = [&](std::int64_t block) {
+    return ahead_of_chunks ? packed_block(p, buffers, item.kv_head, item.block_begin + block) : own;
+  };
   SelectedRows rows;
   const float* query_rows[kSelectedBatch];
   float* out_rows[kSelectedBatch];
   for (std::int64_t b = 0; b < lists.blocks; ++b) {
     const SelectedBlock block = selected_block(p, sequence, lists.block[b]);
-    pack_block_transposed(keys, block, p.head_dim, scale_log2(p), s.block_pitch, s.staging, s.key_t);
-    pack_rows(values, block.begin, block.keys, p.head_dim_v, s.value, s.value_pitch);
-    const SelectedBlock next = selected_block(p, sequence, lists.block[min_of(b + 1, lists.blocks - 1)]);
+    const PackedBlock packed = block_at(lists.block[b]);
+    if (!ahead_of_chunks) pack_block(p, keys, values, block, buffers, s.staging, packed);
+    const std::int64_t next = lists.block[min_of(b + 1, lists.blocks - 1)];
     Fetch ahead;
-    ahead.add(keys.row(next.begin), keys.row_bytes, p.head_dim * bytes_of(keys.dtype), next.keys);
-    ahead.add(values.row(next.begin), values.row_bytes, p.head_dim_v * bytes_of(values.dtype), next.keys);
+    fetch_block(p, keys, values, selected_block(p, sequence, next), buffers, block_at(next), ahead);
     const std::int64_t total = (lists.begin[b + 1] - lists.begin[b]) * p.group_size;
     for (std::int64_t begin = 0; begin < total; begin += kSelectedBatch) {
       const std::int64_t count = min_of(kSelectedBatch, total - begin);
@@ -225,12 +286,12 @@ HWY_INLINE void selected_forward(const NsaProblem& p, const NsaArguments& args, 
         out_rows[r] = s.out + rows.row[r] * s.value_pitch;
       }
       gemm<Init::zero>(
-          GemmListedB{s.key_t, s.block_pitch, query_rows, p.head_dim, s.scores, s.block_pitch, &ahead}, count,
-          block.keys);
+          GemmListedB{packed.key_t, s.block_pitch, query_rows, p.head_dim, s.scores, s.block_pitch, &ahead},
+          count, block.keys);
       selected_softmax(s, rows, count);
       gemm<Init::scale_rows>(
-          GemmListedC{s.value, s.value_pitch, s.scores, s.block_pitch, block.keys, out_rows, &ahead}, count,
-          p.head_dim_v, s.factors);
+          GemmListedC{packed.value, s.value_pitch, s.scores, s.block_pitch, block.keys, out_rows, &ahead},
+          count, p.head_dim_v, s.factors);
     }
   }
   finish_selected(p, args, item, s);
@@ -306,23 +367,27 @@ HWY_INLINE void selected_backward(const NsaProblem& p, const NsaArguments& args,
 
   const std::int64_t copy = item.segment * p.num_kv_heads + item.kv_head;
   const std::int64_t first_key = p.packed ? sequence.k_begin : sequence.batch * p.max_seqlen_k;
+  const bool ahead_of_chunks = buffers.packs.heads > 0;
+  const PackedBlock own{s.key_t, s.value_t, s.key, nullptr};
+  const auto block_at = [&](std::int64_t block) {
+    return ahead_of_chunks ? packed_block(p, buffers, item.kv_head, item.block_begin + block) : own;
+  };
   SelectedRows rows;
   const float* query_rows[kSelectedBatch];
   const float* grad_out_rows[kSelectedBatch];
   float* grad_query_rows[kSelectedBatch];
   for (std::int64_t b = 0; b < lists.blocks; ++b) {
     const SelectedBlock block = selected_block(p, sequence, lists.block[b]);
-    pack_block_transposed(keys, block, p.head_dim, scale_log2(p), s.block_pitch, s.staging, s.key_t);
-    pack_block_transposed(values, block, p.head_dim_v, 1.0f, s.block_pitch, s.staging, s.value_t);
-    pack_rows(keys, block.begin, block.keys, p.head_dim, s.key, s.key_pitch);
+    const PackedBlock packed = block_at(lists.block[b]);
+    if (!ahead_of_chunks) pack_block(p, keys, values, block, buffers, s.staging, packed);
     const std::int64_t slot = copy * buffers.key_rows + first_key + block.begin;
     float* grad_key = buffers.grad_key + slot * buffers.key_pitch;
     float* grad_value = buffers.grad_value + slot * buffers.value_pitch;
-    const SelectedBlock next = selected_block(p, sequence, lists.block[min_of(b + 1, lists.blocks - 1)]);
+    const std::int64_t next_block = lists.block[min_of(b + 1, lists.blocks - 1)];
+    const SelectedBlock next = selected_block(p, sequence, next_block);
     const std::int64_t next_slot = slot + next.begin - block.begin;
     Fetch ahead;
-    ahead.add(keys.row(next.begin), keys.row_bytes, p.head_dim * bytes_of(keys.dtype), next.keys);
-    ahead.add(values.row(next.begin), values.row_bytes, p.head_dim_v * bytes_of(values.dtype), next.keys);
+    fetch_block(p, keys, values, next, buffers, block_at(next_block), ahead);
     ahead.add(buffers.grad_value + next_slot * buffers.value_pitch, 4 * buffers.value_pitch,
               4 * buffers.value_pitch, next.keys);
     ahead.add(buffers.grad_key + next_slot * buffers.key_pitch, 4 * buffers.key_pitch, 4 * buffers.key_pitch,
@@ -338,9 +403,9 @@ HWY_INLINE void selected_backward(const NsaProblem& p, const NsaArguments& args,
         grad_query_rows[r] = s.grad_query + rows.row[r] * s.key_pitch;
       }
       gemm<Init::zero>(
-          GemmListedB{s.key_t, s.block_pitch, query_rows, p.head_dim, s.scores, s.block_pitch, &ahead}, count,
-          s.block_pitch);
-      gemm<Init::zero>(GemmListedB{s.value_t, s.block_pitch, grad_out_rows, p.head_dim_v, s.grad_scores,
+          GemmListedB{packed.key_t, s.block_pitch, query_rows, p.head_dim, s.scores, s.block_pitch, &ahead},
+          count, s.block_pitch);
+      gemm<Init::zero>(GemmListedB{packed.value_t, s.block_pitch, grad_out_rows, p.head_dim_v, s.grad_scores,
                                    s.block_pitch, &ahead},
                        count, s.block_pitch);
       selected_grad_scores(s, rows, count);
@@ -353,9 +418,9 @@ HWY_INLINE void selected_backward(const NsaProblem& p, const NsaArguments& args,
                    GemmListedA{query_rows, s.grad_scores, 1, s.block_pitch, count, grad_key,
                                buffers.key_pitch, &ahead},
                    block.keys, p.head_dim);
-      gemm<Init::add>(
-          GemmListedC{s.key, s.key_pitch, s.grad_scores, s.block_pitch, block.keys, grad_query_rows, &ahead},
-          count, p.head_dim);
+      gemm<Init::add>(GemmListedC{packed.key, s.key_pitch, s.grad_scores, s.block_pitch, block.keys,
+                                  grad_query_rows, &ahead},
+                      count, p.head_dim);
       touched = 1;
     }
   }
