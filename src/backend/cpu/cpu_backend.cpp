@@ -447,8 +447,17 @@ void run_backward(const Problem& p, const Arguments& args, Workspace workspace) 
   parallel_for(rows, [&](std::int64_t i) {
     k.row_statistics(p, args, buffers, plan.rows[static_cast<std::size_t>(i)], thread_scratch(scratch));
   });
-  parallel_for(static_cast<std::int64_t>(plan.keys.size()), [&](std::int64_t i) {
-    k.backward(p, args, buffers, plan.keys[static_cast<std::size_t>(i)], thread_scratch(scratch));
+  // Threads share the segments block by block: with a window a call of one key head has eight alike, and a thread that is
+  // held up in its last one kept the other waiting.
+  const std::int64_t block_keys = k.backward_block_keys(p);
+  std::vector<std::int64_t> blocks;
+  for (const BackwardItem& segment : plan.keys)
+    blocks.push_back(ceil_div(segment.key_end - segment.key_begin, block_keys));
+  parallel_chains(blocks, [&](std::size_t segment, std::int64_t step) {
+    BackwardItem block = plan.keys[segment];
+    block.key_begin += step * block_keys;
+    block.key_end = std::min(block.key_end, block.key_begin + block_keys);
+    k.backward(p, args, buffers, block, thread_scratch(scratch));
   });
   parallel_for(rows, [&](std::int64_t i) {
     k.finish_rows(p, args, buffers, plan.rows[static_cast<std::size_t>(i)], thread_scratch(scratch));

@@ -204,31 +204,44 @@ void parallel_for(std::int64_t count, ItemFunction body, std::int64_t most_threa
 
 void parallel_chains(const std::vector<std::int64_t>& lengths,
                      const std::function<void(std::size_t chain, std::int64_t step)>& body) {
-  struct Step {
-    std::size_t chain;
-    std::int64_t step;
+  struct Chain {
+    std::int64_t left;
+    bool running = false;
   };
-  // First steps first: a thread that takes a step finds its predecessor done, or begun by another thread, unless
-  // there are as many threads as chains.
-  std::vector<Step> steps;
-  const std::int64_t longest = lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end());
-  for (std::int64_t step = 0; step < longest; ++step)
-    for (std::size_t chain = 0; chain < lengths.size(); ++chain)
-      if (step < lengths[chain]) steps.push_back({chain, step});
-  std::vector<std::atomic<std::int64_t>> done(lengths.size());
-  struct Finish {  // of an item that throws, too: its successor may be waiting
-    std::atomic<std::int64_t>& done;
-    ~Finish() { done.fetch_add(1, std::memory_order_release); }
+  std::vector<Chain> chains;
+  for (const std::int64_t length : lengths) chains.push_back({length});
+  std::mutex mutex;
+  // The chain that has most left of those that no thread is at; chains.size() when there is none.
+  const auto longest = [&] {
+    std::size_t best = chains.size();
+    for (std::size_t i = 0; i < chains.size(); ++i)
+      if (!chains[i].running && chains[i].left > 0 &&
+          (best == chains.size() || chains[i].left > chains[best].left))
+        best = i;
+    return best;
   };
-  parallel_for(
-      static_cast<std::int64_t>(steps.size()),
-      [&](std::int64_t i) {
-        const Step& s = steps[static_cast<std::size_t>(i)];
-        while (done[s.chain].load(std::memory_order_acquire) < s.step) std::this_thread::yield();
-        const Finish finish{done[s.chain]};
-        body(s.chain, s.step);
-      },
-      static_cast<std::int64_t>(lengths.size()));
+  struct Release {  // of a step that throws, too
+    std::mutex& mutex;
+    Chain& chain;
+    ~Release() {
+      const std::lock_guard<std::mutex> lock(mutex);
+      chain.running = false;
+    }
+  };
+  // A thread that finds no chain leaves: each that is left has a thread, which goes on with it.
+  const auto threads = static_cast<std::int64_t>(chains.size());
+  parallel_for(threads, [&](std::int64_t) {
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex);
+      const std::size_t i = longest();
+      if (i == chains.size()) return;
+      chains[i].running = true;
+      const std::int64_t step = lengths[i] - chains[i].left--;
+      lock.unlock();
+      const Release release{mutex, chains[i]};
+      body(i, step);
+    }
+  });
 }
 
 void* thread_scratch(std::size_t bytes) {

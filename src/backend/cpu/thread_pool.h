@@ -35,7 +35,8 @@ class ItemFunction {
 void parallel_for(std::int64_t count, ItemFunction body, std::int64_t most_threads = INT64_MAX);
 
 // Calls body(chain, step) for every step in [0, lengths[chain]) of every chain. The steps of a chain run one after the
-// other, on any thread: threads share the work by steps where a sum needs its terms in order.
+// other, on any thread, and a thread turns to the chain that has most steps left: threads share the work by steps where a
+// sum needs its terms in order.
 void parallel_chains(const std::vector<std::int64_t>& lengths,
                      const std::function<void(std::size_t chain, std::int64_t step)>& body);
 

@@ -29,6 +29,10 @@ std::size_t backward_scratch_bytes(const Problem& p) {
 
 std::size_t packed_row_bytes(const Problem& p) { return on_tiles(p) ? PackedRows::bytes(p) : 0; }
 
+std::int64_t block_keys(const Problem& p) {
+  return on_tiles(p) ? backward_block_keys<TileBackward>(p) : avx512_kernels().backward_block_keys(p);
+}
+
 void run_row_statistics(const Problem& p, const Arguments& a, const BackwardBuffers& b,
                         const RowTileItem& item, void* scratch) {
   avx512_kernels().row_statistics(p, a, b, item, scratch);
@@ -70,6 +74,7 @@ const KernelTable& avx512_amx_kernels() {
     t.forward = run_forward;
     t.backward_scratch = backward_scratch_bytes;
     t.packed_row_bytes = packed_row_bytes;
+    t.backward_block_keys = block_keys;
     t.row_statistics = run_row_statistics;
     t.backward = run_backward;
     t.decode_scratch = decode_scratch_bytes;

@@ -23,6 +23,11 @@
 
 namespace fsa::cpu::FSA_SIMD_TARGET {
 
+template <class Arithmetic>
+HWY_INLINE std::int64_t backward_block_keys(const Problem& p) {
+  return Arithmetic::block_tiles(p) * skip_tile_keys(p.head_dim);
+}
+
 // Of the block and of the pair of tiles at hand.
 template <class Arithmetic>
 struct BackwardScratch {
@@ -34,7 +39,7 @@ struct BackwardScratch {
   HWY_INLINE std::size_t carve(const Problem& p, char* base) {
     Arena arena{base};
     const std::int64_t keys = skip_tile_keys(p.head_dim);
-    block_keys = Arithmetic::block_tiles(p) * keys;
+    block_keys = backward_block_keys<Arithmetic>(p);
     key_pitch = packed_pitch(p.head_dim);
     value_pitch = packed_pitch(p.head_dim_v);
     grad_key = arena.floats(block_keys * key_pitch);

@@ -114,6 +114,7 @@ struct KernelTable {
 
   std::size_t (*backward_scratch)(const Problem&);
   std::size_t (*packed_row_bytes)(const Problem&);  // of Q and dO of a row tile, packed with its statistics
+  std::int64_t (*backward_block_keys)(const Problem&);  // keys that share one packing of a row tile
   void (*row_statistics)(const Problem&, const Arguments&, const BackwardBuffers&, const RowTileItem&,
                          void* scratch);
   void (*backward)(const Problem&, const Arguments&, const BackwardBuffers&, const BackwardItem&,

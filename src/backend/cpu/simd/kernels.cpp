@@ -37,6 +37,8 @@ const KernelTable& FSA_JOIN(FSA_SIMD_TARGET, _kernels)() {
       [](const Problem& p)
           HWY_ATTR { return FSA_SIMD_TARGET::backward_scratch<FSA_SIMD_TARGET::FloatBackward>(p); },
       [](const Problem&) { return std::size_t{0}; },
+      [](const Problem& p)
+          HWY_ATTR { return FSA_SIMD_TARGET::backward_block_keys<FSA_SIMD_TARGET::FloatBackward>(p); },
       [](const Problem& p, const Arguments& a, const BackwardBuffers& b, const RowTileItem& item,
          void* scratch) HWY_ATTR { FSA_SIMD_TARGET::row_statistics(p, a, b, item, scratch); },
       [](const Problem& p, const Arguments& a, const BackwardBuffers& b, const BackwardItem& item,
