@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
 #include "api/index_checks.h"
 #include "api/nsa_call.h"
 #include "core/skip_tile.h"
@@ -77,13 +79,35 @@ void read_blocks(NsaCall& call, const TensorView& blocks) {
     fail(kInvalid, "selected_blocks: top_k ", p.top_k, " (its last extent), must be from 1 to ", kMaxTopK);
 }
 
+// The smallest and the largest entry of a row: without a branch per entry, 2 million of which took 3 ms at 32k tokens.
+struct Ends {
+  std::int32_t low, high;
+};
+Ends ends_of(const std::int32_t* row, std::int64_t stride, std::int64_t count) {
+  Ends ends{row[0], row[0]};
+  const auto join = [&](std::int64_t step) {
+    for (std::int64_t slot = 1; slot < count; ++slot) {
+      ends.low = std::min(ends.low, row[slot * step]);
+      ends.high = std::max(ends.high, row[slot * step]);
+    }
+  };
+  if (stride == 1)
+    join(1);
+  else
+    join(stride);
+  return ends;
+}
+
 // Reads every entry in use: a bad one would reach beyond the keys.
 void check_blocks(const NsaProblem& p, const NsaArguments& a) {
   for (std::int64_t b = 0; b < p.batch; ++b) {
     const NsaSequence s = nsa_sequence(p, a, b);
     const std::int64_t blocks = ceil_div(s.tokens, p.block_size);
     for (std::int64_t head = 0; head < p.num_kv_heads; ++head)
-      for (std::int64_t row = 0; row < s.rows; ++row)
+      for (std::int64_t row = 0; row < s.rows; ++row) {
+        const Ends ends = ends_of(&a.selected_blocks.at(b, head, s.q_begin + row, 0),
+                                  a.selected_blocks.stride_slot, p.top_k);
+        if (ends.low >= -1 && ends.high < blocks) continue;
         for (std::int64_t slot = 0; slot < p.top_k; ++slot) {
           const std::int64_t block = a.selected_blocks.at(b, head, s.q_begin + row, slot);
           if (block >= -1 && block < blocks) continue;
@@ -93,6 +117,7 @@ void check_blocks(const NsaProblem& p, const NsaArguments& a) {
                ", must be -1 (none) or a block of sequence ", b, ", which has ", blocks, " of block_size ",
                p.block_size);
         }
+      }
   }
 }
 

@@ -82,10 +82,14 @@ class _Layer(torch.autograd.Function):
         ctx.settings = settings
         ctx.save_for_backward(*tensors, *branches)
         ctx.mark_non_differentiable(branches.selected_blocks)
+        ctx.set_materialize_grads(False)  # of selected_blocks: torch's threads would fill 8 MB, then spin
         return branches.combine(Inputs(*tensors).gates, settings.backend), branches.selected_blocks
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * len(ctx.needs_input_grad)
+
         def gradient(*args: Tensor | None) -> tuple[Tensor | None, ...]:
             count = len(Inputs._fields)
             return _gradients(ctx.settings, Inputs(*args[:count]), Branches(*args[count:-1]), args[-1])
