@@ -91,6 +91,7 @@ HWY_INLINE void row_statistics(const Problem& p, const Arguments& args, const Ba
   const std::int64_t begin = item.tile * kRows;
   const std::int64_t rows = min_of(kRows, sequence.seqlen_q - begin);
   const RowSource out = row_source(args.out, sequence.batch, sequence.q_begin, item.head);
+  const RowSource grad_out = row_source(args.grad_out, sequence.batch, sequence.q_begin, item.head);
   double sink = 0, sink_grad = 0;
   if (p.has_sink)
     sink =
@@ -101,6 +102,10 @@ HWY_INLINE void row_statistics(const Problem& p, const Arguments& args, const Ba
     lse_log2_low[r] = 0;
     if (r >= rows) continue;
     const std::int64_t row = begin + r;
+    if (r + kRowsAhead < rows) {
+      fetch_row(out, row + kRowsAhead, p.head_dim_v);
+      fetch_row(grad_out, row + kRowsAhead, p.head_dim_v);
+    }
     const auto at = [&](const Operand& o) HWY_ATTR {
       return sequence.batch * o.stride_batch + item.head * o.stride_head +
              (sequence.q_begin + row) * o.stride_row;

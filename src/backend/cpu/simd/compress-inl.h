@@ -227,13 +227,23 @@ HWY_INLINE void compress_grad_x(const NsaProblem& p, const NsaArguments& args, c
     else
       clear_floats(grads + i * pitch, pitch);
   }
-  clear_floats(scratch.y, groups * group_pitch);
+  const bool linear = p.kind == nsa::CompressKind::linear;
+  if (!linear) clear_floats(scratch.y, groups * group_pitch);
   for (std::int64_t j = 0; j < reach; ++j) {
     const float* rows = grads + (reach - 1 - j) * pitch;
-    if (p.kind == nsa::CompressKind::linear) {
-      gemm<Init::add>(Gemm{head.weight_t + j * round_up(d, 4) * group_pitch, group_pitch, rows, pitch, 1, d,
-                           scratch.y, group_pitch},
-                      groups, stride * d);
+    if (linear) {
+      const Gemm product{head.weight_t + j * round_up(d, 4) * group_pitch,
+                         group_pitch,
+                         rows,
+                         pitch,
+                         1,
+                         d,
+                         scratch.y,
+                         group_pitch};
+      if (j == 0)
+        gemm<Init::zero>(product, groups, stride * d);
+      else
+        gemm<Init::add>(product, groups, stride * d);
       continue;
     }
     for (std::int64_t a = 0; a < groups; ++a)

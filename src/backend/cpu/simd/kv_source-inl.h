@@ -92,6 +92,13 @@ HWY_INLINE void pack_rows(const RowSource& source, std::int64_t begin, std::int6
   });
 }
 
+// Asks for a row that a loop over strided rows reaches in a moment: no hardware prefetcher follows them.
+inline constexpr std::int64_t kRowsAhead = 8;
+HWY_INLINE void fetch_row(const RowSource& source, std::int64_t row, std::int64_t dim) {
+  const char* first = source.row(row);
+  for (std::int64_t b = 0; b < dim * bytes_of(source.dtype); b += 64) __builtin_prefetch(first + b);
+}
+
 // One scalar per row (alpha, delta).
 HWY_INLINE void pack_scalars(const RowSource& source, std::int64_t begin, std::int64_t count, float* target) {
   const bool contiguous = source.pages == nullptr && source.gather == nullptr &&

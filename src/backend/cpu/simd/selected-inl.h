@@ -304,8 +304,11 @@ HWY_INLINE void selected_row_statistics(const NsaProblem& p, const NsaArguments&
   const NsaSequence& sequence = item.sequence;
   for (std::int64_t g = 0; g < p.group_size; ++g) {
     const std::int64_t head = item.kv_head * p.group_size + g;
-    for (std::int64_t t = 0; t < item.row_end - item.row_begin; ++t) {
+    const RowSource out = row_source(args.out, sequence.batch, sequence.q_begin, head);
+    const std::int64_t tokens = item.row_end - item.row_begin;
+    for (std::int64_t t = 0; t < tokens; ++t) {
       const std::int64_t row = t * p.group_size + g;
+      if (t + kRowsAhead < tokens) fetch_row(out, item.row_begin + t + kRowsAhead, p.head_dim_v);
       load_rows(args.out, sequence.batch, sequence.q_begin, head, item.row_begin + t, 1, p.head_dim_v,
                 s.staging, 0);
       s.dots[row] = dot_row(s.staging, s.grad_out + row * s.value_pitch, p.head_dim_v);
