@@ -3,7 +3,7 @@
 
 Composed of the steps of autograd.py, the backward would hold the gradients of all three branches and two sets of
 gradients of query, key and value at once. Heads are independent, so this step walks the key heads: only one head's
-share of those exists at a time (32k tokens of 4 heads of 64, float32: 530 MB beyond the results become 220 MB).
+share of those exists at a time (32k tokens of 4 heads of 64, float32: 530 MB beyond the results become 230 MB).
 """
 
 from __future__ import annotations
