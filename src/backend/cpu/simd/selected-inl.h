@@ -114,9 +114,10 @@ HWY_INLINE PackedBlock packed_block(const NsaProblem& p, const SelectedBuffers& 
           part(b.packs.key, p.block_size * b.key_pitch), part(b.packs.value, p.block_size * b.value_pitch)};
 }
 
-HWY_INLINE void pack_block(const NsaProblem& p, const RowSource& keys, const RowSource& values,
-                           const SelectedBlock& block, const SelectedBuffers& b, float* staging,
-                           const PackedBlock& target) {
+// Not inlined: three times it takes 27 KB of AVX-512 code.
+static HWY_NOINLINE void pack_block(const NsaProblem& p, const RowSource& keys, const RowSource& values,
+                                    const SelectedBlock& block, const SelectedBuffers& b, float* staging,
+                                    const PackedBlock& target) {
   const float scale_log2 = static_cast<float>(p.softmax_scale * kLog2E);
   pack_block_transposed(keys, block, p.head_dim, scale_log2, b.block_pitch, staging, target.key_t);
   if (p.operation == NsaOperation::selected_forward)
