@@ -216,18 +216,23 @@ TEST(ReferenceThreshold, OutIsTheSoftmaxOverKeptTiles) {
 
 // ---- Gate test ----
 
-// One tile of rows with alpha 1 and a linear gate; tile n has gates of deltas[n]. Scale 1, q = 0.
-Attention gated(const std::vector<double>& deltas, double gate_threshold) {
-  const auto tiles = static_cast<std::int64_t>(deltas.size());
+// A linear gate, scale 1.
+AttentionSetup linear_gate(std::int64_t seqlen_q, std::int64_t seqlen_k, double gate_threshold) {
   AttentionSetup setup{
-      .seqlen_q = 4, .seqlen_k = 128 * tiles, .options = {.backend = "reference"}, .gate = true};
+      .seqlen_q = seqlen_q, .seqlen_k = seqlen_k, .options = {.backend = "reference"}, .gate = true};
   setup.options.softmax_scale = 1;
   setup.options.log_sigmoid_gate = false;
   setup.options.gate_threshold = gate_threshold;
-  Attention a = Attention::prefill(setup);
+  return setup;
+}
+
+// One tile of rows with alpha 1; tile n has gates of deltas[n]. q = 0.
+Attention gated(const std::vector<double>& deltas, double gate_threshold) {
+  const auto tiles = static_cast<std::int64_t>(deltas.size());
+  Attention a = Attention::prefill(linear_gate(4, 128 * tiles, gate_threshold));
   a.query.fill(0);
   a.alpha.fill(1);
-  for (std::int64_t j = 0; j < setup.seqlen_k; ++j) a.delta.set(deltas[j / 128], 0, j, 0);
+  for (std::int64_t j = 0; j < 128 * tiles; ++j) a.delta.set(deltas[j / 128], 0, j, 0);
   return a;
 }
 
@@ -270,12 +275,9 @@ TEST(ReferenceGate, BoundsAreTheCornersOfTheExtremes) {
 
 TEST(ReferenceGate, MaskedKeysCountForTheBound) {
   // Key 255 lies in the future of every row of the first row tile, yet its delta holds tile 1 open.
-  AttentionSetup setup{.seqlen_q = 128, .seqlen_k = 256, .options = {.backend = "reference"}, .gate = true};
+  AttentionSetup setup = linear_gate(128, 256, 0.5);
   setup.options.causal = true;
-  setup.options.softmax_scale = 1;
-  setup.options.log_sigmoid_gate = false;
   setup.options.adaptive_gate = false;
-  setup.options.gate_threshold = 0.5;
   Attention a = Attention::prefill(setup);
   a.alpha.fill(1);
   a.delta.fill(0);
@@ -285,12 +287,8 @@ TEST(ReferenceGate, MaskedKeysCountForTheBound) {
 }
 
 TEST(ReferenceGate, TilesWithoutAVisibleKeySetNoBest) {
-  AttentionSetup setup{.seqlen_q = 64, .seqlen_k = 256, .options = {.backend = "reference"}, .gate = true};
-  setup.options.softmax_scale = 1;
-  setup.options.log_sigmoid_gate = false;
-  setup.options.gate_threshold = 0.5;
+  AttentionSetup setup = linear_gate(192, 256, 0.5);
   setup.options.window_right = 0;
-  setup.seqlen_q = 192;
   Attention a = Attention::prefill(setup);
   a.alpha.fill(1);
   a.delta.fill(0);
@@ -319,13 +317,9 @@ TEST(ReferenceGate, AdaptiveGammaFollowsTheShareThatRowsSee) {
   // Causal, 256 keys, row tile at positions 128..191: gamma_eff = gamma * 129 / 256, of its first row.
   for (double side : {1e-9, -1e-9})
     for (bool adaptive : {true, false}) {
-      AttentionSetup setup{
-          .seqlen_q = 128, .seqlen_k = 256, .options = {.backend = "reference"}, .gate = true};
+      AttentionSetup setup = linear_gate(128, 256, 0.1);
       setup.options.causal = true;
-      setup.options.softmax_scale = 1;
-      setup.options.log_sigmoid_gate = false;
       setup.options.adaptive_gate = adaptive;
-      setup.options.gate_threshold = 0.1;
       Attention a = Attention::prefill(setup);
       a.alpha.fill(1);
       a.delta.fill(0);
