@@ -65,14 +65,24 @@ FSA_DEVICE void backward_prepare(const BackwardParams& params) {
   ptx::admit_next_kernel();  // the main kernel sets up while the last blocks end
   if (params.part_counts != nullptr && tile + head + static_cast<int32>(blockIdx.z) + thread == 0)
     params.part_counts->blocks = 0;
-  if (tile + thread == 0) params.sums_done[static_cast<int32>(blockIdx.z) * p.num_heads + head] = 0;
+  const int32 sequence_head = static_cast<int32>(blockIdx.z) * p.num_heads + head;
+  if (tile + thread == 0) {
+    params.sums_done[sequence_head] = 0;
+    if (params.clears != nullptr) {
+      if (sequence_head == 0) params.clears[0] = 0;
+      params.clears[1 + sequence_head] = 0;  // there are no more waves than heads
+    }
+  }
   if (tile * kBlockM >= work.rows) return;
   const int64 number = row_tile_number<kBlockM>(params, work, head, tile);
 
-  float4* const sums =
-      reinterpret_cast<float4*>(params.grad_query_sum) + number * (kBlockM * Types::kDim / 4);
-  for (int32 i = thread; i < kBlockM * Types::kDim / 4; i += kPrepareThreads)
-    sums[i] = make_float4(0, 0, 0, 0);
+  if (!Types::kFirstStores &&
+      (params.clears == nullptr || sequence_head / p.group_size < params.key_heads_per_wave)) {
+    float4* const sums =
+        reinterpret_cast<float4*>(params.grad_query_sum) + number * (kBlockM * Types::kDim / 4);
+    for (int32 i = thread; i < kBlockM * Types::kDim / 4; i += kPrepareThreads)
+      sums[i] = make_float4(0, 0, 0, 0);
+  }
   if (thread < kBackwardWarps && Types::kDeterministic) params.turns[number * kBackwardWarps + thread] = 0;
 
   const float sink = Types::kSink ? load_scalar(p.sink, 0, 0, head) : 0.0f;

@@ -184,6 +184,12 @@ struct BackwardParams {
   // dQ and grad_alpha, less what parts of columns count more than once. Not counted where sums come from registers.
   int32* sums_done;
 
+  // [1 + waves]: of the row tiles of dQ sums behind the first wave's, how many somebody clears or has cleared; how many of
+  // each wave are clear. Null: backward_prepare clears all.
+  int32* clears;
+  int32 clears_of_wave;  // row tiles of a wave
+  int32 clears_in_all;   // row tiles behind the first wave
+
   ScalarOperand grad_alpha;  // written
   ScalarOperand grad_delta;
   ScalarOperand grad_sink;

@@ -89,9 +89,12 @@ class KeySchedule {
     int32 batch_head;  // key head
     int32 in_order;    // of its key tiles
   };
+  FSA_DEVICE static int32 wave_of(const BackwardParams& params, int32 index) {
+    return index / (params.key_heads_per_wave * blocks(params));
+  }
   // In the order of all heads' key tiles.
   FSA_DEVICE static Place place_of(const BackwardParams& params, int32 index) {
-    const int32 wave = index / (params.key_heads_per_wave * blocks(params));
+    const int32 wave = wave_of(params, index);
     const int32 first_head = wave * params.key_heads_per_wave;
     const int32 wave_heads = min_of(params.key_heads_per_wave, heads(params) - first_head);
     const int32 in_wave = index - first_head * blocks(params);

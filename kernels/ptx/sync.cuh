@@ -41,6 +41,9 @@ FSA_DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" :
 // processors that have nothing left to do.
 FSA_DEVICE void admit_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// About so many nanoseconds.
+FSA_DEVICE void pause(uint32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
+
 template <int32 kRegisters>
 FSA_DEVICE void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

@@ -43,6 +43,13 @@ FSA_DEVICE void store_box(const TensorMap& map, const BoxOrigin& origin, const v
       : "memory");
 }
 
+// Contiguous bytes; addresses and size are multiples of 16. Part of the thread's next group of stores.
+FSA_DEVICE void store_bytes(void* to, const void* shared, int32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+
 FSA_DEVICE void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Until this thread's stores are complete.

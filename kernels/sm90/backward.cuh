@@ -31,6 +31,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/sync.cuh"
 #include "sm90/backward_adder.cuh"
+#include "sm90/backward_clear.cuh"
 #include "sm90/backward_consumer.cuh"
 #include "sm90/backward_types.cuh"
 #include "tile/ring.cuh"
@@ -224,6 +225,8 @@ FSA_DEVICE void backward(const BackwardParams& params) {
       clear_gradient_tail(params, grad_key_rows(params));
       clear_gradient_tail(params, grad_value_rows(params));
       if constexpr (Types::kPairGate) clear_grad_delta_tail(params);
+      if constexpr (Types::kClearsSums)
+        if (params.clears != nullptr) clear_sums<Types>(params);
     }
   } else {
     ptx::grow_registers<Types::kConsumerRegisters>();

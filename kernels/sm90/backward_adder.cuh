@@ -6,6 +6,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/reduce.cuh"
 #include "ptx/tma.cuh"
+#include "sm90/backward_clear.cuh"
 #include "sm90/backward_types.cuh"
 #include "tile/ring.cuh"
 
@@ -41,11 +42,15 @@ FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types
   const StagedSums sums = storage.sums[index];
   const int64 counter = static_cast<int64>(sums.number) * kBackwardWarps + index * (kBackwardWarps / 2);
   if (leads) {
-    if constexpr (Types::kDeterministic)
-      ptx::wait_until_equal(params.turns + counter, sums.order >> RowTileBrief::kOrderRankShift);
-    ptx::add_bytes(
-        params.grad_query_sum + (static_cast<int64>(sums.number) * kBackwardConsumers + index) * kFloats,
-        storage.grad_query.of_warp(index * (kBackwardWarps / 2)), kFloats * 4);
+    const int32 rank = sums.order >> RowTileBrief::kOrderRankShift;
+    float* const to =
+        params.grad_query_sum + (static_cast<int64>(sums.number) * kBackwardConsumers + index) * kFloats;
+    const uint8* const staged = storage.grad_query.of_warp(index * (kBackwardWarps / 2));
+    if constexpr (Types::kDeterministic) ptx::wait_until_equal(params.turns + counter, rank);
+    if (Types::kFirstStores && rank == 0)
+      ptx::store_bytes(to, staged, kFloats * 4);
+    else
+      ptx::add_bytes(to, staged, kFloats * 4);
     ptx::commit_stores();
   }
   __syncwarp();  // all lanes have read what the leader is about to give up
@@ -78,6 +83,8 @@ FSA_DEVICE void add_staged_sums(const BackwardParams& params, BackwardStorage<Ty
     ptx::wait(storage.work_full[slot.stage()], slot.phase());
     const KeyWork& work = storage.work[slot.stage()];
     if (work.sequence < 0) return;
+    if constexpr (Types::kClearsSums)
+      if (own_lane() == 0) wait_cleared<Types>(params, work);
     if (work.num_segments > 0)
       while (!add_row_tile<Types>(params, storage, index, tile++)) {
       }

@@ -53,6 +53,10 @@ struct BackwardTypes {
   // Units of four query rows whose lse, or sum, is read ahead.
   static constexpr int32 kUnitsAhead = kScoreRows / 16;
   static constexpr bool kStagedGradQuery = kTile.stage_grad_query != 0;
+  // The first to have its turn stores what others add to, and nobody clears the sums.
+  static constexpr bool kFirstStores = kStagedGradQuery && kDeterministic;
+  // The main kernel clears them. Where columns may be cut, units come in another order than waves of heads.
+  static constexpr bool kClearsSums = kStagedGradQuery && !kDeterministic && !kSplits;
   static constexpr bool kStageInScores = backward_stages_in_scores(kTile);
 
   // Of dP's A operand, steps of 16 columns that stay in registers: 128 of 3070 wavefronts of shared memory a tile.

@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -349,9 +350,14 @@ void check(const Problem& problem) {
   std::memset(static_cast<void*>(row_terms.data()), 0xff, row_terms.size() * sizeof(row_terms[0]));
   if (Types::kGateTerms) params.gate_row_terms = row_terms.data()->terms;
   params.grad_sink_sum = sink_sums.data();
-  params.turns = turns.data();
+  if (Types::kDeterministic) params.turns = turns.data();
   std::vector<int32> sums_done(p.batch * p.heads, -1);
   params.sums_done = sums_done.data();
+  std::vector<int32> clears(1 + p.batch * p.heads, -1);
+  params.clears_of_wave = f.group_size * row_tiles;
+  params.clears_in_all = p.batch * p.heads * row_tiles - params.clears_of_wave;
+  const bool clears_sums = Types::kClearsSums && params.clears_in_all > 0;
+  if (clears_sums) params.clears = clears.data();
   params.row_tiles = row_tiles;
   params.head_dim = p.head_dim;
   params.key_heads_per_wave = 1;
@@ -377,6 +383,10 @@ void check(const Problem& problem) {
       EXPECT_EQ(sums_done[i], kBackwardConsumers * ceil_div(p.seqlen_k, kN)) << "head " << i;
     else
       EXPECT_LE(sums_done[i], 0) << "head " << i;
+  }
+  if (clears_sums) {
+    const int32 clear = std::accumulate(clears.begin() + 2, clears.begin() + 1 + p.batch * p.kv_heads, 0);
+    EXPECT_EQ(clear, params.clears_in_all);
   }
   emulator::launch(by_row_tile, 2 * kM, [&] { backward_finish<Types>(params); });
   if (p.least_part > 0) {

@@ -254,6 +254,7 @@ class Backward:
         self.split = driver.load(cubin, 0, "fsa_split_columns") if config.cuts else None
         self.sum_parts = driver.load(cubin, 0, "fsa_sum_parts") if config.cuts else None
         self.least_part = LEAST_PART
+        self.clears = True  # of dQ's sums by the main kernel, where it can be
         self.processors = torch.cuda.get_device_properties(0).multi_processor_count
         # Of the forward's parameters only the part that describes the problem counts, and boxes of 64 rows.
         self.forward = Kernel.__new__(Kernel)
@@ -307,6 +308,12 @@ class Backward:
             column_grid = (-(-key_blocks // 32), mask_heads, 1)
 
         units = -(-max_k // block_n) * batch * kv_heads
+        head_bytes = max(max_q, 1) * (heads // kv_heads) * (2 * head_dim + 2 * p.v.shape[-1] + 4 * head_dim)
+        per_wave = max(1, min(batch * kv_heads, L2_BUDGET_BYTES // head_bytes))
+        clears, of_wave = None, per_wave * heads // kv_heads * row_tiles
+        ahead = config.stage_grad_query and not (config.cuts or config.deterministic) and not packed_q and not packed_k
+        if ahead and self.clears and tiles > of_wave:
+            clears = torch.full((1 + batch * heads,), -1, dtype=torch.int32, device="cuda")
         parts, least_part, slots = (None,) * 5, 0, 0
         if config.cuts and -(-max_q // block_m) * (heads // kv_heads) >= 2 * self.least_part:
             visits = batch * heads * -(-max_q // block_m) * -(-max_k // block_n)
@@ -338,18 +345,16 @@ class Backward:
         if columns is not None:
             stride = columns.stride()
             bits = (columns.data_ptr(), *((0, *stride[:2]) if packed_k else stride[:3]))
-        head_bytes = max(max_q, 1) * (heads // kv_heads) * (2 * head_dim + 2 * p.v.shape[-1] + 4 * head_dim)
-        per_wave = max(1, min(batch * kv_heads, L2_BUDGET_BYTES // head_bytes))
         sink = outputs.get("sink")
         maps = b"".join([self.driver.tensor_map(given.grad_out, 64), self.driver.tensor_map(outputs["k"], 64),
                          self.driver.tensor_map(outputs["v"], 64)])  # fmt: skip
         body = struct.pack(
-            "<" + "Qqqq" * 5 + "QQQQQQqQqqqQQqqiiiifiQQQQQiiQ",
+            "<" + "Qqqq" * 5 + "QQQQQQqQqqqQQqqiiiifiQQQQQiiQQii",
             *rows(given.grad_out, packed_q), *rows(outputs["q"], packed_q), *rows(outputs["k"], packed_k),
             *rows(outputs["v"], packed_k), *grad_lse, vectors.data_ptr(), sums.data_ptr(), pointer(alpha_sums),
-            pointer(row_terms), pointer(sink_sums), turns.data_ptr(), row_tiles, *bits, *lists, head_dim,
+            pointer(row_terms), pointer(sink_sums), turns.data_ptr() if config.deterministic else 0, row_tiles, *bits, *lists, head_dim,
             p.k.shape[0] if packed_k else 0, per_wave, 1 / math.sqrt(head_dim), least_part,
-            *map(pointer, parts), slots, 0, done.data_ptr(),
+            *map(pointer, parts), slots, 0, done.data_ptr(), pointer(clears), of_wave, tiles - of_wave,
         ) + by_row(outputs.get("alpha"), packed_q) + by_row(outputs.get("delta"), packed_k) + pack_scalar(
             sink, *(() if sink is None else (0, 0, 1))
         )  # fmt: skip
@@ -369,6 +374,7 @@ class Backward:
             sink_sums,
             turns,
             done,
+            clears,
             columns,
             counts,
             parts,

@@ -14,9 +14,6 @@
 namespace fsa::cuda {
 namespace {
 
-// Queries, gradients and float32 sums of the heads that run at one time; K and V stay with their processors.
-constexpr std::int64_t kBackwardL2Bytes = std::int64_t{40} << 20;
-
 unsigned extent(std::int64_t value) { return static_cast<unsigned>(value); }
 
 class BackwardCall : KernelCall {
@@ -41,14 +38,12 @@ class BackwardCall : KernelCall {
     launch(loaded(backward_prepare_kernel(p_)), row_tiles, &params_);
     if (config_.gate_bits) prepare_bits();
     if (p_.has_block_mask) prepare_lists();
-    const std::int64_t key_tiles =
-        ceil_div(p_.max_seqlen_k, config_.backward.block_n) * p_.batch * p_.num_kv_heads;
     const bool splits = parts_.column_parts != kAbsent;
     if (splits) {
       const LoadedKernel& kernel = loaded(split_columns_kernel(p_));
-      launch(kernel, {extent(ceil_div(key_tiles, kernel.threads / 32))}, &params_);
+      launch(kernel, {extent(ceil_div(key_tiles(), kernel.threads / 32))}, &params_);
     }
-    const std::int64_t units = key_tiles + params_.most_slots;
+    const std::int64_t units = key_tiles() + params_.most_slots;
     // One at least, for rows of a packed tensor that no sequence holds.
     launch_early(loaded(config_), {extent(std::clamp<std::int64_t>(units, 1, processors()))}, &params_);
     launch_early(loaded(backward_finish_kernel(p_)), row_tiles, &params_);
@@ -79,6 +74,10 @@ class BackwardCall : KernelCall {
   }
 
  private:
+  std::int64_t key_tiles() const {
+    return ceil_div(p_.max_seqlen_k, config_.backward.block_n) * p_.batch * p_.num_kv_heads;
+  }
+
   void copy_back(std::size_t part, const Operand& from, const Operand& to, Rows rows, std::int64_t heads,
                  std::int64_t dim) const {
     if (part != kAbsent) copy(from, to, rows, heads, dim, dim);
@@ -165,11 +164,14 @@ class BackwardCall : KernelCall {
       params_.most_slots = static_cast<std::int32_t>(most_slots(p_));
       params_.least_part = kernels::kLeastPart;
     }
-    // Of a head: Q, dO, and what is added to dQ.
-    const std::int64_t row_bytes = kernels::kElementBytes * (p_.head_dim + p_.head_dim_v) + 4 * p_.head_dim;
-    const std::int64_t bytes = std::max<std::int64_t>(p_.max_seqlen_q, 1) * p_.group_size * row_bytes;
-    params_.key_heads_per_wave = static_cast<std::int32_t>(std::clamp<std::int64_t>(
-        kBackwardL2Bytes / bytes, 1, std::max<std::int64_t>(1, p_.batch * p_.num_kv_heads)));
+    params_.key_heads_per_wave = static_cast<std::int32_t>(key_heads_per_wave(p_));
+    if (parts_.clears != kAbsent) {
+      params_.clears = part<std::int32_t>(parts_.clears);
+      const std::int64_t of_wave = key_heads_per_wave(p_) * p_.group_size * params_.row_tiles;
+      const std::int64_t all = p_.batch * p_.num_heads * params_.row_tiles;
+      params_.clears_of_wave = static_cast<std::int32_t>(of_wave);
+      params_.clears_in_all = static_cast<std::int32_t>(all - of_wave);
+    }
   }
 
   // The map by rows, which may have to be made, and by columns.

@@ -179,6 +179,23 @@ std::int64_t most_slots(const Problem& p) {
   return std::min<std::int64_t>(tiles / kernels::kLeastPart, kernels::kMostSlots);
 }
 
+std::int64_t key_heads_per_wave(const Problem& p) {
+  // Queries, gradients and float32 sums of the heads that run at one time; K and V stay with their processors.
+  constexpr std::int64_t kL2Bytes = std::int64_t{40} << 20;
+  // Of a head: Q, dO, and what is added to dQ.
+  const std::int64_t row_bytes = kernels::kElementBytes * (p.head_dim + p.head_dim_v) + 4 * p.head_dim;
+  const std::int64_t bytes = std::max<std::int64_t>(p.max_seqlen_q, 1) * p.group_size * row_bytes;
+  return std::clamp<std::int64_t>(kL2Bytes / bytes, 1, std::max<std::int64_t>(1, p.batch * p.num_kv_heads));
+}
+
+// Where columns may be cut, units come in another order than waves; rows of packed sequences lie in another order.
+bool clears_ahead(const Problem& p) {
+  const KernelConfig main = backward_kernel(p);
+  return main.backward.stage_grad_query != 0 && !main.deterministic && !main.gate_bits &&
+         main.mask == MaskKind::window && !p.packed_q && !p.packed_k && p.max_seqlen_k > 0 &&
+         key_heads_per_wave(p) < p.batch * p.num_kv_heads;
+}
+
 BackwardWorkspace backward_workspace(const Problem& p) {
   BackwardWorkspace parts;
   Carver carver;
@@ -203,6 +220,7 @@ BackwardWorkspace backward_workspace(const Problem& p) {
   if (p.has_sink) parts.grad_sink_sum = carver.take(row_tiles * 4);
   if (p.deterministic) parts.turns = carver.take(row_tiles * kernels::kBackwardWarps * 4);
   parts.sums_done = carver.take(p.batch * p.num_heads * 4);
+  if (clears_ahead(p)) parts.clears = carver.take((1 + p.batch * p.num_heads) * 4);
   if (walks_bits(p)) {
     if (!p.skips_tiles()) parts.visible_bits = carver.take(map_words(p) * 4);
     parts.column_bits =

@@ -36,6 +36,12 @@ bool splits_columns(const Problem& problem);
 // Parts of columns at most; each has a slot for its sums.
 std::int64_t most_slots(const Problem& problem);
 
+// (sequence, key head) pairs that walk their key tiles together.
+std::int64_t key_heads_per_wave(const Problem& problem);
+
+// Whether the sums of dQ are cleared by the main kernel, but for the first wave's.
+bool clears_ahead(const Problem& problem);
+
 struct BackwardWorkspace : InputCopies {
   std::size_t out = kAbsent, grad_out = kAbsent;
   // Gradients whose real rows cannot be written in units of 16 bytes.
@@ -43,7 +49,7 @@ struct BackwardWorkspace : InputCopies {
   // BackwardParams says what they hold.
   std::size_t row_vectors = kAbsent, grad_query_sum = kAbsent, grad_alpha_sum = kAbsent;
   std::size_t gate_row_terms = kAbsent;
-  std::size_t grad_sink_sum = kAbsent, turns = kAbsent, sums_done = kAbsent;
+  std::size_t grad_sink_sum = kAbsent, turns = kAbsent, sums_done = kAbsent, clears = kAbsent;
   std::size_t visible_bits = kAbsent, column_bits = kAbsent;
   std::size_t column_parts = kAbsent, split_columns = kAbsent, column_lengths = kAbsent;
   std::size_t part_counts = kAbsent, partial_sums = kAbsent;

@@ -64,6 +64,10 @@ inline void store_box(const TensorMap& map, const BoxOrigin& origin, const void*
     if (to) std::memcpy(to, from, 2);
   });
 }
+inline void store_bytes(void* to, const void* shared, int32 bytes) {
+  const std::lock_guard lock(emulator::memory);
+  std::memcpy(to, shared, static_cast<std::size_t>(bytes));
+}
 inline void commit_stores() {}
 inline void wait_stores() {}
 inline void wait_stores_read() {}
