@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Before the backward kernel, for each row tile: what its query rows need (lse in base 2, out_dot_grad =
 // rowsum(out * grad_out) - grad_lse, both folded where there is no logit chain, alpha of the pair gate), its part of the sink's gradient, and zeros where
-// dQ and grad_alpha are summed up.
+// dQ and grad_alpha are summed up. The first block clears the work counters.
 //
 // One block of kPrepareThreads per (row tile, head, sequence): grid (largest number of row tiles, heads,
 // batch). Memory-bound: 4 head_dim_v + 4 head_dim bytes a row.
@@ -63,15 +63,15 @@ FSA_DEVICE void backward_prepare(const BackwardParams& params) {
   WorkTile work;
   describe_sequence(p, static_cast<int32>(blockIdx.z), head, work);
   ptx::admit_next_kernel();  // the main kernel sets up while the last blocks end
-  if (params.part_counts != nullptr && tile + head + static_cast<int32>(blockIdx.z) + thread == 0)
-    params.part_counts->blocks = 0;
   const int32 sequence_head = static_cast<int32>(blockIdx.z) * p.num_heads + head;
+  if (tile + sequence_head == 0) {
+    if (p.work_counter != nullptr && thread < kWorkCounters) p.work_counter[thread] = 0;
+    if (params.part_counts != nullptr && thread == 0) params.part_counts->blocks = 0;
+    if (params.clears != nullptr && thread == 0) params.clears[0] = 0;
+  }
   if (tile + thread == 0) {
     params.sums_done[sequence_head] = 0;
-    if (params.clears != nullptr) {
-      if (sequence_head == 0) params.clears[0] = 0;
-      params.clears[1 + sequence_head] = 0;  // there are no more waves than heads
-    }
+    if (params.clears != nullptr) params.clears[1 + sequence_head] = 0;  // there are no more waves than heads
   }
   if (tile * kBlockM >= work.rows) return;
   const int64 number = row_tile_number<kBlockM>(params, work, head, tile);

@@ -7,6 +7,7 @@
 namespace fsa::kernels {
 
 inline constexpr int32 kOpenWindow = 1 << 30;
+inline constexpr int32 kWorkCounters = 2;
 
 // Of the small operands: alpha, delta, sink, ALiBi slopes.
 enum class ScalarType : int32 { bf16, fp16, float32, float64 };
@@ -75,7 +76,8 @@ struct ForwardParams {
   const int32* cu_seqlens_k;  // [batch + 1] or null
   const int32* seqused_q;     // [batch] or null: all rows
   const int32* seqused_k;     // [batch] or null
-  int32* work_counter;        // two zeros, left as two zeros; null: tiles are dealt out in turn
+  // kWorkCounters zeros, which the kernel before may still be writing, left as zeros; null: tiles are dealt out in turn.
+  int32* work_counter;
 
   int32 batch;
   int32 num_heads;

@@ -2,12 +2,17 @@
 // Which CTA computes which work tile: a counter in global memory hands them out, longest first. Without a
 // counter each CTA takes every gridDim.x-th: for calls that have hardly more tiles than CTAs.
 //
+// The first work tile of a CTA is its own number. The counter may still be on its way to zero then: the kernel that
+// clears it (common/clear_counters.cuh) is waited for before the second, by the thread that takes it. Every CTA takes a
+// second one, if only to learn that there is none, so that none touches the counters without having waited.
+//
 // Heads are taken in waves whose keys and values fit the L2 together; within a wave row tiles run from the
 // last (the longest when causal) to the first, and heads fastest, so CTAs that run at one time share what
 // they read.
 #pragma once
 
 #include "policy/work_tile.cuh"
+#include "ptx/sync.cuh"
 
 namespace fsa::kernels {
 
@@ -54,11 +59,15 @@ class LongestFirst {
 
  protected:
   FSA_DEVICE void take(const ForwardParams& params) {
-    if (index_ < 0)
+    const int32 ctas = static_cast<int32>(gridDim.x);
+    if (index_ < 0) {
       index_ = static_cast<int32>(blockIdx.x);
-    else
-      index_ =
-          static_cast<int32>(gridDim.x) + (params.work_counter ? atomicAdd(params.work_counter, 1) : index_);
+    } else if (params.work_counter == nullptr) {
+      index_ += ctas;
+    } else {
+      if (index_ < ctas) ptx::wait_for_kernel_before();  // no later index is one of the first
+      index_ = ctas + atomicAdd(params.work_counter, 1);
+    }
   }
 
   // Recomputed, not kept: the producer has few registers.

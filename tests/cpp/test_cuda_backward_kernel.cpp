@@ -261,7 +261,7 @@ void check(const Problem& problem) {
     used_q[b] = c.used_q(b);
     used_k[b] = c.used_k(b);
   }
-  int32 counter[2] = {0, 0};
+  int32 counter[kWorkCounters] = {1 << 20, -7};  // what an earlier user of the workspace left
   std::vector<int32> list_count(std::max(1, p.heads * c.blocks.key_blocks), -1);
   std::vector<ColumnEntry> list_entries(std::max(1, p.heads * c.blocks.key_blocks * c.blocks.row_blocks));
 
@@ -396,7 +396,8 @@ void check(const Problem& problem) {
   }
   if (p.sink) emulator::launch(grid(p.heads, 1, 1), kSumSinkThreads, [&] { sum_sink<Types>(params); });
 
-  EXPECT_EQ(counter[0], 0) << "the work counter must be left as it was found";
+  EXPECT_EQ(counter[0], 0) << "the work counter must be left at zero";
+  EXPECT_EQ(counter[1], 0);
   expect_near("grad_query", c.want_query, grad_query);
   expect_near("grad_key", c.want_key, grad_key);
   expect_near("grad_value", c.want_value, grad_value);

@@ -61,6 +61,7 @@ TEST(CudaDispatch, EveryKernelHasItsNameAndSource) {
     EXPECT_LE(threads_of(config), 1024u) << source.name;
   }
   for (const KernelConfig& config : shipped_kernels()) EXPECT_TRUE(names.contains(name_of(config)));
+  EXPECT_TRUE(names.contains(name_of(clear_counters_kernel())));
 }
 
 TEST(CudaDispatch, EveryChoiceIsReachable) {

@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "common/clear_counters.cuh"
 #include "common/gate_bitmap.cuh"
 #include "common/gate_prepare.cuh"
 #include "policy/bitmap_tiles.cuh"
@@ -210,7 +211,7 @@ Result run(Call& c) {
   std::vector<float> gate_extremes(all_tiles * 2, nan);
   std::vector<GateTermTile<kN>> gate_terms(all_tiles);
   std::memset(static_cast<void*>(gate_terms.data()), 0xff, all_tiles * sizeof(gate_terms[0]));
-  int32 counter[2] = {0, 0};
+  int32 counter[kWorkCounters] = {1 << 20, -7};  // what an earlier user of the workspace left
 
   ForwardParams f = {};
   f.query_map = c.query.map(p.batch);
@@ -271,8 +272,11 @@ Result run(Call& c) {
                        kBitmapWarps * kWarpThreads,
                        [&] { gate_bitmap<RangeTiles<typename C::Mask, 64, kN>, kN>(f); });
   }
-  emulator::launch(grid(2, 1, 1), forward_threads(C::kTile), [&] { sm90::forward<C>(f); });
-  EXPECT_EQ(counter[0], 0) << "the work counter must be left as it was found";
+  const int32 ctas = std::min(2, ceil_div(p.seqlen_q, C::kTile.block_m) * p.heads * p.batch);
+  emulator::KernelBefore clear = {kClearThreads, [&] { clear_counters(counter); }, {}};
+  emulator::launch_early(grid(ctas, 1, 1), forward_threads(C::kTile), [&] { sm90::forward<C>(f); }, clear);
+  EXPECT_EQ(clear.waited.size(), static_cast<std::size_t>(ctas)) << "each CTA takes its second tile after it";
+  EXPECT_EQ(counter[0], 0) << "the work counter must be left at zero";
   EXPECT_EQ(counter[1], 0);
   return result;
 }

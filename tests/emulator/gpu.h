@@ -3,8 +3,9 @@
 // This file comes first (-include), then the headers of kernels/ as they are, with FSA_EMULATED; only those of
 // kernels/ptx/ give way to the ones beside this file (-iquote).
 //
-// It shows that the arithmetic, the layouts and the order of barriers are right. Asynchronous instructions are
-// done at once, so it does not show a missing wait for one.
+// It shows that the arithmetic, the layouts and the order of barriers are right, and that what a kernel launched early
+// needs of the one before is waited for. Asynchronous instructions are done at once, so it does not show a missing wait
+// for one.
 #pragma once
 
 #include <atomic>
@@ -17,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -130,6 +132,34 @@ inline void launch(Dim3 grid, int threads, const std::function<void()>& kernel) 
             warp().meet->arrive_and_drop();
           });
       }
+}
+
+// Of one block, whose threads do not meet. As late as can be: it runs when a thread first waits for it.
+struct KernelBefore {
+  int threads;
+  std::function<void()> kernel;
+  std::set<unsigned> waited;  // blocks (x) of the kernel after it
+};
+inline KernelBefore* kernel_before = nullptr;  // of a kernel that was launched early
+
+inline void wait_for_kernel_before() {
+  if (kernel_before == nullptr) return;
+  const std::lock_guard lock(memory);
+  const bool first = kernel_before->waited.empty();
+  kernel_before->waited.insert(blockIdx.x);
+  if (!first) return;
+  const Dim3 mine = threadIdx;
+  for (int t = 0; t < kernel_before->threads; ++t) {
+    threadIdx = {static_cast<unsigned>(t), 0, 0};
+    kernel_before->kernel();
+  }
+  threadIdx = mine;
+}
+
+inline void launch_early(Dim3 grid, int threads, const std::function<void()>& kernel, KernelBefore& before) {
+  kernel_before = &before;
+  launch(grid, threads, kernel);
+  kernel_before = nullptr;
 }
 
 }  // namespace fsa::emulator

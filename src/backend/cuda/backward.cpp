@@ -35,6 +35,8 @@ class BackwardCall : KernelCall {
     const Grid row_tiles{
         extent(std::max<std::int64_t>(1, ceil_div(p_.max_seqlen_q, config_.backward.block_m))),
         extent(p_.num_heads), extent(p_.batch)};
+    // The prepare kernel clears the counters, but without a sequence it has no blocks.
+    if (p_.batch == 0) clear(params_.forward.work_counter, kernels::kWorkCounters * sizeof(std::int32_t));
     launch(loaded(backward_prepare_kernel(p_)), row_tiles, &params_);
     if (config_.gate_bits) prepare_bits();
     if (p_.has_block_mask) prepare_lists();

@@ -224,6 +224,12 @@ KernelConfig copy_rows_kernel() {
   return config;
 }
 
+KernelConfig clear_counters_kernel() {
+  KernelConfig config;
+  config.kind = KernelKind::clear_counters;
+  return config;
+}
+
 std::int64_t gate_tiles(const Problem& problem) {
   const std::int64_t keys = skip_tile_keys(problem.head_dim);
   return problem.packed_k ? problem.total_k / keys + problem.batch : ceil_div(problem.max_seqlen_k, keys);
@@ -312,6 +318,7 @@ std::vector<KernelConfig> reachable_forward_kernels() {
     each_mask([&] { found.push_back(gate_bitmap_kernel(p)); });
   }
   found.push_back(copy_rows_kernel());
+  found.push_back(clear_counters_kernel());
   return found;
 }
 

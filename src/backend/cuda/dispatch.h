@@ -20,6 +20,7 @@ KernelConfig forward_kernel(const Problem& problem);
 KernelConfig gate_prepare_kernel(const Problem& problem);
 KernelConfig gate_bitmap_kernel(const Problem& problem);
 KernelConfig copy_rows_kernel();
+KernelConfig clear_counters_kernel();
 
 // Parts of a workspace as byte offsets; kAbsent for what the problem does not need. These serve its inputs.
 struct InputCopies {

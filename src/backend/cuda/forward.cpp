@@ -36,9 +36,7 @@ class ForwardCall : KernelCall {
     if (p_.has_block_mask) fill_blocks(params_, parts_.no_blocks);
     if (args_.skip_map.present) clear(args_.skip_map.data, map_bytes());
     prepare_gate();
-    const std::int64_t tiles = ceil_div(p_.max_seqlen_q, config_.tile.block_m) * p_.batch * p_.num_heads;
-    // One at least, for rows of a packed tensor that no sequence holds.
-    launch(kernel, {static_cast<unsigned>(std::clamp<std::int64_t>(tiles, 1, processors())), 1, 1}, &params_);
+    launch_attention(kernel);
     if (parts_.out != kAbsent) copy(out, args_.out, q_rows(), p_.num_heads, p_.head_dim_v, p_.head_dim_v);
   }
 
@@ -143,6 +141,17 @@ class ForwardCall : KernelCall {
            {static_cast<unsigned>(ceil_div(p_.max_seqlen_k, keys)), static_cast<unsigned>(p_.num_kv_heads),
             static_cast<unsigned>(p_.batch)},
            &params_);
+  }
+
+  // The kernel that clears the counters waits for all before it, and the attention kernel for it alone, and only before
+  // its second work tiles: nothing else may come between the two.
+  void launch_attention(const LoadedKernel& kernel) {
+    const std::int64_t tiles = ceil_div(p_.max_seqlen_q, config_.tile.block_m) * p_.batch * p_.num_heads;
+    // One at least, for rows of a packed tensor that no sequence holds.
+    const Grid grid = {static_cast<unsigned>(std::clamp<std::int64_t>(tiles, 1, processors())), 1, 1};
+    if (params_.work_counter == nullptr) return launch(kernel, grid, &params_);
+    launch(loaded(clear_counters_kernel()), {}, &params_.work_counter);
+    launch_early(kernel, grid, &params_);
   }
 
   const ForwardWorkspace parts_;

@@ -165,7 +165,6 @@ void KernelCall::fill_problem(kernels::ForwardParams& params, const InputCopies&
   params.window_sizes_stride =
       params.window_sizes == args_.window_sizes.data ? args_.window_sizes.stride_row : 4;
   fill_policies(p_, args_, params);
-  if (params.work_counter != nullptr) clear(params.work_counter, 2 * sizeof(std::int32_t));
 }
 
 void KernelCall::fill_blocks(kernels::ForwardParams& params, std::size_t no_blocks) const {

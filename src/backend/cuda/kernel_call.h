@@ -71,7 +71,8 @@ class KernelCall {
   const std::int32_t* table(const IndexTable& given, std::size_t part, std::int64_t rows,
                             std::int64_t columns = 1) const;
 
-  // The fields of the parameters that describe the problem: sizes, tables, masks, logits.
+  // The fields of the parameters that describe the problem: sizes, tables, masks, logits. The counters are named, not
+  // cleared.
   void fill_problem(kernels::ForwardParams& params, const InputCopies& copies) const;
 
   // The lists of the block mask; `no_blocks` is where the zero goes that stands for absent lists of partial blocks.

@@ -12,6 +12,7 @@ using kernels::ForwardTile;
 
 constexpr unsigned kBitmapThreads = 128;
 constexpr unsigned kCopyThreads = 256;
+constexpr unsigned kClearThreads = 32;
 constexpr unsigned kPrepareThreads = 256, kSumSinkThreads = 256, kColumnThreads = 128;
 constexpr unsigned kListThreads = 512, kSplitThreads = 256, kSumThreads = 128;
 
@@ -275,6 +276,18 @@ std::string copy_rows_text(const KernelConfig& config) {
   return text.str();
 }
 
+std::string clear_counters_text(const KernelConfig& config) {
+  std::ostringstream text = text_stream();
+  text << "#include \"common/clear_counters.cuh\"\n\n"
+       << "using namespace fsa::kernels;\n"
+       << thread_check("kClearThreads", config) << "extern \"C\" __global__ void __launch_bounds__("
+       << threads_of(config) << ")\n"
+       << "fsa_clear_counters(int32* counters) {\n"
+       << "  clear_counters(counters);\n"
+       << "}\n";
+  return text.str();
+}
+
 }  // namespace
 
 std::string name_of(const KernelConfig& config) {
@@ -286,6 +299,8 @@ std::string name_of(const KernelConfig& config) {
       return "gate_bitmap_sm90_" + mask_name(config) + "_" + keys;
     case KernelKind::copy_rows:
       return "copy_rows_sm90";
+    case KernelKind::clear_counters:
+      return "clear_counters_sm90";
     case KernelKind::transpose_bits:
       return "transpose_bits_sm90_" + keys;
     case KernelKind::block_columns:
@@ -312,6 +327,8 @@ jit::KernelSource source_of(const KernelConfig& config) {
       return {name, arch, "fsa_gate_bitmap", gate_bitmap_text(config)};
     case KernelKind::copy_rows:
       return {name, arch, "fsa_copy_rows", copy_rows_text(config)};
+    case KernelKind::clear_counters:
+      return {name, arch, "fsa_clear_counters", clear_counters_text(config)};
     case KernelKind::transpose_bits:
       return {name, arch, "fsa_transpose_bits",
               columns_text(config, "transpose_bits", "32 * kTransposeWarps")};
@@ -338,6 +355,8 @@ unsigned threads_of(const KernelConfig& config) {
       return kBitmapThreads;
     case KernelKind::copy_rows:
       return kCopyThreads;
+    case KernelKind::clear_counters:
+      return kClearThreads;
     case KernelKind::transpose_bits:
       return kColumnThreads;
     case KernelKind::block_columns:

@@ -20,6 +20,7 @@ enum class KernelKind : std::uint8_t {
   gate_prepare,
   gate_bitmap,
   copy_rows,
+  clear_counters,
   backward,
   backward_prepare,
   backward_finish,

@@ -5,6 +5,7 @@
 #include <shared_mutex>
 #include <unordered_map>
 
+#include "backend/cuda/dispatch.h"
 #include "core/log.h"
 #include "fsa/error.h"
 #include "jit/store.h"
@@ -91,6 +92,8 @@ const LoadedKernel& loaded_kernel(const KernelConfig& config, int device, Stream
   const jit::KernelSource source = source_of(config);
   refuse_while_capturing(source, stream);
   const LoadedKernel loaded = load(config, source, device);
+  // Whether a forward call needs this one, too, its sizes say, which may grow from one call to a captured one.
+  if (config.kind == KernelKind::forward) loaded_kernel(clear_counters_kernel(), device, stream);
   const std::lock_guard lock(table().mutex);
   return table().kernels.try_emplace(key, loaded).first->second;
 }

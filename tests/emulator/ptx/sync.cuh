@@ -18,7 +18,7 @@ inline bool barrier_any(int32 id, int32 threads, bool vote) {
   return any;
 }
 inline void fence_shared_for_async() {}
-inline void wait_for_kernel_before() {}  // kernels run one after the other
+inline void wait_for_kernel_before() { emulator::wait_for_kernel_before(); }
 inline void admit_next_kernel() {}
 inline void pause(uint32) {}
 template <int32 kRegisters>
