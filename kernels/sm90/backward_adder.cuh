@@ -30,11 +30,17 @@ FSA_DEVICE void add_grad_alpha(const BackwardParams& params, BackwardStorage<Typ
   __syncwarp();
 }
 
+// The counter of a row tile's turns, read before that is wanted: most often it is the next one, and its turn has come.
+struct EarlyTurn {
+  int32 number = -1;  // of the row tile
+  int32 seen;
+};
+
 // One row tile; true after the last of its key tile. Deterministic: key tiles add to a row tile in the order in which they
 // were issued.
 template <class Types>
 FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types>& storage, int32 index,
-                             uint32 tile) {
+                             uint32 tile, EarlyTurn& early) {
   constexpr int32 kFloats = Types::kQueryColumns * kRowsPerWarpgroup;  // of the warpgroup
   const bool leads = own_lane() == 0;
   if (leads) ptx::wait(storage.sums_full[index], tile & 1);
@@ -46,7 +52,8 @@ FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types
     float* const to =
         params.grad_query_sum + (static_cast<int64>(sums.number) * kBackwardConsumers + index) * kFloats;
     const uint8* const staged = storage.grad_query.of_warp(index * (kBackwardWarps / 2));
-    if constexpr (Types::kDeterministic) ptx::wait_until_equal(params.turns + counter, rank);
+    if constexpr (Types::kDeterministic)
+      if (early.number != sums.number || early.seen != rank) ptx::wait_until_equal(params.turns + counter, rank);
     if (Types::kFirstStores && rank == 0)
       ptx::store_bytes(to, staged, kFloats * 4);
     else
@@ -67,6 +74,10 @@ FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types
       ptx::wait_stores();
       ptx::fence_async_global();
       ptx::add_release(params.turns + counter, 1);
+      if (!Types::kSplits && (sums.order & RowTileBrief::kOrderLast) == 0) {
+        early.number = sums.number + 1;
+        early.seen = ptx::load_acquire(params.turns + counter + kBackwardWarps);
+      }
     }
   }
   __syncwarp();
@@ -78,6 +89,7 @@ FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types
 template <class Types>
 FSA_DEVICE void add_staged_sums(const BackwardParams& params, BackwardStorage<Types>& storage, int32 index) {
   uint32 tile = 0;
+  EarlyTurn early;
   for (uint32 unit = 0;; ++unit) {
     const Ring<kWorkSlots> slot = {unit};
     ptx::wait(storage.work_full[slot.stage()], slot.phase());
@@ -86,7 +98,7 @@ FSA_DEVICE void add_staged_sums(const BackwardParams& params, BackwardStorage<Ty
     if constexpr (Types::kClearsSums)
       if (own_lane() == 0) wait_cleared<Types>(params, work);
     if (work.num_segments > 0)
-      while (!add_row_tile<Types>(params, storage, index, tile++)) {
+      while (!add_row_tile<Types>(params, storage, index, tile++, early)) {
       }
     if constexpr (kAdderReadsAlpha<Types>) ptx::fence_global();  // which all lanes have added to
     __syncwarp();
