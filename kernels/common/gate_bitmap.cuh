@@ -42,9 +42,7 @@ class GateTest {
   // The best gate of the row tile and a key tile, whose extremes of delta are at `delta`; one lane each.
   FSA_DEVICE float bound(const float* delta) const {
     if (!active_) return 0;
-    const float low = delta[0], high = delta[1];
-    const float best = ptx::max_nan(ptx::max_nan(alpha_.low * low, alpha_.low * high),
-                                    ptx::max_nan(alpha_.high * low, alpha_.high * high));
+    const float best = alpha_.largest_product({delta[0], delta[1]});
     return params_.log_sigmoid_gate ? PairGate<true>::gate(best) : best;
   }
 

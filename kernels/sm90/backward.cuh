@@ -57,9 +57,10 @@ FSA_DEVICE void init_barriers(BackwardStorage<Types>& storage) {
     ptx::init(storage.scores_full[i], kWarps);
     ptx::init(storage.scores_empty[i], kWarps + (kAdderReadsAlpha<Types> ? 1 : 0));
   }
-  for (int32 i = 0; i < kBackwardConsumers; ++i) {
-    ptx::init(storage.sums_full[i], kWarps / kBackwardConsumers);
-    ptx::init(storage.sums_empty[i], 1);
+  constexpr int32 kHandovers = backward_handovers(Types::kTile);
+  for (int32 i = 0; i < kHandovers; ++i) {
+    ptx::init(storage.handed_full[i], kWarps / kHandovers);
+    ptx::init(storage.handed_empty[i], 1);
   }
   for (int32 i = 0; i < kWorkSlots; ++i) {
     ptx::init(storage.work_full[i], 1);
@@ -218,6 +219,8 @@ FSA_DEVICE void backward(const BackwardParams& params) {
     if (threadIdx.x == 0) produce<Types, !Types::kDescribesAhead, true>(params, storage);
     if constexpr (Types::kStagedGradQuery)
       if (warp == 1 || warp == 2) add_staged_sums<Types>(params, storage, warp - 1);
+    if constexpr (Types::kPassesTurns)
+      if (warp == 1 || warp == 2) pass_turns<Types>(params, storage, warp - 1);
     if constexpr (Types::kDescribesAhead)
       if (threadIdx.x == 3 * kWarpThreads) produce<Types, true, false>(params, storage);
     if (warp == 3) {

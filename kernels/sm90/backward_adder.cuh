@@ -43,9 +43,9 @@ FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types
                              uint32 tile, EarlyTurn& early) {
   constexpr int32 kFloats = Types::kQueryColumns * kRowsPerWarpgroup;  // of the warpgroup
   const bool leads = own_lane() == 0;
-  if (leads) ptx::wait(storage.sums_full[index], tile & 1);
+  if (leads) ptx::wait(storage.handed_full[index], tile & 1);
   __syncwarp();
-  const StagedSums sums = storage.sums[index];
+  const StagedSums sums = storage.handed.sums[index];
   const int64 counter = static_cast<int64>(sums.number) * kBackwardWarps + index * (kBackwardWarps / 2);
   if (leads) {
     const int32 rank = sums.order >> RowTileBrief::kOrderRankShift;
@@ -69,7 +69,7 @@ FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types
   }
   if (leads) {
     ptx::wait_stores_read();
-    ptx::arrive(storage.sums_empty[index]);
+    ptx::arrive(storage.handed_empty[index]);
     if constexpr (Types::kDeterministic) {
       ptx::wait_stores();
       ptx::fence_async_global();
@@ -109,6 +109,25 @@ FSA_DEVICE void add_staged_sums(const BackwardParams& params, BackwardStorage<Ty
       ptx::arrive(storage.work_empty[slot.stage()]);
     }
     __syncwarp();
+  }
+}
+
+// The turns of one consumer warpgroup, whose warps add dQ from their registers: a lane for each. A fence that waits for
+// additions to be seen takes 700 clocks and more; taken by the warp itself it made head_dim 256 13 to 15 % slower.
+template <class Types>
+FSA_DEVICE void pass_turns(const BackwardParams& params, BackwardStorage<Types>& storage, int32 index) {
+  constexpr int32 kWarps = kBackwardWarps / kBackwardConsumers;
+  const int32 warp = index * kWarps + own_lane() % kWarps;
+  bool more = own_lane() < kWarps;
+  for (uint32 tile = 0; __any_sync(0xffffffffu, more);) {
+    if (!more || !ptx::try_wait(storage.handed_full[warp], tile & 1)) continue;
+    const int32 number = storage.handed.row_tiles[warp];
+    ptx::arrive(storage.handed_empty[warp]);
+    ++tile;
+    more = number >= 0;
+    if (!more) continue;
+    ptx::fence_global();
+    ptx::add_release(params.turns + static_cast<int64>(number) * kBackwardWarps + warp, 1);
   }
 }
 

@@ -45,7 +45,7 @@ struct BackwardConsumer {
   int32 thread;         // of the warpgroup
   uint32 tiles = 0;     // row tiles before this one: its place in all three rings
   RowTileBrief brief;   // of the tile whose S was issued last
-  RowTileBrief before;  // of the one before it
+  RowTileBrief before;  // of the one before it, where dQ follows a tile behind
 
   // Of the row vector that is wanted next, read while multiplies run.
   float4 ahead[Types::kUnitsAhead];  // not where they are folded
@@ -385,7 +385,7 @@ struct BackwardConsumer {
 
   // Room for the sums of this CTA's row tile number `tile`; wait for it while multiplies are in flight.
   FSA_DEVICE void wait_room(uint32 tile) {
-    if constexpr (Types::kStagedGradQuery) ptx::wait(storage.sums_empty[index], (tile & 1) ^ 1);
+    if constexpr (Types::kStagedGradQuery) ptx::wait(storage.handed_empty[index], (tile & 1) ^ 1);
   }
 
   // After this the registers of dQ are free.
@@ -399,15 +399,15 @@ struct BackwardConsumer {
   // What has been staged. The adder's alone until it says so.
   FSA_DEVICE void hand_over(const StagedSums& sums) {
     ptx::fence_shared_for_async();
-    if (thread == 0) storage.sums[index] = sums;
-    release(storage.sums_full[index]);
+    if (thread == 0) storage.handed.sums[index] = sums;
+    release(storage.handed_full[index]);
   }
 
   FSA_DEVICE int64 turn_of(int32 number) const {
     return static_cast<int64>(number) * kConsumerWarps + warp();
   }
-  // Deterministic: key tiles add to a row tile in the order in which they were issued. `seen` was read before the
-  // fence of pass_turn, which then waits for both at once: 700 clocks each. -1: not read.
+  // Deterministic: key tiles add to a row tile in the order in which they were issued. Looked for under multiplies: it
+  // takes 700 clocks. Not an acquire, which would hold up what comes between: additions are behind a branch on it.
   FSA_DEVICE int32 look_for_turn() const {
     if constexpr (Types::kDeterministic) return ptx::load_relaxed(params.turns + turn_of(brief.number));
     return -1;
@@ -429,12 +429,12 @@ struct BackwardConsumer {
       add_grad_alpha<Types, Types::kConsumerThreads>(params, storage, brief.number, score_stage(tiles),
                                                      consumer_thread());
   }
-  // Once all lanes' additions can be seen, which takes the way to the L2 and back: a row tile later it is over.
-  FSA_DEVICE void pass_turn(int32 number) {
-    if constexpr (Types::kDeterministic) {
-      ptx::fence_global();
-      __syncwarp();
-      if (lane() == 0) ptx::add_release(params.turns + turn_of(number), 1);
+  // Of row tile `number`, this CTA's number `tile`; -1: there will be no more.
+  FSA_DEVICE void pass_turn(int32 number, uint32 tile) {
+    if constexpr (Types::kPassesTurns) {
+      ptx::wait(storage.handed_empty[warp()], (tile & 1) ^ 1);
+      if (lane() == 0) storage.handed.row_tiles[warp()] = number;
+      release(storage.handed_full[warp()]);
     }
   }
 
@@ -616,12 +616,8 @@ struct BackwardConsumer {
                                                   storage.grad_out[grad_out_stage]);
     issue_grad_query(tiles, grad_query());
     issue_gradient<QueryRows, Types::kGradDim>(rK, rdS, scores, storage.query[stage]);
+    const int32 seen = look_for_turn();
     RowTileBrief next;
-    int32 seen = -1;
-    if (!first) {
-      seen = look_for_turn();
-      pass_turn(before.number);
-    }
     if constexpr (!kLast) next = find(tiles + 1);
     wait_turn(seen);
     ptx::wgmma_wait<1>();
@@ -629,7 +625,7 @@ struct BackwardConsumer {
     ptx::settle(grad_query());
     release(storage.grad_out_empty[grad_out_stage]);
     add_from_registers();
-    before = brief;
+    pass_turn(brief.number, tiles);
     ++tiles;
     if constexpr (kLast) {
       ptx::wgmma_wait<0>();
@@ -642,9 +638,7 @@ struct BackwardConsumer {
     }
     ptx::settle(rK);
     release(storage.query_empty[stage]);
-    if constexpr (kLast) {
-      pass_turn(before.number);
-    } else {
+    if constexpr (!kLast) {
       apply_logits(work, logits);
       exponentiate<0>(logits);
       exponentiate<kHalf>(logits);
@@ -775,6 +769,7 @@ struct BackwardConsumer {
       unit = static_cast<uint32>(work.number) + 1;
       release(storage.work_empty[unit % kWorkSlots ^ 1]);
     }
+    pass_turn(-1, tiles);
     if (thread == 0) ptx::wait_stores_read();  // shared memory must outlive the stores that read it
     // Nobody wants it; but without it ptxas serialises every multiply of a deterministic kernel of head_dim 64.
     if constexpr (Types::kStagedGradQuery) wait_room(tiles);

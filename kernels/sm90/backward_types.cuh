@@ -57,6 +57,8 @@ struct BackwardTypes {
   static constexpr bool kFirstStores = kStagedGradQuery && kDeterministic;
   // The main kernel clears them. Where columns may be cut, units come in another order than waves of heads.
   static constexpr bool kClearsSums = kStagedGradQuery && !kDeterministic && !kSplits;
+  // Without room to stage dQ warps add it; then a thread of an idle warp passes on their turn.
+  static constexpr bool kPassesTurns = kDeterministic && !kStagedGradQuery;
   static constexpr bool kStageInScores = backward_stages_in_scores(kTile);
 
   // Of dP's A operand, steps of 16 columns that stay in registers: 128 of 3070 wavefronts of shared memory a tile.
@@ -124,6 +126,17 @@ struct StagedSums {
 };
 static_assert(sizeof(StagedSums) == kStagedSumsBytes, "backward.h must know the size of a StagedSums");
 
+// What goes with a handover, see backward_handovers().
+template <bool kStaged>
+struct Handovers {
+  StagedSums sums[kBackwardConsumers];
+};
+template <>
+struct Handovers<false> {
+  int32 row_tiles[kBackwardWarps];  // row_tile_number; -1: the last
+};
+static_assert(sizeof(Handovers<false>) <= sizeof(Handovers<true>));
+
 // The row tiles of a unit of work that have not been asked for.
 template <class Types>
 struct Column {
@@ -163,7 +176,10 @@ struct alignas(kSharedAlignment) BackwardStorage {
                                   Types::kBlockM> alpha_sums;
   KeyWork work[kWorkSlots];
   RowTileInfo info[Types::kInfoStages];
-  StagedSums sums[kBackwardConsumers];
+  union {
+    Handovers<Types::kStagedGradQuery> handed;
+    uint8 handed_bytes[sizeof(Handovers<true>)];
+  };
   union {
     ProducerState<Types> producer;
     uint64 producer_bytes[kProducerBytes / 8];
@@ -178,8 +194,8 @@ struct alignas(kSharedAlignment) BackwardStorage {
   ptx::Mbarrier grad_out_empty[Types::kGradOutStages];
   ptx::Mbarrier scores_full[Types::kScoreStages];  // the stages of dS, where keys are split
   ptx::Mbarrier scores_empty[Types::kScoreStages];
-  ptx::Mbarrier sums_full[kBackwardConsumers];  // dQ of a warpgroup
-  ptx::Mbarrier sums_empty[kBackwardConsumers];
+  ptx::Mbarrier handed_full[backward_handovers(Types::kTile)];
+  ptx::Mbarrier handed_empty[backward_handovers(Types::kTile)];
   ptx::Mbarrier work_full[kWorkSlots];
   ptx::Mbarrier work_empty[kWorkSlots];
 };

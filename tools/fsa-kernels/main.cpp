@@ -86,7 +86,8 @@ int known_stack_bytes(const std::string& name) {
   const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
   if (has("_blocks")) return 24;
   if (has("_bits")) return 32;
-  return has("_deterministic") || has("gate") ? 8 : 0;
+  if (has("_deterministic")) return 16;  // in the adders
+  return has("gate") ? 8 : 0;
 }
 
 // What is wrong with a compiled kernel; empty when nothing is.

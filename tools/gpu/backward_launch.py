@@ -93,7 +93,10 @@ class BackwardConfig:
         if self.gate_terms:
             alpha += self.query_stages * (self.block_m * 64 + 128) + 128
         infos = 2 * 176 + 2 * self.query_stages * 32 + 192 + 32
-        barriers = 8 * (4 + 2 * (self.score_stages + self.query_stages + self.grad_out_stages + 4))
+        handovers = 2 if self.stage_grad_query else 8
+        barriers = 8 * (
+            4 + 2 * (self.score_stages + self.query_stages + self.grad_out_stages + 2 + handovers)
+        )
         return -(-(keys + queries + grad_out + grad_query + scores + alpha + infos + barriers) // 1024) * 1024
 
     @property
@@ -285,7 +288,9 @@ class Backward:
         if config.gate_terms:
             row_terms = torch.full((tiles, block_m * 64 + 128), 255, dtype=torch.uint8, device="cuda")
         sink_sums = torch.full((tiles,), math.nan, **nan) if config.sink else None
-        turns = torch.full((tiles, 8), 1 << 30, dtype=torch.int32, device="cuda")
+        turns = None
+        if config.deterministic:
+            turns = torch.full((tiles, 8), 1 << 30, dtype=torch.int32, device="cuda")
         done = torch.full((batch, heads), -1, dtype=torch.int32, device="cuda")
         columns = None
         if config.bits:
@@ -311,7 +316,12 @@ class Backward:
         head_bytes = max(max_q, 1) * (heads // kv_heads) * (2 * head_dim + 2 * p.v.shape[-1] + 4 * head_dim)
         per_wave = max(1, min(batch * kv_heads, L2_BUDGET_BYTES // head_bytes))
         clears, of_wave = None, per_wave * heads // kv_heads * row_tiles
-        ahead = config.stage_grad_query and not (config.cuts or config.deterministic) and not packed_q and not packed_k
+        ahead = (
+            config.stage_grad_query
+            and not (config.cuts or config.deterministic)
+            and not packed_q
+            and not packed_k
+        )
         if ahead and self.clears and tiles > of_wave:
             clears = torch.full((1 + batch * heads,), -1, dtype=torch.int32, device="cuda")
         parts, least_part, slots = (None,) * 5, 0, 0
@@ -352,7 +362,7 @@ class Backward:
             "<" + "Qqqq" * 5 + "QQQQQQqQqqqQQqqiiiifiQQQQQiiQQii",
             *rows(given.grad_out, packed_q), *rows(outputs["q"], packed_q), *rows(outputs["k"], packed_k),
             *rows(outputs["v"], packed_k), *grad_lse, vectors.data_ptr(), sums.data_ptr(), pointer(alpha_sums),
-            pointer(row_terms), pointer(sink_sums), turns.data_ptr() if config.deterministic else 0, row_tiles, *bits, *lists, head_dim,
+            pointer(row_terms), pointer(sink_sums), pointer(turns), row_tiles, *bits, *lists, head_dim,
             p.k.shape[0] if packed_k else 0, per_wave, 1 / math.sqrt(head_dim), least_part,
             *map(pointer, parts), slots, 0, done.data_ptr(), pointer(clears), of_wave, tiles - of_wave,
         ) + by_row(outputs.get("alpha"), packed_q) + by_row(outputs.get("delta"), packed_k) + pack_scalar(

@@ -238,8 +238,9 @@ std::int64_t gate_tiles(const Problem& problem) {
 ForwardWorkspace forward_workspace(const Problem& p) {
   ForwardWorkspace parts;
   Carver carver;
-  const std::int64_t tiles = ceil_div(p.max_seqlen_q, forward_kernel(p).tile.block_m) * p.batch * p.num_heads;
-  if (tiles > kFewWorkTiles) parts.counters = carver.take(kCounterBytes);
+  const ForwardTile tile = forward_kernel(p).tile;
+  const std::int64_t work_tiles = ceil_div(p.max_seqlen_q, tile.block_m) * p.batch * p.num_heads;
+  if (work_tiles > kFewWorkTiles) parts.counters = carver.take(kCounterBytes);
   take_inputs(p, carver, parts);
   if (p.head_dim_v % 8 != 0) parts.out = carver.take_copy(p.total_q, p.num_heads, p.head_dim_v);
   if (p.has_block_mask && !p.has_partial_blocks) parts.no_blocks = carver.take(sizeof(std::int32_t));
@@ -247,7 +248,7 @@ ForwardWorkspace forward_workspace(const Problem& p) {
     const std::int64_t tiles = gate_tiles(p) * p.num_kv_heads * (p.packed_k ? 1 : p.batch);
     parts.gate_delta = carver.take(tiles * skip_tile_keys(p.head_dim) * 4);
     parts.gate_extremes = carver.take(tiles * 2 * 4);
-    if (forward_kernel(p).tile.gate_terms)
+    if (tile.gate_terms)
       parts.gate_terms =
           carver.take(tiles * kernels::gate_term_bytes(static_cast<int>(skip_tile_keys(p.head_dim))));
   }

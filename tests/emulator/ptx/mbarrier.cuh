@@ -36,6 +36,10 @@ inline void arrive_expect_bytes(Mbarrier& barrier, uint32 bytes) {
   change(barrier, 1, static_cast<int32>(bytes));
 }
 inline void bytes_arrived(Mbarrier& barrier, int32 bytes) { change(barrier, 0, -bytes); }
+inline bool try_wait(Mbarrier& barrier, uint32 phase) {
+  const std::lock_guard lock(emulator::memory);
+  return barrier.phase != phase;
+}
 inline void wait(Mbarrier& barrier, uint32 phase) {
   emulator::poll([&] { return barrier.phase != phase; });
 }
