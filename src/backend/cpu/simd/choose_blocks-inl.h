@@ -4,7 +4,7 @@
 //
 // The least rank that is kept is found by bisection: a pass counts, for all lanes at once, the blocks of a rank or more.
 // That is one comparison and one addition per block, pass and vector, whatever top_k is: 0.5 us a token at 32k where a list
-// of the best, changed block by block, took 1.5. The first pass finds an interval that is 2^7 times smaller than all ranks.
+// of the best, changed block by block, took 1.5. A first pass narrows the interval.
 #pragma once
 
 #include "backend/cpu/simd/gemm-inl.h"
@@ -66,7 +66,7 @@ inline constexpr int kTogether =
     kPanel < kRows / kLanes ? kPanel : kRows / kLanes;  // vectors whose passes are one
 
 // Between which ranks the search of every lane begins: the least of the greatest ranks of `most_wanted` ranges of blocks,
-// each of which has one to take, and the greatest that is not forced. It halves the number of passes.
+// each of which has one to take, and the greatest that is not forced.
 template <int kVectors>
 HWY_INLINE void first_interval(const std::int32_t* ranks, std::int64_t blocks, std::int64_t most_wanted,
                                Int* low, Int* greatest) {
