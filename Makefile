@@ -28,6 +28,8 @@ $(VENV)/.project: $(VENV)/.tools $(SOURCES)
 	$(PYTHON) -m pip install --disable-pip-version-check --no-build-isolation --no-deps .
 	touch $@
 
+# Threads of torch that wait for work by spinning hold up the library's: on a busy host of two cores a step took 1.25 times as long.
+demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: setup  ## Train small language models on real text; writes runs/<name>/index.html
 	$(PYTHON) examples/train_byte_lm.py $(ARGS)
 

@@ -30,11 +30,11 @@ from byte_lm.train import History, Interrupt, load_checkpoint, save_checkpoint, 
 
 RUNS = Path("runs")
 CHECKPOINT = "checkpoint.pt"
-HELD_OUT_WINDOWS = 8
+HELD_OUT_WINDOWS = 6
 DEFAULTS = {
     "attention": list(kinds.NAMES),
     "device": "cpu",
-    "steps": 100,
+    "steps": 80,
     "context": 2048,
     "text": [],
     "seed": 0,

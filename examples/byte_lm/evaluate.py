@@ -13,7 +13,7 @@ from torch import Tensor
 from .kinds import AttentionKind, Projected, kept_fractions, kept_tiles
 from .model import ByteLM
 
-TIMING_ROUNDS = 5
+TIMING_ROUNDS = 3
 ENOUGH_KEPT = 0.5  # the sweep must reach this fraction of the tiles
 
 

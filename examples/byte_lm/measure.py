@@ -198,10 +198,10 @@ def measure(
     context = options["context"]
     primary = next(name for name in ("dense", "torch", "threshold", "gated") if name in trained)
     primary_model, primary_kind = trained[primary][0], make_kind(primary, options)
-    results = {
-        name: evaluate.held_out(model, make_kind(name, options), windows)
-        for name, (model, _) in trained.items()
-    }
+    results = {}
+    for name, (_, history) in trained.items():
+        last = {field: value for field, value in history.curve[-1].items() if field != "step"}
+        results[name] = evaluate.HeldOut(**last)
     plain_losses = {
         name: evaluate.held_out(model, make_kind(name, options).without_skipping(), windows).loss
         if make_kind(name, options).sparse

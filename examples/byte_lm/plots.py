@@ -53,7 +53,7 @@ def smoothed(values: list[float], window: int = 20) -> list[float]:
 
 
 def loss_curves(runs: dict[str, dict]) -> str:
-    """runs: name -> {"losses": per step, "curve": [{"step", "held_out"}]}."""
+    """runs: name -> {"losses": per step, "curve": [{"step", "loss"}]}."""
     figure, axes = plt.subplots(figsize=(WIDTH, 3.8))
     for name, run in runs.items():
         values = smoothed(run["losses"])
@@ -70,7 +70,7 @@ def loss_curves(runs: dict[str, dict]) -> str:
             zorder=1 if wide else 2,
         )
         steps = [point["step"] for point in run["curve"]]
-        losses = [point["held_out"] for point in run["curve"]]
+        losses = [point["loss"] for point in run["curve"]]
         axes.plot(
             steps, losses, MARKERS[name], color=COLORS[name], markersize=5 if name == "dense" else 9, zorder=3
         )

@@ -29,10 +29,10 @@ BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 0.1
 GRADIENT_NORM = 1.0
 WARMUP_STEPS = 60  # short ones make early steps erratic, and rounding differences with them
-CURVE_POINTS = 4  # held-out evaluations during training
+CURVE_POINTS = 3  # held-out evaluations during training, the last one at its end
 CHECKPOINT_SECONDS = 30.0
-CHECKPOINT_FORMAT = 1
-STEP_ROUNDS = 4  # of step_times, per context and kind, in turns; the first warms up
+CHECKPOINT_FORMAT = 2
+STEP_ROUNDS = 3  # of step_times, per context and kind, in turns; the first warms up
 
 
 @dataclass
@@ -41,7 +41,8 @@ class History:
 
     losses: list[float] = field(default_factory=list)  # per step, nats per byte, before the update
     seconds: list[float] = field(default_factory=list)  # per step: forward, backward, update
-    curve: list[dict] = field(default_factory=list)  # step, held_out, kept (None for kinds that skip nothing)
+    # step and the fields of HeldOut; the last point is the trained model's.
+    curve: list[dict] = field(default_factory=list)
 
 
 class Interrupt:
@@ -164,7 +165,7 @@ def train(
             done = step + 1
             if done * CURVE_POINTS // steps > step * CURVE_POINTS // steps:
                 result = held_out(model, kind, windows)
-                history.curve.append({"step": done, "held_out": result.loss, "kept": result.kept})
+                history.curve.append({"step": done, **asdict(result)})
             recent = history.losses[-20:]
             speed = batch[:, 1:].numel() * len(recent) / sum(history.seconds[-20:])
             bar.set_postfix_str(f"loss {sum(recent) / len(recent):.3f}, {speed:,.0f} tokens/s", refresh=False)

@@ -19,6 +19,7 @@
 #include "backend/cpu/simd/block_mask-inl.h"
 #include "backend/cpu/simd/gemm-inl.h"
 #include "backend/cpu/simd/kernel_table.h"
+#include "backend/cpu/simd/seen_squares-inl.h"
 #include "backend/cpu/simd/skip-inl.h"
 
 namespace fsa::cpu::FSA_SIMD_TARGET {
@@ -140,13 +141,20 @@ struct BackwardRowTile {
   bool touched;       // grad_query holds something
 };
 
-// P = 2^(S - lse) over the scores; dS over the products dP.
-HWY_INLINE void grad_scores_of(const BackwardRowTile& t, std::int64_t keys, const float* tanh, float* scores,
-                               float* grad_scores) {
+// P = 2^(S - lse) over the scores and dS over the products dP of these keys; 0 outside of the rows.
+HWY_INLINE void grad_scores_of(const BackwardRowTile& t, Span keys, Span rows, const float* tanh,
+                               float* scores, float* grad_scores) {
   for (std::int64_t r = 0; r < t.tile.lanes; r += kLanes) {
+    if (r < rows.begin || r >= rows.end) {
+      for (std::int64_t j = keys.begin; j < keys.end; ++j) {
+        hn::Store(hn::Zero(kFloat), kFloat, scores + j * kRows + r);
+        hn::Store(hn::Zero(kFloat), kFloat, grad_scores + j * kRows + r);
+      }
+      continue;
+    }
     const Float lse = hn::Load(kFloat, t.lse_log2 + r), lse_low = hn::Load(kFloat, t.lse_log2_low + r);
     const Float dot = hn::Load(kFloat, t.dots + r);
-    for (std::int64_t j = 0; j < keys; ++j) {
+    for (std::int64_t j = keys.begin; j < keys.end; ++j) {
       float* s = scores + j * kRows + r;
       float* g = grad_scores + j * kRows + r;
       const Float p = exp2(hn::Sub(hn::Sub(hn::Load(kFloat, s), lse), lse_low));
@@ -250,28 +258,50 @@ struct FloatBackward {
     const std::int64_t in_block = tile_begin + first;
     const float* tile_key = key + in_block * key_pitch;
     const float* tile_value = value + in_block * value_pitch;
-    gemm<Init::zero>(Gemm{query_t, kRows, tile_key, key_pitch, 1, p.head_dim, s.scores, kRows}, keys,
-                     t.tile.lanes);
+    const SeenSquares squares(partial, first, keys, t.tile.lanes);
+    const auto products = [&](const float* rows_t, std::int64_t dims, const float* rows_of_keys,
+                              std::int64_t pitch, float* target) HWY_ATTR {
+      squares.by_keys([&](Span k, Span rows) HWY_ATTR {
+        gemm<Init::zero>(Gemm{rows_t + rows.begin, kRows, rows_of_keys + k.begin * pitch, pitch, 1, dims,
+                              target + k.begin * kRows + rows.begin, kRows},
+                         k.count(), rows.count());
+      });
+    };
+    const auto add_to_keys = [&](const float* rows_packed, std::int64_t dims, std::int64_t pitch,
+                                 const float* factors, float* target) HWY_ATTR {
+      squares.by_keys([&](Span k, Span rows) HWY_ATTR {
+        gemm<Init::add>(
+            Gemm{rows_packed + rows.begin * pitch, pitch, factors + k.begin * kRows + rows.begin, kRows, 1,
+                 min_of(rows.end, t.tile.rows) - rows.begin, target + (in_block + k.begin) * pitch, pitch},
+            k.count(), dims);
+      });
+    };
+    products(query_t, p.head_dim, tile_key, key_pitch, s.scores);
     if (logit.any())
       apply_logit(logit, t.tile, s.delta + in_block, visibility.offset, key_begin + first, keys, s.scores,
                   s.tanh);
     if (partial != nullptr) apply_partial_tile(*partial, t.tile, first, keys, s.scores);
-    gemm<Init::zero>(Gemm{grad_out_t, kRows, tile_value, value_pitch, 1, p.head_dim_v, s.grad_scores, kRows},
-                     keys, t.tile.lanes);
-    grad_scores_of(t, keys, s.tanh, s.scores, s.grad_scores);
+    products(grad_out_t, p.head_dim_v, tile_value, value_pitch, s.grad_scores);
+    squares.by_keys([&](Span k, Span rows)
+                        HWY_ATTR { grad_scores_of(t, k, rows, s.tanh, s.scores, s.grad_scores); });
     if (logit.pair_gate)
       add_gate_grads(logit, t, keys, s.delta + in_block, s.grad_scores, s.grad_delta + in_block);
-    gemm<Init::add>(Gemm{grad_out, value_pitch, s.scores, kRows, 1, t.tile.rows,
-                         s.grad_value + in_block * value_pitch, value_pitch},
-                    keys, p.head_dim_v);
-    gemm<Init::add>(Gemm{query, key_pitch, s.grad_scores, kRows, 1, t.tile.rows,
-                         s.grad_key + in_block * key_pitch, key_pitch},
-                    keys, p.head_dim);
-    const Gemm grad_query{s.grad_scores, kRows, tile_key, 1, key_pitch, keys, t.grad_query, kRows};
-    if (t.touched)
-      gemm<Init::add>(grad_query, p.head_dim, t.tile.lanes);
-    else
-      gemm<Init::zero>(grad_query, p.head_dim, t.tile.lanes);
+    add_to_keys(grad_out, p.head_dim_v, value_pitch, s.scores, s.grad_value);
+    add_to_keys(query, p.head_dim, key_pitch, s.grad_scores, s.grad_key);
+    squares.by_rows([&](Span rows, Span k) HWY_ATTR {
+      const Gemm grad_query{s.grad_scores + k.begin * kRows + rows.begin,
+                            kRows,
+                            tile_key + k.begin * key_pitch,
+                            1,
+                            key_pitch,
+                            k.count(),
+                            t.grad_query + rows.begin,
+                            kRows};
+      if (t.touched)
+        gemm<Init::add>(grad_query, p.head_dim, rows.count());
+      else
+        gemm<Init::zero>(grad_query, p.head_dim, rows.count());
+    });
   }
 
   template <class Scratch>

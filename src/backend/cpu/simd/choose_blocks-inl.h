@@ -4,7 +4,7 @@
 //
 // The least rank that is kept is found by bisection: a pass counts, for all lanes at once, the blocks of a rank or more.
 // That is one comparison and one addition per block, pass and vector, whatever top_k is: 0.5 us a token at 32k where a list
-// of the best, changed block by block, took 1.5.
+// of the best, changed block by block, took 1.5. A first pass narrows the interval.
 #pragma once
 
 #include "backend/cpu/simd/gemm-inl.h"
@@ -65,19 +65,56 @@ HWY_INLINE bool keeps_all(const NsaProblem& p, std::int64_t last_position) {
 inline constexpr int kTogether =
     kPanel < kRows / kLanes ? kPanel : kRows / kLanes;  // vectors whose passes are one
 
+// Between which ranks the search of every lane begins: the least of the greatest ranks of `most_wanted` ranges of blocks,
+// each of which has one to take, and the greatest that is not forced.
+template <int kVectors>
+HWY_INLINE void first_interval(const std::int32_t* ranks, std::int64_t blocks, std::int64_t most_wanted,
+                               Int* low, Int* greatest) {
+  const Int none = hn::Set(kInt, kNoCandidate), forced = hn::Set(kInt, kForcedRank);
+  for (int v = 0; v < kVectors; ++v) {
+    low[v] = forced;
+    greatest[v] = none;
+  }
+  for (std::int64_t range = 0; range < most_wanted; ++range) {
+    Int best[kVectors];
+    for (int v = 0; v < kVectors; ++v) best[v] = none;
+    const std::int64_t end = (range + 1) * blocks / most_wanted;
+    for (std::int64_t block = range * blocks / most_wanted; block < end; ++block) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const Int rank = hn::Load(kInt, ranks + block * kRows + v * kLanes);
+        best[v] = hn::Max(best[v], rank);
+        greatest[v] = hn::Max(greatest[v], hn::IfThenElse(hn::Eq(rank, forced), none, rank));
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) low[v] = hn::Min(low[v], best[v]);
+  }
+  for (int v = 0; v < kVectors; ++v) low[v] = hn::Max(low[v], hn::Set(kInt, kNanRank));
+}
+
+// What the lanes want, at most `most`, and how many blocks they take whatever the scores.
+struct Wanted {
+  alignas(64) std::int32_t blocks[kRows];
+  alignas(64) std::int32_t forced[kRows];
+  std::int64_t most;
+};
+
 // The lanes of `kVectors` vectors. Alone a vector's count is one chain of additions, slower than the loads.
 template <int kVectors>
-HWY_NOINLINE void choose_lanes(const std::int32_t* ranks, std::int64_t blocks, const std::int32_t* wanted,
-                               std::int32_t** end, std::int64_t stride_slot) {
+HWY_NOINLINE void choose_lanes(const std::int32_t* ranks, std::int64_t blocks, const Wanted& wanted,
+                               std::int64_t first_lane, std::int32_t** end, std::int64_t stride_slot) {
   const Int one = hn::Set(kInt, 1), zero = hn::Zero(kInt);
   // So many have rank `low` or more that it is enough; those of `high` or more, `at_high`, are too few.
   Int want[kVectors], low[kVectors], high[kVectors], at_high[kVectors];
+  first_interval<kVectors>(ranks, blocks, wanted.most, low, high);
   for (int v = 0; v < kVectors; ++v) {
-    want[v] = hn::Load(kInt, wanted + v * kLanes);
-    low[v] = hn::Set(kInt, kNanRank);
-    // Lanes that want nothing are done before they start.
-    high[v] = hn::IfThenElse(hn::Gt(want[v], zero), hn::Set(kInt, kForcedRank + 1), hn::Add(low[v], one));
-    at_high[v] = zero;
+    want[v] = hn::Load(kInt, wanted.blocks + first_lane + v * kLanes);
+    at_high[v] = hn::Load(kInt, wanted.forced + first_lane + v * kLanes);
+    // Lanes that take nothing else, or nothing, are done before they start.
+    const auto search = hn::Gt(want[v], at_high[v]);
+    low[v] = hn::IfThenElse(search, low[v], hn::Set(kInt, kForcedRank));
+    high[v] = hn::Add(hn::IfThenElse(search, high[v], low[v]), one);
+    at_high[v] = hn::IfThenElse(search, at_high[v], zero);
   }
   for (bool searching = true; searching;) {
     Int below[kVectors], count[kVectors];
@@ -129,11 +166,13 @@ HWY_NOINLINE void choose_lanes(const std::int32_t* ranks, std::int64_t blocks, c
 // `ranks`: of the blocks up to that of the last token; changed. Null where the tokens keep all.
 HWY_INLINE void choose_blocks(const NsaProblem& p, const RowTile& tile, std::int64_t first_position,
                               std::int32_t* ranks, const BlockRows& target) {
-  alignas(64) std::int32_t wanted[kRows];
+  Wanted wanted;
+  wanted.most = p.top_k;
   std::int64_t own[kRows], found[kRows];
   for (std::int64_t r = 0; r < kRows; ++r) {
     own[r] = r < tile.rows ? (first_position + r) / p.block_size : -1;
-    wanted[r] = static_cast<std::int32_t>(min_of(p.top_k, own[r] + 1));
+    wanted.blocks[r] = static_cast<std::int32_t>(min_of(p.top_k, own[r] + 1));
+    wanted.forced[r] = static_cast<std::int32_t>(min_of(p.init_blocks + p.local_blocks, own[r] + 1));
     found[r] = 0;
   }
   const auto put = [&](std::int64_t row, std::int64_t block) {
@@ -162,8 +201,8 @@ HWY_INLINE void choose_blocks(const NsaProblem& p, const RowTile& tile, std::int
     for (std::int64_t r = 0; r < tile.rows; ++r) end[r] = target.first + r * target.stride_row;
     std::int64_t r = 0;
     for (; r + kTogether * kLanes <= round_up(tile.lanes, kTogether * kLanes); r += kTogether * kLanes)
-      choose_lanes<kTogether>(ranks + r, blocks, wanted + r, end + r, target.stride_slot);
-    for (std::int64_t row = 0; row < tile.rows; ++row) found[row] = wanted[row];
+      choose_lanes<kTogether>(ranks + r, blocks, wanted, r, end + r, target.stride_slot);
+    for (std::int64_t row = 0; row < tile.rows; ++row) found[row] = wanted.blocks[row];
   }
   for (std::int64_t r = 0; r < tile.rows; ++r)
     while (found[r] < p.top_k) put(r, -1);

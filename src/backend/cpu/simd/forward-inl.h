@@ -20,6 +20,7 @@
 #include "backend/cpu/simd/block_mask-inl.h"
 #include "backend/cpu/simd/gemm-inl.h"
 #include "backend/cpu/simd/kernel_table.h"
+#include "backend/cpu/simd/seen_squares-inl.h"
 #include "backend/cpu/simd/skip-inl.h"
 
 namespace fsa::cpu::FSA_SIMD_TARGET {
@@ -127,12 +128,16 @@ struct FloatForward {
 
   static constexpr std::int64_t kKeyUnit = 1;  // a tile's keys in use begin at a multiple of it
 
-  // scores = pre_scale * K Q^T for the keys [first, first + keys) of the tile. `plain`: neither logit policy nor mask
-  // will change them.
+  // scores = pre_scale * K Q^T for the keys [first, first + keys) of the tile, which the mask, if any, will hide in part;
+  // what it hides may be left out.
   HWY_INLINE void scores(const Problem& p, const LogitPolicies&, const ForwardRowTile& t, std::int64_t first,
-                         std::int64_t keys, bool /*plain*/, float* scores) {
-    gemm<Init::zero>(Gemm{t.query, kRows, key + first * key_pitch, key_pitch, 1, p.head_dim, scores, kRows},
-                     keys, t.tile.lanes);
+                         std::int64_t keys, const PartialTile* masked, float* scores) {
+    const SeenSquares squares(masked, first, keys, t.tile.lanes);
+    squares.by_keys([&](Span k, Span rows) HWY_ATTR {
+      gemm<Init::zero>(Gemm{t.query + rows.begin, kRows, key + (first + k.begin) * key_pitch, key_pitch, 1,
+                            p.head_dim, scores + k.begin * kRows + rows.begin, kRows},
+                       k.count(), rows.count());
+    });
   }
   // `masked`: some of them will be hidden.
   HWY_INLINE void logits(const LogitPolicies& logit, const RowTile& tile, const float* delta,
@@ -150,13 +155,23 @@ struct FloatForward {
   }
   // Softmax of a kept tile, and its share of O^T.
   HWY_INLINE void accumulate(const Problem& p, ForwardRowTile& t, std::int64_t first, std::int64_t keys,
-                             const float* maxima, float* scores, float* factors) {
+                             const PartialTile* masked, const float* maxima, float* scores, float* factors) {
     softmax_update(t, keys, maxima, scores, factors);
-    const Gemm product{scores, kRows, value + first * value_pitch, 1, value_pitch, keys, t.out, kRows};
-    if (t.started)
-      gemm<Init::scale>(product, p.head_dim_v, t.tile.lanes, factors);
-    else
-      gemm<Init::zero>(product, p.head_dim_v, t.tile.lanes);
+    const SeenSquares squares(masked, first, keys, t.tile.lanes);
+    squares.by_rows([&](Span rows, Span k) HWY_ATTR {
+      const Gemm product{scores + k.begin * kRows + rows.begin,
+                         kRows,
+                         value + (first + k.begin) * value_pitch,
+                         1,
+                         value_pitch,
+                         k.count(),
+                         t.out + rows.begin,
+                         kRows};
+      if (t.started)
+        gemm<Init::scale>(product, p.head_dim_v, rows.count(), factors + rows.begin);
+      else
+        gemm<Init::zero>(product, p.head_dim_v, rows.count());
+    });
   }
 };
 
@@ -326,7 +341,7 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
       const bool fused =
           !Observer::kReadsScores && !(p.threshold > 0) && arithmetic.fuses(logit, keys, masked);
       if (!fused) {
-        arithmetic.scores(p, logit, t, first, used, !logit.any() && masked == nullptr, scratch.scores);
+        arithmetic.scores(p, logit, t, first, used, masked, scratch.scores);
         if (logit.any())
           arithmetic.logits(logit, t.tile, scratch.delta + first, visibility.offset, key_begin + first, used,
                             masked != nullptr, scratch.scores);
@@ -343,7 +358,7 @@ HWY_INLINE void forward(const Problem& p, const Arguments& args, const ForwardIt
       if (fused)
         arithmetic.attend(logit, t, keys, scratch.delta, masked, scratch.factors);
       else
-        arithmetic.accumulate(p, t, first, used, scratch.maxima, scratch.scores, scratch.factors);
+        arithmetic.accumulate(p, t, first, used, masked, scratch.maxima, scratch.scores, scratch.factors);
       observer.tile(u, t, n, first, used, scratch.scores, scratch.factors);
       t.started = true;
       if (p.threshold > 0) update_cut(t);

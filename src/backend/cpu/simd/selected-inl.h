@@ -19,6 +19,7 @@
 #include "backend/cpu/simd/gemm-inl.h"
 #include "backend/cpu/simd/nsa_table.h"
 #include "backend/cpu/simd/scores-inl.h"
+#include "backend/cpu/simd/seen_squares-inl.h"
 
 namespace fsa::cpu::FSA_SIMD_TARGET {
 
@@ -157,21 +158,32 @@ HWY_INLINE void fetch_block(const NsaProblem& p, const RowSource& keys, const Ro
   add(packed.value, b.value_pitch, block.keys);
 }
 
-// Rows [begin, begin + count) of the (token, head) pairs that selected a block.
+// Some of the (token, head) pairs that selected a block.
 struct SelectedRows {
-  std::int32_t row[kSelectedBatch];    // in the chunk: token * group + head
-  std::int32_t limit[kSelectedBatch];  // keys of the block that the row sees: all, or up to its own token
+  std::int64_t count = 0;
+  std::int32_t row[kSelectedBatch];  // in the chunk: token * group + head
+  std::int32_t
+      limit[kSelectedBatch];  // keys of the block that the row sees: all, or up to its own token; ascending
+
+  // Keys that a row sees, at most `most`, in whole squares.
+  HWY_INLINE std::int64_t keys(std::int64_t most) const {
+    return min_of(most, round_up(limit[count - 1], kSquare));
+  }
 };
 
+// The next batch of the pairs, from `begin` of `total` on. Rows that see half of the block at most, at its diagonal, are
+// batches of their own: the products leave out the other half, 1.5 % of the branch.
 HWY_INLINE void list_rows(const NsaProblem& p, const SelectedItem& item, const SelectedBlock& block,
-                          const std::int32_t* tokens, std::int64_t begin, std::int64_t count,
+                          const std::int32_t* tokens, std::int64_t begin, std::int64_t total,
                           SelectedRows& rows) {
-  const std::int64_t first_position = item.row_begin + item.sequence.offset();
+  const std::int64_t first_position = item.row_begin + item.sequence.offset(), half = p.block_size / 2;
+  const std::int64_t most = min_of(kSelectedBatch, total - begin);
   std::int64_t token = begin / p.group_size, g = begin % p.group_size;
-  for (std::int64_t r = 0; r < count; ++r) {
-    rows.row[r] = static_cast<std::int32_t>(tokens[token] * p.group_size + g);
-    rows.limit[r] = static_cast<std::int32_t>(
-        min_of<std::int64_t>(block.keys, first_position + tokens[token] - block.begin + 1));
+  for (rows.count = 0; rows.count < most; ++rows.count) {
+    const std::int64_t limit = min_of(block.keys, first_position + tokens[token] - block.begin + 1);
+    if (limit > half && 2 * rows.count >= kSelectedBatch && rows.limit[rows.count - 1] <= half) return;
+    rows.row[rows.count] = static_cast<std::int32_t>(tokens[token] * p.group_size + g);
+    rows.limit[rows.count] = static_cast<std::int32_t>(limit);
     if (++g == p.group_size) {
       g = 0;
       ++token;
@@ -180,12 +192,12 @@ HWY_INLINE void list_rows(const NsaProblem& p, const SelectedItem& item, const S
 }
 
 // Scores beyond the limit become -inf; returns the largest of the rest.
-HWY_INLINE float mask_and_max(float* scores, std::int64_t limit, std::int64_t pitch) {
+HWY_INLINE float mask_and_max(float* scores, std::int64_t limit, std::int64_t lanes) {
   const Float hidden = hn::Set(kFloat, kNegativeInfinity);
   Float m = hidden;
   std::int64_t j = 0;
   for (; j + kLanes <= limit; j += kLanes) m = hn::Max(m, hn::Load(kFloat, scores + j));
-  for (; j < pitch; j += kLanes) {
+  for (; j < lanes; j += kLanes) {
     const auto seen =
         hn::Lt(hn::Iota(kInt, static_cast<std::int32_t>(j)), hn::Set(kInt, static_cast<std::int32_t>(limit)));
     const Float x = hn::IfThenElse(hn::RebindMask(kFloat, seen), hn::Load(kFloat, scores + j), hidden);
@@ -195,10 +207,11 @@ HWY_INLINE float mask_and_max(float* scores, std::int64_t limit, std::int64_t pi
   return hn::GetLane(hn::MaxOfLanes(kFloat, m));
 }
 
-// P replaces the scores; factors = 2^(m_old - m_new) per row.
-HWY_INLINE void selected_softmax(const SelectedScratch& s, const SelectedRows& rows, std::int64_t count) {
+// P replaces the scores of the first `lanes` keys; factors = 2^(m_old - m_new) per row.
+HWY_INLINE void selected_softmax(const SelectedScratch& s, const SelectedRows& rows, std::int64_t lanes) {
+  const std::int64_t count = rows.count;
   for (std::int64_t r = 0; r < count; ++r) {
-    s.maxima[r] = mask_and_max(s.scores + r * s.block_pitch, rows.limit[r], s.block_pitch);
+    s.maxima[r] = mask_and_max(s.scores + r * s.block_pitch, rows.limit[r], lanes);
     s.factors[r] = s.row_max[rows.row[r]];
   }
   for (std::int64_t r = 0; r < count; r += kLanes) {  // lanes beyond count hold garbage that nobody reads
@@ -214,7 +227,7 @@ HWY_INLINE void selected_softmax(const SelectedScratch& s, const SelectedRows& r
     const Float base = hn::Set(kFloat, max == kNegativeInfinity ? 0.0f : max);
     Float sum = hn::Zero(kFloat);
     float* scores = s.scores + r * s.block_pitch;
-    for (std::int64_t j = 0; j < s.block_pitch; j += kLanes) {
+    for (std::int64_t j = 0; j < lanes; j += kLanes) {
       const Float x = exp2(hn::Sub(hn::Load(kFloat, scores + j), base));
       hn::Store(x, kFloat, scores + j);
       sum = hn::Add(sum, x);
@@ -279,20 +292,20 @@ HWY_INLINE void selected_forward(const NsaProblem& p, const NsaArguments& args,
     Fetch ahead;
     fetch_block(p, keys, values, selected_block(p, sequence, next), buffers, block_at(next), ahead);
     const std::int64_t total = (lists.begin[b + 1] - lists.begin[b]) * p.group_size;
-    for (std::int64_t begin = 0; begin < total; begin += kSelectedBatch) {
-      const std::int64_t count = min_of(kSelectedBatch, total - begin);
-      list_rows(p, item, block, lists.tokens + lists.begin[b], begin, count, rows);
-      for (std::int64_t r = 0; r < count; ++r) {
+    for (std::int64_t begin = 0; begin < total; begin += rows.count) {
+      list_rows(p, item, block, lists.tokens + lists.begin[b], begin, total, rows);
+      const std::int64_t lanes = rows.keys(s.block_pitch), keys_seen = rows.keys(block.keys);
+      for (std::int64_t r = 0; r < rows.count; ++r) {
         query_rows[r] = s.query + rows.row[r] * s.key_pitch;
         out_rows[r] = s.out + rows.row[r] * s.value_pitch;
       }
       gemm<Init::zero>(
           GemmListedB{packed.key_t, s.block_pitch, query_rows, p.head_dim, s.scores, s.block_pitch, &ahead},
-          count, block.keys);
-      selected_softmax(s, rows, count);
+          rows.count, keys_seen);
+      selected_softmax(s, rows, lanes);
       gemm<Init::scale_rows>(
-          GemmListedC{packed.value, s.value_pitch, s.scores, s.block_pitch, block.keys, out_rows, &ahead},
-          count, p.head_dim_v, s.factors);
+          GemmListedC{packed.value, s.value_pitch, s.scores, s.block_pitch, keys_seen, out_rows, &ahead},
+          rows.count, p.head_dim_v, s.factors);
     }
   }
   finish_selected(p, args, item, s);
@@ -325,14 +338,14 @@ HWY_INLINE void selected_row_statistics(const NsaProblem& p, const NsaArguments&
 }
 
 // P = 2^(S - lse) over the scores, dS = P (dP - dot) over the products; 0 beyond the limit of the row.
-HWY_INLINE void selected_grad_scores(const SelectedScratch& s, const SelectedRows& rows, std::int64_t count) {
-  for (std::int64_t r = 0; r < count; ++r) {
+HWY_INLINE void selected_grad_scores(const SelectedScratch& s, const SelectedRows& rows, std::int64_t lanes) {
+  for (std::int64_t r = 0; r < rows.count; ++r) {
     const std::int32_t row = rows.row[r];
     const Float lse = hn::Set(kFloat, s.row_max[row]), lse_low = hn::Set(kFloat, s.row_sum[row]);
     const Float dot = hn::Set(kFloat, s.dots[row]);
     float* scores = s.scores + r * s.block_pitch;
     float* grads = s.grad_scores + r * s.block_pitch;
-    for (std::int64_t j = 0; j < s.block_pitch; j += kLanes) {
+    for (std::int64_t j = 0; j < lanes; j += kLanes) {
       Float x = exp2(hn::Sub(hn::Sub(hn::Load(kFloat, scores + j), lse), lse_low));
       Float g = hn::Mul(x, hn::Sub(hn::Load(kFloat, grads + j), dot));
       if (j + kLanes > rows.limit[r]) {
@@ -398,33 +411,38 @@ HWY_INLINE void selected_backward(const NsaProblem& p, const NsaArguments& args,
               next.keys);
     std::uint8_t& touched = buffers.touched[copy * buffers.blocks + item.block_begin + lists.block[b]];
     const std::int64_t total = (lists.begin[b + 1] - lists.begin[b]) * p.group_size;
-    for (std::int64_t begin = 0; begin < total; begin += kSelectedBatch) {
-      const std::int64_t count = min_of(kSelectedBatch, total - begin);
-      list_rows(p, item, block, lists.tokens + lists.begin[b], begin, count, rows);
-      for (std::int64_t r = 0; r < count; ++r) {
+    for (std::int64_t begin = 0; begin < total; begin += rows.count) {
+      list_rows(p, item, block, lists.tokens + lists.begin[b], begin, total, rows);
+      const std::int64_t lanes = rows.keys(s.block_pitch), keys_seen = rows.keys(block.keys);
+      for (std::int64_t r = 0; r < rows.count; ++r) {
         query_rows[r] = s.query + rows.row[r] * s.key_pitch;
         grad_out_rows[r] = s.grad_out + rows.row[r] * s.value_pitch;
         grad_query_rows[r] = s.grad_query + rows.row[r] * s.key_pitch;
       }
       gemm<Init::zero>(
           GemmListedB{packed.key_t, s.block_pitch, query_rows, p.head_dim, s.scores, s.block_pitch, &ahead},
-          count, s.block_pitch);
+          rows.count, lanes);
       gemm<Init::zero>(GemmListedB{packed.value_t, s.block_pitch, grad_out_rows, p.head_dim_v, s.grad_scores,
                                    s.block_pitch, &ahead},
-                       count, s.block_pitch);
-      selected_grad_scores(s, rows, count);
+                       rows.count, lanes);
+      selected_grad_scores(s, rows, lanes);
       const bool start = touched == 0;
+      if (start) {  // what the products do not reach
+        const std::int64_t left = block.keys - keys_seen;
+        clear_floats(grad_value + keys_seen * buffers.value_pitch, left * buffers.value_pitch);
+        clear_floats(grad_key + keys_seen * buffers.key_pitch, left * buffers.key_pitch);
+      }
       add_or_start(start,
-                   GemmListedA{grad_out_rows, s.scores, 1, s.block_pitch, count, grad_value,
+                   GemmListedA{grad_out_rows, s.scores, 1, s.block_pitch, rows.count, grad_value,
                                buffers.value_pitch, &ahead},
-                   block.keys, p.head_dim_v);
+                   keys_seen, p.head_dim_v);
       add_or_start(start,
-                   GemmListedA{query_rows, s.grad_scores, 1, s.block_pitch, count, grad_key,
+                   GemmListedA{query_rows, s.grad_scores, 1, s.block_pitch, rows.count, grad_key,
                                buffers.key_pitch, &ahead},
-                   block.keys, p.head_dim);
-      gemm<Init::add>(GemmListedC{packed.key, s.key_pitch, s.grad_scores, s.block_pitch, block.keys,
+                   keys_seen, p.head_dim);
+      gemm<Init::add>(GemmListedC{packed.key, s.key_pitch, s.grad_scores, s.block_pitch, keys_seen,
                                   grad_query_rows, &ahead},
-                      count, p.head_dim);
+                      rows.count, p.head_dim);
       touched = 1;
     }
   }

@@ -266,17 +266,13 @@ struct TileBackward {
   }
   static HWY_INLINE void add_far_gate(const TileGate& rows, const GateKeys& gate_keys, std::int64_t keys,
                                       float* scores, float* slopes) {
-    const Float one = hn::Set(kFloat, 1.0f);
-    const Float alpha = hn::Mul(rows.alpha, hn::Set(kFloat, static_cast<float>(kLog2E)));
+    const FarGate gate(rows.alpha);
     for (std::int64_t j = 0; j < keys; ++j) {
-      const Float x = hn::Mul(alpha, hn::Set(kFloat, gate_keys.delta[j]));
+      const Float x = gate.argument(gate_keys.delta[j]);
       const Float y = exp2_of_minus_abs(x);
       float* s = scores + j * kRows;
-      hn::Store(hn::Add(hn::Load(kFloat, s), log_sigmoid_short(x, y)), kFloat, s);
-      const __m512 numerator =
-          _mm512_mask_mov_ps(y.raw, _mm512_movepi32_mask(_mm512_castps_si512(x.raw)), one.raw);
-      const __m512 slope = _mm512_mul_ps(numerator, _mm512_rcp14_ps(hn::Add(y, one).raw));
-      hn::Store(Float{slope}, kFloat, slopes + j * kRows);
+      hn::Store(gate.add(x, y, hn::Load(kFloat, s)), kFloat, s);
+      hn::Store(gate.slope(x, y), kFloat, slopes + j * kRows);
     }
   }
 

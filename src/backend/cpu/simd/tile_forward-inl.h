@@ -72,13 +72,13 @@ struct TileForward {
   static constexpr std::int64_t kKeyUnit = kTileTerms;
 
   HWY_INLINE void scores(const Problem&, const LogitPolicies& logit, const ForwardRowTile& t,
-                         std::int64_t first, std::int64_t keys, bool plain, float* scores) {
+                         std::int64_t first, std::int64_t keys, const PartialTile* masked, float* scores) {
     const Tiles query = query_tiles(t.query), key = this->key.from(first / kTileRows, 0);
     const std::int64_t v_tiles = t.tile.lanes / kTileRows, padded = round_up(keys, kTileTerms);
     const bool scaled =
         logit.any() || !(logit.pre_scale > 0);  // the maximum of -2 s is not -2 times that of s
     score_scale = scaled ? 1.0f : logit.pre_scale;
-    have_maxima = plain && !scaled && keys == padded;
+    have_maxima = masked == nullptr && !scaled && keys == padded;
     if (have_maxima) {
       product_with_maxima(key, query, v_tiles, padded / kTileRows, scores);
       return;
@@ -180,7 +180,8 @@ struct TileForward {
   }
 
   HWY_INLINE void accumulate(const Problem&, ForwardRowTile& t, std::int64_t first, std::int64_t keys,
-                             const float* maxima, float* scores, float* factors) {
+                             const PartialTile* /*masked*/, const float* maxima, float* scores,
+                             float* factors) {
     const std::int64_t k_first = first / kTileTerms;
     const std::int64_t v_tiles = t.tile.lanes / kTileRows, k_tiles = tiles_of(keys, kTileTerms);
     for (std::int64_t v = 0; v < v_tiles; ++v)

@@ -154,6 +154,26 @@ struct NearGate {
   }
 };
 
+// Far from 0: alpha times log2 e, so that products are arguments of 2^x. y = 2^-|x| serves the gate and its slope.
+struct FarGate {
+  Float alpha;
+
+  explicit HWY_INLINE FarGate(Float rows)
+      : alpha(hn::Mul(rows, hn::Set(kFloat, static_cast<float>(kLog2E)))) {}
+
+  HWY_INLINE Float argument(float delta) const { return hn::Mul(alpha, hn::Set(kFloat, delta)); }
+  HWY_INLINE Float add(Float x, Float y, Float scores) const {
+    return hn::Add(scores, log_sigmoid_short(x, y));
+  }
+  // sigmoid(-x) = (x < 0 ? 1 : y) / (1 + y)
+  HWY_INLINE Float slope(Float x, Float y) const {
+    const Float one = hn::Set(kFloat, 1.0f);
+    const __m512 numerator =
+        _mm512_mask_mov_ps(y.raw, _mm512_movepi32_mask(_mm512_castps_si512(x.raw)), one.raw);
+    return Float{_mm512_mul_ps(numerator, _mm512_rcp14_ps(hn::Add(y, one).raw))};
+  }
+};
+
 // The gate of 16 rows, from `first_row` on, and the keys of a tile.
 struct TileGate {
   Float alpha;
@@ -180,11 +200,11 @@ struct TileGate {
         f(j, [&](Float scores)
                  HWY_ATTR { return gate.add(log_cosh, gate.argument(sizes[j]), delta[j], scores); });
     } else if (log_sigmoid) {
-      const Float rows = hn::Mul(alpha, hn::Set(kFloat, static_cast<float>(kLog2E)));
+      const FarGate gate(alpha);
       for (std::int64_t j = begin; j < end; ++j)
         f(j, [&](Float scores) HWY_ATTR {
-          const Float x = hn::Mul(rows, hn::Set(kFloat, delta[j]));
-          return hn::Add(scores, log_sigmoid_short(x, exp2_of_minus_abs(x)));
+          const Float x = gate.argument(delta[j]);
+          return gate.add(x, exp2_of_minus_abs(x), scores);
         });
     } else {
       for (std::int64_t j = begin; j < end; ++j)
