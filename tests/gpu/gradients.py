@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import checks
 import flash_sparse_attention as fsa
@@ -289,7 +291,11 @@ def gradients_beyond_two_to_the_31_elements() -> str:
 
 @test
 def training_follows_torch() -> str:
-    """Four layers, 200 steps, one seed, by torch's attention and by this library's."""
+    """Four layers, 200 steps, one seed, by torch's attention and by this library's, deterministic.
+
+    The last bits of dQ, which the default may round in any order, move the loss after 200 steps by up to 2 %: 20
+    trainings ended between 2.041 and 2.128, where the deterministic one ends at 2.088 every time and torch's at 2.108.
+    """
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
     from byte_lm.data import held_out_windows, load_corpus, training_batch
@@ -302,6 +308,7 @@ def training_follows_torch() -> str:
     windows = held_out_windows(corpus, count=4, context=context).to(device)
     losses: dict[str, list[float]] = {}
     ends = {}
+    repeatable = functools.partial(fsa.attention, deterministic=True)
     for name in ("torch", "dense"):
         kind, model = AttentionKind(name), ByteLM(ModelConfig.on(device), seed=0).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -310,7 +317,8 @@ def training_follows_torch() -> str:
             optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 60)
             batch = training_batch(corpus, seed=0, step=step, batch=1, context=context).to(device)
             optimizer.zero_grad(set_to_none=True)
-            loss = model.loss(batch, kind)
+            with mock.patch.object(fsa, "attention", repeatable):
+                loss = model.loss(batch, kind)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
