@@ -173,6 +173,30 @@ TEST(CudaDispatch, LongColumnsHaveSlots) {
 }
 
 // float32 dQ in whole row tiles, and what grows with seqlen * heads alone.
+TEST(CudaDispatch, MainKernelClearsSumsOfLaterWaves) {
+  Problem p = problem();
+  p.operation = Operation::backward;
+  EXPECT_FALSE(clears_ahead(p)) << "all heads are one wave";
+  EXPECT_EQ(backward_workspace(p).clears, BackwardWorkspace::kAbsent);
+  p.max_seqlen_q = p.max_seqlen_k = 16384;
+  p.total_q = p.total_k = 2 * 16384;
+  EXPECT_EQ(key_heads_per_wave(p), 1) << "two query heads of 16 MB";
+  EXPECT_TRUE(clears_ahead(p));
+  EXPECT_NE(backward_workspace(p).clears, BackwardWorkspace::kAbsent);
+
+  const auto refused = [&](auto change) {
+    Problem changed = p;
+    change(changed);
+    return !clears_ahead(changed) && backward_workspace(changed).clears == BackwardWorkspace::kAbsent;
+  };
+  EXPECT_TRUE(refused([](Problem& c) { c.deterministic = true; })) << "who comes first stores";
+  EXPECT_TRUE(refused([](Problem& c) { c.threshold = 1; })) << "columns may be cut";
+  EXPECT_TRUE(refused([](Problem& c) { c.has_window_sizes = true; })) << "columns may be cut";
+  EXPECT_TRUE(refused([](Problem& c) { c.packed_q = true; })) << "rows lie in another order";
+  EXPECT_TRUE(refused([](Problem& c) { c.packed_k = true; })) << "rows lie in another order";
+  EXPECT_TRUE(refused([](Problem& c) { c.head_dim = c.head_dim_v = 256; })) << "no adders";
+}
+
 TEST(CudaDispatch, BackwardWorkspaceIsThatOfTheFormula) {
   Problem p = problem();
   p.operation = Operation::backward;

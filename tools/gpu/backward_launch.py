@@ -257,7 +257,6 @@ class Backward:
         self.split = driver.load(cubin, 0, "fsa_split_columns") if config.cuts else None
         self.sum_parts = driver.load(cubin, 0, "fsa_sum_parts") if config.cuts else None
         self.least_part = LEAST_PART
-        self.clears = True  # of dQ's sums by the main kernel, where it can be
         self.processors = torch.cuda.get_device_properties(0).multi_processor_count
         # Of the forward's parameters only the part that describes the problem counts, and boxes of 64 rows.
         self.forward = Kernel.__new__(Kernel)
@@ -322,7 +321,7 @@ class Backward:
             and not packed_q
             and not packed_k
         )
-        if ahead and self.clears and tiles > of_wave:
+        if ahead and tiles > of_wave:
             clears = torch.full((1 + batch * heads,), -1, dtype=torch.int32, device="cuda")
         parts, least_part, slots = (None,) * 5, 0, 0
         if config.cuts and -(-max_q // block_m) * (heads // kv_heads) >= 2 * self.least_part:
