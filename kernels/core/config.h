@@ -28,8 +28,8 @@ struct ForwardTile {
   int32 query_stages;  // 2: the next query tile loads under the current one
   int32 key_stages;
   int32 value_stages;  // with private_values: divided among the consumer warpgroups
-  // 1: each consumer warpgroup fetches the values that it wants into stages of its own, which pays when most
-  // tiles are skipped by a vote; 0: the producer loads every V once for all.
+  // 1: each consumer warpgroup can fetch the values that it wants into stages of its own, which pays when most
+  // tiles are skipped by a vote; 0: the producer always loads every V once for all.
   int32 private_values;
   int32 key_scalars;  // 1: one float per key travels with K (delta of the pair gate)
   int32 gate_terms;   // 1: so do the terms of the pair gate, inner values of one more multiply
@@ -60,18 +60,22 @@ inline constexpr int32 kGateRowBytes = gate_term_bytes(kRowsPerWarpgroup);  // o
 inline constexpr int32 kOnesBytes = 128;  // eight rows of eight elements, read as B of a multiply
 inline constexpr int32 kWorkTileBytes = 144;
 inline constexpr int32 kListedTileBytes = 12;
+inline constexpr int32 kBallotRounds = 8;                    // that are kept
+inline constexpr int32 kVoteBytes = kBallotRounds * 4 + 32;  // of a consumer
 
 // Dynamic shared memory of the forward kernel; the kernel asserts that its SharedStorage has this size.
 constexpr int32 forward_shared_bytes(const ForwardTile& t) {
   const int32 tiles = t.query_stages * forward_query_bytes(t) + t.key_stages * forward_key_bytes(t) +
                       t.value_stages * forward_value_bytes(t);
-  const int32 barriers = 8 * 2 * (t.query_stages + t.key_stages + t.value_stages + kWorkSlots);
+  const int32 barriers = 8 * (2 * (t.query_stages + t.key_stages + t.value_stages + kWorkSlots) +
+                              t.private_values * t.value_stages);
+  const int32 votes = t.block_m / kRowsPerWarpgroup * kVoteBytes + kWorkSlots * 4;
   const int32 scalars = t.key_scalars * t.key_stages * t.block_n * 4;
   const int32 infos = kWorkSlots * (kWorkTileBytes + kListedTileBytes) + t.key_stages * kListedTileBytes;
   const int32 terms = t.gate_terms * (t.key_stages * gate_term_bytes(t.block_n) + kZeroTermBytes +
                                       t.block_m / kRowsPerWarpgroup * kGateRowBytes);
   const int32 ones = t.rounded_sums * kOnesBytes;
-  return round_up(tiles + terms + scalars + ones + infos + barriers, kSharedAlignment);
+  return round_up(tiles + terms + scalars + ones + infos + votes + barriers, kSharedAlignment);
 }
 
 // One producer warpgroup beside the consumers.

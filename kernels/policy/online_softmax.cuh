@@ -40,11 +40,32 @@ struct OnlineSoftmax {
     }
     exponentiate(rS, scale);
   }
-  // The same when the row maxima are known already.
+  // The same when the row maxima are known already, or what tile_maximum() says.
   template <int32 kCount>
   FSA_DEVICE void update(float (&rS)[kCount], const RowPair& top, float scale) {
     raise(top, scale);
     exponentiate(rS, scale);
+  }
+
+  // Row maxima, NaN where a row has one; kIntegers: in warps whose m are all above zero, which then are no less, 0 in
+  // place of what is below.
+  template <bool kIntegers, int32 kCount>
+  FSA_DEVICE RowPair tile_maximum(const float (&rS)[kCount]) {
+    const auto max = [](float a, float b) { return ptx::max_nan(a, b); };
+    if constexpr (kIntegers) {
+      if (!positive) positive = __all_sync(0xffffffffu, row_max[0] > 0 && row_max[1] > 0);
+      if (positive) return over_quad(maximum_above({0, 0}, rS), max);
+    }
+    return row_maximum(rS, max);
+  }
+
+  // As if update() had not been.
+  FSA_DEVICE void go_back(const OnlineSoftmax& before) {
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+      row_max[slot] = before.row_max[slot];
+      row_sum[slot] = before.row_sum[slot];
+    }
   }
 
   // p under the maxima that are known.

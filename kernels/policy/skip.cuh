@@ -41,6 +41,18 @@ class ThresholdSkip {
     return wants;
   }
 
+  // The same for row maxima which are 0 where they are less and m is above zero; false where that leaves it open.
+  FSA_DEVICE bool surely_wants(const OnlineSoftmax& softmax, const OnlineSoftmax::RowPair& top,
+                               float scale) const {
+    bool wants = false;
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+      const float enough = fmaxf(cut_[slot], softmax.row_max[slot] > 0 ? kLeastFloat : -kLargestFloat);
+      wants = wants || (used_[slot] && !(top.of[slot] * scale < enough));
+    }
+    return wants;
+  }
+
   // After a kept tile.
   FSA_DEVICE void raise(const OnlineSoftmax& softmax, float scale) {
 #pragma unroll
@@ -51,9 +63,10 @@ class ThresholdSkip {
     }
   }
 
-  // Whether no row of the warp wants a tile for logits of zero or less.
-  FSA_DEVICE bool positive() const {
-    return __all_sync(0xffffffffu, (!used_[0] || cut_[0] > 0) && (!used_[1] || cut_[1] > 0));
+  // Whether no row of the warp wants a tile for logits of zero or less, nor has an m below zero.
+  FSA_DEVICE bool positive(const OnlineSoftmax& softmax) const {
+    return __all_sync(0xffffffffu, (!used_[0] || cut_[0] > 0) && (!used_[1] || cut_[1] > 0) &&
+                                       softmax.row_max[0] >= 0 && softmax.row_max[1] >= 0);
   }
 
   // One thread for the row tile of `row`; key tile `tile` was kept.
@@ -66,6 +79,7 @@ class ThresholdSkip {
 
  private:
   static constexpr float kLargestFloat = __builtin_bit_cast(float, 0x7f7fffffu);
+  static constexpr float kLeastFloat = __builtin_bit_cast(float, 0x00800000u);  // above zero
 
   float cut_[kRowsPerThread];
   float log2_threshold_[kRowsPerThread];

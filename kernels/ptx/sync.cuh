@@ -31,6 +31,23 @@ FSA_DEVICE bool barrier_any(int32 id, int32 threads, bool vote) {
   return any != 0;
 }
 
+// A byte of shared memory that others look at without a barrier.
+FSA_DEVICE void store_byte(uint8* to, uint32 value) {
+  asm volatile("st.volatile.shared.u8 [%0], %1;" ::"r"(shared_address(to)), "r"(value) : "memory");
+}
+
+// A word of shared memory once its bits in `mask` are those of `value`.
+FSA_DEVICE uint32 wait_masked(const uint32* from, uint32 mask, uint32 value) {
+  for (int32 spins = 0;; ++spins) {
+    uint32 word;
+    asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(word) : "r"(shared_address(from)) : "memory");
+    if ((word & mask) == value) return word;
+#ifdef FSA_DEVICE_CHECKS
+    if (spins == 1 << 22) __trap();
+#endif
+  }
+}
+
 // Orders this thread's ordinary shared-memory writes before later reads by WGMMA and the copy engine.
 FSA_DEVICE void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

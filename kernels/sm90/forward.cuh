@@ -28,6 +28,7 @@
 #include "ptx/sync.cuh"
 #include "sm90/forward_consumer.cuh"
 #include "sm90/forward_types.cuh"
+#include "sm90/forward_votes.cuh"
 #include "tile/ring.cuh"
 
 namespace fsa::kernels::sm90 {
@@ -50,7 +51,30 @@ FSA_DEVICE void init_barriers(ForwardStorage<Types>& storage) {
     ptx::init(storage.work_full[i], 1);
     ptx::init(storage.work_empty[i], Types::kConsumerWarps + 1);
   }
+  if constexpr (Types::kPrivateValues)
+    for (int32 i = 0; i < Types::kValueStages; ++i) ptx::init(storage.own_value_full.of[i], 1);
   ptx::fence_init();
+}
+
+// Before the first work tile. A threshold this low will hardly skip anything.
+template <class Types>
+FSA_DEVICE void init_votes(const ForwardParams& params, ForwardStorage<Types>& storage) {
+  constexpr float kLowThreshold = 1e-3f;
+  for (int32 i = 0; i < Types::kNumConsumers; ++i) {
+    storage.votes.ballots[i].clear();
+    storage.votes.rejected[i] = 0;
+    storage.votes.keeps_most[i] = params.threshold < kLowThreshold;
+    storage.votes.places[i][0] = {0, 0, 0};
+  }
+}
+
+// By what the warpgroups have kept lately. `most_kept`: the way of the work tile before.
+template <class Types>
+FSA_DEVICE void choose_way(ForwardStorage<Types>& storage, int32 slot, bool& most_kept) {
+  bool now = true;
+  for (int32 i = 0; i < Types::kNumConsumers; ++i) now = now && storage.votes.keeps_most[i] != 0;
+  storage.votes.ways[slot] = {(now ? VoteWay::kMostKept : 0) | (now != most_kept ? VoteWay::kChanges : 0)};
+  most_kept = now;
 }
 
 // One thread takes and describes work tiles and loads their queries, as far ahead as slots and query stages allow.
@@ -61,6 +85,7 @@ FSA_DEVICE void announce(const ForwardParams& params, ForwardStorage<Types>& sto
   Schedule schedule(params);
   Ring<kWorkSlots> slot;
   Ring<Types::kQueryStages> query;
+  bool most_kept = false;
   for (;; slot.advance()) {
     ListedWorkTile& work = storage.work[slot.stage()];
     ptx::wait(storage.work_empty[slot.stage()], slot.phase() ^ 1);
@@ -70,6 +95,8 @@ FSA_DEVICE void announce(const ForwardParams& params, ForwardStorage<Types>& sto
         Types::Tiles::describe(params, work);
       else
         work.sequence = -1;
+      if constexpr (Types::kChoosesWay)
+        if (more && work.num_segments > 0) choose_way<Types>(storage, slot.stage(), most_kept);
       ptx::arrive(storage.work_full[slot.stage()]);
     }
     if (!more) break;
@@ -96,10 +123,15 @@ FSA_DEVICE void produce(const ForwardParams& params, ForwardStorage<Types>& stor
                               (Types::kGateTerms ? gate_term_bytes(Types::kBlockN) : 0);
   Ring<kWorkSlots> slot;
   Ring<Types::kKeyStages> key;
-  Ring<Types::kConsumerValueStages> value;
+  Ring<Types::kValueStages> value;
 
   const auto load_value = [&](const WorkTile& work, int32 tile) {
-    if constexpr (Types::kPrivateValues) return;  // the consumers fetch what they want
+    if constexpr (Types::kPrivateValues) {
+      if constexpr (!Types::kChoosesWay) return;  // the consumers fetch what they want
+      const VoteWay way = storage.votes.ways[slot.stage()];
+      if (!way.most_kept()) return;
+      if (way.changes()) wait_work_tile_done<Types>(storage, slot.position - 1);
+    }
     ptx::wait(storage.value_empty[value.stage()], value.phase() ^ 1);
     ptx::arrive_expect_bytes(storage.value_full[value.stage()], Types::ValueTile::kBytes);
     Source::template load_value<Types::kBlockN, Types::kPaddedDimV>(
@@ -168,6 +200,7 @@ FSA_DEVICE void forward(const ForwardParams& params) {
     Types::Source::prefetch(params);
     init_barriers(storage);
     storage.ones.fill();
+    if constexpr (Types::kChoosesWay) init_votes<Types>(params, storage);
     if constexpr (Types::kGateTerms) storage.gate.zeros.fill();
   }
   __syncthreads();

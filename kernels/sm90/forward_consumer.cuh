@@ -1,21 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // One consumer warpgroup of the forward kernel: 64 query rows, S and O in registers.
 //
-// Four ways through the key tiles of a work tile:
+// Two ways through the key tiles of a work tile, and three more where tiles are voted on (forward_votes.cuh):
 //
 //   sweep          every tile counts: S(j + 1) and P V(j) in flight together, softmax(j + 1) under P V(j)
 //   sweep_listed   tiles of a list: the same, but a tile of other warpgroups' ends the pipeline, and its V is
 //                  passed over
-//   sweep_shared   tiles voted on, with V loaded for all: as sweep_listed
-//   sweep_private  tiles voted on, with V fetched on demand. A loop while tiles are skipped: S, row maxima,
-//                  vote. Another while they are kept: S(j + 1) and P V(j) in flight together, the vote on
-//                  j + 1 and its softmax under P V(j)
 //
 // ptxas serialises every multiply of a kernel where a multiply is issued in one arm of a branch with another
 // in flight (C7511, C7520). So arms are whole steps, and loops begin with nothing or just one P V in flight.
 #pragma once
 
-#include "policy/skip.cuh"
 #include "ptx/sync.cuh"
 #include "sm90/forward_types.cuh"
 #include "tile/fragment.cuh"
@@ -26,6 +21,9 @@ namespace fsa::kernels::sm90 {
 // Named barrier of the first consumer warpgroup; the others follow.
 inline constexpr int32 kWarpgroupBarrier = 1;
 
+template <class Types>
+struct Voter;
+
 // What it keeps in registers from tile to tile.
 template <class Types>
 struct Consumer {
@@ -33,7 +31,6 @@ struct Consumer {
   using HalfScores = float[Types::kBlockN / 4];
   using LogitChain = typename Types::LogitChain;
   using Skip = typename Types::Skip;
-  using Walk = typename Types::Tiles::Walk;
   static constexpr bool kListed = Types::Tiles::kListed;
 
   const ForwardParams& params;
@@ -45,7 +42,8 @@ struct Consumer {
   Ring<kWorkSlots> slot;
   Ring<Types::kQueryStages> query;
   Ring<Types::kKeyStages> key;
-  Ring<Types::kConsumerValueStages> value;
+  Ring<Types::kValueStages> value;         // loaded for all
+  Ring<Types::kOwnValueStages> own_value;  // fetched by this warpgroup
 
   Scores rS;
   float rO[Types::kHeadDimV / 2];
@@ -59,6 +57,7 @@ struct Consumer {
   bool output_staged = false;  // the previous query stage still holds output rows
   bool pending = false;        // rP waits for its multiply
   TileInfo following;          // the tile that the next keys belong to; lists only
+  uint32 round = 0;            // of votes without a barrier
 
   FSA_DEVICE Consumer(const ForwardParams& params_, ForwardStorage<Types>& storage_, int32 index_)
       : params(params_),
@@ -77,15 +76,29 @@ struct Consumer {
 
   FSA_DEVICE void release_key(int32 stage) { release(storage.key_empty[stage]); }
 
+  // kOwn: of values that this warpgroup has fetched for itself.
+  template <bool kOwn = false>
   FSA_DEVICE int32 value_stage() const {
-    return Types::kPrivateValues ? index * Types::kConsumerValueStages + value.stage() : value.stage();
+    if constexpr (kOwn) return index * Types::kOwnValueStages + own_value.stage();
+    return value.stage();
   }
 
-  FSA_DEVICE void wait_value() { ptx::wait(storage.value_full[value_stage()], value.phase()); }
+  template <bool kOwn = false>
+  FSA_DEVICE void wait_value() {
+    if constexpr (kOwn)
+      ptx::wait(storage.own_value_full.of[value_stage<true>()], own_value.phase());
+    else
+      ptx::wait(storage.value_full[value_stage()], value.phase());
+  }
 
+  template <bool kOwn = false>
   FSA_DEVICE void release_value() {
-    if constexpr (!Types::kPrivateValues) release(storage.value_empty[value_stage()]);
-    value.advance();
+    if constexpr (kOwn) {
+      own_value.advance();
+    } else {
+      release(storage.value_empty[value_stage()]);
+      value.advance();
+    }
   }
 
   FSA_DEVICE void release_work(int32 stage) {
@@ -109,14 +122,13 @@ struct Consumer {
   // In a loop that a vote ends ring positions are not in uniform registers, and each descriptor is copied into two.
   // With 32-bit arithmetic ptxas does so between the multiplies, in their shadow, and not before the second: voting
   // kernels -2 to -6 %, at head_dim 64 -5 to -12 % of time; others would take 2 to 3 % more (H200, 2026-11).
-  template <class Tile>
+  template <class Tile, bool kOwn>
   FSA_DEVICE static uint64 advance(uint64 descriptor, int32 bytes) {
-    if constexpr (Types::kPrivateValues) return Tile::advance_low(descriptor, bytes);
-    return Tile::advance(descriptor, bytes);
+    return kOwn ? Tile::advance_low(descriptor, bytes) : Tile::advance(descriptor, bytes);
   }
 
   // S = Q K^T; all columns of a tile, or as many as `r` has from column kBegin.
-  template <int32 kBegin = 0, int32 kCount>
+  template <int32 kBegin = 0, bool kOwn = false, int32 kCount>
   FSA_DEVICE void issue_scores(float (&r)[kCount]) {
     using QueryTile = typename Types::QueryTile;
     using KeyTile = typename Types::KeyTile;
@@ -126,8 +138,8 @@ struct Consumer {
 #pragma unroll
     for (int32 step = 0; step < Types::kHeadDim / 16; ++step)
       ptx::multiply_shared<Types::kElement, 2 * kCount>(
-          r, advance<QueryTile>(a, QueryTile::inner_columns_offset(step)),
-          advance<KeyTile>(b, KeyTile::inner_columns_offset(step)), step != 0);
+          r, advance<QueryTile, kOwn>(a, QueryTile::inner_columns_offset(step)),
+          advance<KeyTile, kOwn>(b, KeyTile::inner_columns_offset(step)), step != 0);
     if constexpr (Types::kGateTerms) issue_gate_terms<kBegin>(r);
     ptx::wgmma_commit();
   }
@@ -178,15 +190,16 @@ struct Consumer {
   }
 
   // O += P V
+  template <bool kOwn = false>
   FSA_DEVICE void issue_output() {
     using ValueTile = typename Types::ValueTile;
     ptx::wgmma_fence();
-    const uint64 b = ValueTile::inner_rows(shared_address(storage.value[value_stage()]));
+    const uint64 b = ValueTile::inner_rows(shared_address(storage.value[value_stage<kOwn>()]));
 #pragma unroll
     for (int32 step = 0; step < Types::kBlockN / 16; ++step)
       ptx::multiply_registers<Types::kElement, Types::kHeadDimV>(
           rO, rP[4 * step], rP[4 * step + 1], rP[4 * step + 2], rP[4 * step + 3],
-          advance<ValueTile>(b, ValueTile::inner_rows_offset(step)));
+          advance<ValueTile, kOwn>(b, ValueTile::inner_rows_offset(step)));
     if constexpr (Types::kRoundedSums) {
       const uint64 ones = repeated_rows(shared_address(storage.ones.values));
 #pragma unroll
@@ -215,10 +228,10 @@ struct Consumer {
   }
 
   // Once the next keys are there. Returns their stage, for take_scores.
-  template <int32 kBegin = 0, int32 kCount>
+  template <int32 kBegin = 0, bool kOwn = false, int32 kCount>
   FSA_DEVICE int32 start_scores(float (&r)[kCount]) {
     wait_key();
-    issue_scores<kBegin>(r);
+    issue_scores<kBegin, kOwn>(r);
     const int32 stage = key.stage();
     if constexpr (kListed) following = storage.following[stage].info();
     key.advance();
@@ -272,13 +285,14 @@ struct Consumer {
 
   // Keys beyond the used length have p = 0, but 0 * NaN is NaN: their values must not be what memory holds.
   // All warpgroups write the same zeros, each before its own multiply.
+  template <bool kOwn = false>
   FSA_DEVICE void clear_unused_values(const WorkTile& work, int32 tile) {
     const int32 used = work.seqlen_k - tile * Types::kBlockN;
     if (used >= Types::kBlockN) return;
-    wait_value();
+    wait_value<kOwn>();
     constexpr int32 kUnits = Types::kHeadDimV * kElementBytes / kUnitBytes;
     for (int32 item = warpgroup_thread(); item < (Types::kBlockN - used) * kUnits; item += kWarpgroupThreads)
-      *reinterpret_cast<uint4*>(storage.value[value_stage()] +
+      *reinterpret_cast<uint4*>(storage.value[value_stage<kOwn>()] +
                                 Types::ValueTile::unit_offset(used + item / kUnits, item % kUnits)) =
           make_uint4(0, 0, 0, 0);
     ptx::fence_shared_for_async();
@@ -325,15 +339,16 @@ struct Consumer {
     if constexpr (kMasked && kListed) clear_unused_values(work, info.tile);
   }
 
+  template <bool kOwn = false>
   FSA_DEVICE void last_output() {
-    wait_value();
-    issue_output();
+    wait_value<kOwn>();
+    issue_output<kOwn>();
     wait_output();
-    release_value();
+    release_value<kOwn>();
     pending = false;
   }
 
-  // The last P V remains, as in all ways but sweep_private.
+  // The last P V remains, as wherever values are loaded for all.
   FSA_DEVICE void sweep(const WorkTile& work, const LogitChain& logit) {
     const Segment& first = work.segments[0];
     const TileInfo info = {first.first, first.masked != 0 ? TileInfo::kMasked : 0, -1, 0};
@@ -403,220 +418,6 @@ struct Consumer {
     }
   }
 
-  // ---- A vote ----
-
-  // The warpgroup's own next tile; keys of the others' are passed over.
-  FSA_DEVICE bool next_tile(Walk& walk, TileInfo& info) {
-    if constexpr (!kListed) {
-      return walk.next(info);
-    } else {
-      for (; following.exists(); pass_over_key()) {
-        info = following;
-        if (info.belongs_to(index)) return true;
-      }
-      return false;
-    }
-  }
-
-  // The next tile is looked up in the shadow of a multiply, where that is arithmetic. In a list, other
-  // warpgroups' tiles may come before it, which need stages: not while this one holds one.
-  FSA_DEVICE bool next_early(Walk& walk, TileInfo& info) {
-    if constexpr (kListed) return false;
-    return next_tile(walk, info);
-  }
-  FSA_DEVICE bool next_late(Walk& walk, TileInfo& info, bool early) {
-    if constexpr (kListed) return next_tile(walk, info);
-    return early;
-  }
-
-  // Votes on a tile whose S is in `r`; if it is kept, `top` gets its row maxima, or 0 where they are less and `positive`
-  // says that no row wants a tile for that: then no m was far below 0. A row wants it when one of its
-  // threads does, so where most tiles are skipped the threads compare notes only about a kept one: 6 % less time
-  // at head_dim 64 and 4 % at 128 when nine tenths are skipped. Where most are kept it would cost 3 %.
-  template <bool kSkipping>
-  FSA_DEVICE bool vote(const LogitChain& logit, const Skip& skip, const Scores& r,
-                       OnlineSoftmax::RowPair& top, bool positive = false) {
-    const auto max = [](float a, float b) { return ptx::max_nan(a, b); };
-    if (kSkipping && positive)
-      top = OnlineSoftmax::maximum_above({0, 0}, r);
-    else
-      top = OnlineSoftmax::thread_maximum(r, max);
-    if constexpr (!kSkipping) top = OnlineSoftmax::over_quad(top, max);
-    const bool keep =
-        ptx::barrier_any(kWarpgroupBarrier + index, kWarpgroupThreads, skip.wants(top, logit.scale()));
-    if constexpr (kSkipping) {
-      if (keep) top = OnlineSoftmax::over_quad(top, max);
-    }
-    return keep;
-  }
-
-  // ---- A vote, with V for all ----
-
-  // A step that ends in a vote; true when the tile is kept.
-  template <bool kPending>
-  FSA_DEVICE bool shared_step(const WorkTile& work, const LogitChain& logit, Skip& skip,
-                              const TileInfo& info) {
-    const int32 stage = start_scores(rS);
-    if constexpr (kPending) {
-      wait_value();
-      issue_output();
-      ptx::wgmma_wait<1>();
-    } else {
-      ptx::wgmma_wait<0>();
-    }
-    take_scores(logit, rS, info.tile, stage);
-    if (info.masked()) mask(work, info, rS);
-    OnlineSoftmax::RowPair top;
-    const bool keep = vote<false>(logit, skip, rS, top);
-    if (keep) {
-      if (warpgroup_thread() == 0) Skip::record(params, work, work.m_begin + row, info.tile);
-      softmax.update(rS, top, logit.scale());
-    }
-    wait_output_late(rS);
-    if (keep && softmax.grown) softmax.rescale(rO);
-    if constexpr (kPending) release_value();
-    if (keep) {
-      pack_probabilities(rS);
-      skip.raise(softmax, logit.scale());
-      if (info.masked()) clear_unused_values(work, info.tile);
-    }
-    return keep;
-  }
-
-  // As next_tile; values of the others' tiles are passed over too, which ends the pipeline.
-  FSA_DEVICE bool next_shared(Walk& walk, TileInfo& info) {
-    if constexpr (!kListed) {
-      return walk.next(info);
-    } else {
-      while (following.exists()) {
-        info = following;
-        if (info.belongs_to(index)) return true;
-        pass_over_key();
-        if (pending) last_output();
-        pass_over_value();
-      }
-      return false;
-    }
-  }
-
-  FSA_DEVICE void sweep_shared(const WorkTile& work, const LogitChain& logit) {
-    Skip skip(params, work, work.m_begin + row);
-    Walk walk(params, work);
-    TileInfo info;
-    bool more = next_shared(walk, info);
-    while (more) {
-      pending =
-          pending ? shared_step<true>(work, logit, skip, info) : shared_step<false>(work, logit, skip, info);
-      if (!pending) pass_over_value();
-      more = next_shared(walk, info);
-    }
-  }
-
-  // ---- A vote, with V on demand ----
-
-  // V of a kept tile loads under its softmax. Every warp has completed the P V that last read this stage.
-  FSA_DEVICE void fetch_value(const WorkTile& work, int32 tile) {
-    if (warpgroup_thread() == 0) {
-      ptx::Mbarrier& full = storage.value_full[value_stage()];
-      ptx::arrive_expect_bytes(full, Types::ValueTile::kBytes);
-      Types::Source::template load_value<Types::kBlockN, Types::kPaddedDimV>(
-          params, work, tile, storage.value[value_stage()], full);
-    }
-    if (warpgroup_thread() == kWarpgroupThreads - 1)  // of another warp: this takes its time
-      Skip::record(params, work, work.m_begin + index * kRowsPerWarpgroup, tile);
-  }
-
-  enum class Skipped { until_kept, other_mask, all };
-
-  // A loop for masked tiles and one for the others: the vote's latency is that of its instructions.
-  template <bool kMasked>
-  FSA_DEVICE Skipped skip_run(const WorkTile& work, const LogitChain& logit, const Skip& skip, Walk& walk,
-                              TileInfo& tile, TileInfo& ahead, bool& more, OnlineSoftmax::RowPair& top) {
-    const bool positive = skip.positive();
-    do {
-      if constexpr (kMasked) mask(work, tile, rS);
-      if (vote<true>(logit, skip, rS, top, positive)) return Skipped::until_kept;
-      if (!more) return Skipped::all;
-      tile = ahead;
-      const int32 stage = start_scores(rS);
-      more = next_early(walk, ahead);
-      ptx::wgmma_wait<0>();
-      take_scores(logit, rS, tile.tile, stage);
-      more = next_late(walk, ahead, more);
-    } while (tile.masked() == kMasked);
-    return Skipped::other_mask;
-  }
-
-  FSA_DEVICE void sweep_private(const WorkTile& work, const LogitChain& logit) {
-    Skip skip(params, work, work.m_begin + row);
-    Walk walk(params, work);
-    TileInfo tile, ahead;
-    if (!next_tile(walk, tile)) return;
-    int32 stage = start_scores(rS);
-    bool more = next_early(walk, ahead);
-    ptx::wgmma_wait<0>();
-    take_scores(logit, rS, tile.tile, stage);
-    more = next_late(walk, ahead, more);
-    release_query();
-
-    OnlineSoftmax::RowPair top;
-    for (;;) {
-      // Skipping. S of `tile` is in rS, nothing in flight.
-      Skipped end;
-      do {
-        end = tile.masked() ? skip_run<true>(work, logit, skip, walk, tile, ahead, more, top)
-                            : skip_run<false>(work, logit, skip, walk, tile, ahead, more, top);
-      } while (end == Skipped::other_mask);
-      if (end == Skipped::all) return;
-      keep(work, logit, tile, rS, top);
-
-      // Keeping. P of `tile` is in rP, nothing in flight.
-      for (;;) {
-        if (tile.masked()) clear_unused_values(work, tile.tile);
-        if (!more) {
-          last_output();
-          return;
-        }
-        tile = ahead;
-        stage = start_scores(rS);
-        wait_value();
-        issue_output();
-        value.advance();
-        skip.raise(softmax, logit.scale());
-        more = next_early(walk, ahead);
-        ptx::wgmma_wait<1>();
-        take_scores(logit, rS, tile.tile, stage);
-        more = next_late(walk, ahead, more);
-        if (tile.masked()) mask(work, tile, rS);
-        if (!vote<false>(logit, skip, rS, top)) break;
-        fetch_value(work, tile.tile);
-        softmax.update(rS, top, logit.scale());
-        wait_output_late(rS);
-        if (softmax.grown) softmax.rescale(rO);
-        pack_probabilities(rS);
-      }
-      if (!more) {
-        wait_output();
-        return;
-      }
-      tile = ahead;
-      stage = start_scores(rS);
-      more = next_early(walk, ahead);
-      wait_output();
-      take_scores(logit, rS, tile.tile, stage);
-      more = next_late(walk, ahead, more);
-    }
-  }
-
-  // With nothing in flight.
-  FSA_DEVICE void keep(const WorkTile& work, const LogitChain& logit, const TileInfo& info, Scores& r,
-                       const OnlineSoftmax::RowPair& top) {
-    fetch_value(work, info.tile);
-    softmax.update(r, top, logit.scale());
-    if (softmax.grown) softmax.rescale(rO);
-    pack_probabilities(r);
-  }
-
   // ---- A work tile ----
 
   FSA_DEVICE void clear_output() {
@@ -663,10 +464,8 @@ struct Consumer {
     pending = false;
     softmax = OnlineSoftmax();
     clear_output();
-    if constexpr (Types::kPrivateValues)
-      sweep_private(work, logit);
-    else if constexpr (Skip::kVotes)
-      sweep_shared(work, logit);
+    if constexpr (Skip::kVotes)
+      Voter<Types>{*this, work, logit}.sweep();
     else if constexpr (kListed)
       sweep_listed(work, logit);
     else

@@ -4,11 +4,13 @@
 
 #include "core/config.h"
 #include "core/params.h"
+#include "policy/ballot.cuh"
 #include "policy/gate_terms.cuh"
 #include "policy/work_tile.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/sync.cuh"
 #include "ptx/wgmma.cuh"
+#include "tile/ring.cuh"
 #include "tile/swizzle.cuh"
 
 namespace fsa::kernels::sm90 {
@@ -29,10 +31,13 @@ struct ForwardTypes {
   static constexpr int32 kConsumerWarps = kConsumerThreads / kWarpThreads;
 
   using Skip = typename Config::Skip;
-  // Without a vote all consumers share each V stage. With one they want different tiles: where they fit, each
-  // has stages of its own.
+  // Without a vote all consumers share each V stage. With one they want different tiles: where they fit, each has
+  // stages of its own, and in a work tile of which most will be kept all share the same memory.
   static constexpr bool kPrivateValues = kTile.private_values != 0;
-  static constexpr int32 kConsumerValueStages = kPrivateValues ? kValueStages / kNumConsumers : kValueStages;
+  // Votes have a way for work tiles of which most is kept and another for the others. Not with three warpgroups, whose
+  // 160 registers do not hold both (272 bytes of spills), nor with lists.
+  static constexpr bool kChoosesWay = kPrivateValues && !Config::TileIterator::kListed && kNumConsumers == 2;
+  static constexpr int32 kOwnValueStages = kPrivateValues ? kValueStages / kNumConsumers : 1;
 
   using Source = typename Config::KvSource;
   using Mask = typename Config::Mask;
@@ -64,12 +69,13 @@ struct ForwardTypes {
   static_assert(kHeadDimV <= kHeadDim, "the output is staged in the query's shared memory");
   static_assert(kBlockN % 16 == 0, "P V takes 16 keys at a time");
   static_assert(kHeadDim % 16 == 0 && kHeadDimV % 16 == 0, "multiplies take 16 columns at a time");
-  static_assert(!kPrivateValues || (Skip::kVotes && kConsumerValueStages == 2),
+  static_assert(!kPrivateValues || (Skip::kVotes && kOwnValueStages == 2),
                 "V of a kept tile loads beside P V of the one before");
   static_assert(!Skip::kVotes || kBlockN == skip_tile_keys(kHeadDim), "one vote decides one skip tile");
   static_assert(!Skip::kVotes || Tiles::kInOrder, "votes are taken from right to left");
   static_assert(!(kKeyScalars && Skip::kVotes && kNumConsumers == 3),
                 "160 registers do not hold the pair gate beside a vote: use block_m 128");
+  static_assert(kKeyStages < kBallotRounds, "a warp may be as many votes ahead of another as there are keys");
   static_assert((kTile.key_scalars != 0) == kKeyScalars, "the pair gate needs delta beside K");
   static_assert((kTile.gate_terms != 0) == kGateTerms, "FoldedPairGate needs its terms beside K");
   static_assert((kTile.rounded_sums != 0) == kRoundedSums,
@@ -116,6 +122,39 @@ struct Ones<kElement, false> {
   FSA_DEVICE void fill() {}
 };
 
+// The way through a work tile that is voted on, in one word (see ListedTile).
+struct VoteWay {
+  int32 bits;
+  static constexpr int32 kMostKept = 1;  // values are loaded for all
+  static constexpr int32 kChanges = 2;  // the other one in the work tile before: its values may still be read
+  FSA_DEVICE bool most_kept() const { return (bits & kMostKept) != 0; }
+  FSA_DEVICE bool changes() const { return (bits & kChanges) != 0; }
+};
+
+template <int32 kCount>
+struct Barriers {
+  ptx::Mbarrier of[kCount];
+};
+template <>
+struct Barriers<0> {};
+
+// Where a warpgroup stands in its rings and votes when a work tile begins.
+struct VotePlace {
+  uint32 key;
+  uint32 own_value;
+  uint32 round;
+};
+
+// What votes need, of each consumer but for the last.
+template <int32 kConsumers>
+struct VoteStorage {
+  Ballots ballots[kConsumers];
+  uint32 rejected[kConsumers];      // the round in which nobody wanted the tile; the last one
+  int32 keeps_most[kConsumers];     // of the tiles of its last work tile
+  VotePlace places[kConsumers][2];  // written by each warp, which meets the others once a work tile
+  VoteWay ways[kWorkSlots];
+};
+
 template <class Types>
 struct alignas(kSharedAlignment) ForwardStorage {
   uint8 query[Types::kQueryStages][Types::QueryTile::kBytes];
@@ -126,14 +165,23 @@ struct alignas(kSharedAlignment) ForwardStorage {
   [[no_unique_address]] KeyScalarStages<Types::kKeyStages, Types::kKeyScalarBytes / 4> key_scalars;
   ListedTile following[Types::kKeyStages];  // the listed tile after the one whose keys are there
   ListedWorkTile work[kWorkSlots];
+  VoteStorage<Types::kNumConsumers> votes;
   ptx::Mbarrier query_full[Types::kQueryStages];
   ptx::Mbarrier query_empty[Types::kQueryStages];
   ptx::Mbarrier key_full[Types::kKeyStages];
   ptx::Mbarrier key_empty[Types::kKeyStages];
   ptx::Mbarrier value_full[Types::kValueStages];
   ptx::Mbarrier value_empty[Types::kValueStages];
+  [[no_unique_address]] Barriers<Types::kPrivateValues ? Types::kValueStages : 0> own_value_full;
   ptx::Mbarrier work_full[kWorkSlots];
   ptx::Mbarrier work_empty[kWorkSlots];
 };
+
+// Until all have done with the work tile of that position, where the one after it is still under way.
+template <class Types>
+FSA_DEVICE void wait_work_tile_done(ForwardStorage<Types>& storage, uint32 position) {
+  const Ring<kWorkSlots> slot = {position};
+  ptx::wait(storage.work_empty[slot.stage()], slot.phase());
+}
 
 }  // namespace fsa::kernels::sm90

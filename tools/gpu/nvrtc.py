@@ -82,7 +82,10 @@ class ForwardConfig:
                 self.key_stages * (self.block_n * 64 + 128) + 128 + self.block_m // 64 * (64 * 64 + 128)
             )
         barriers = 8 * 2 * (self.query_stages + self.key_stages + self.value_stages + 2)
-        return -(-(tiles + scalars + 2 * (144 + 12) + self.key_stages * 12 + barriers) // 1024) * 1024
+        barriers += 8 * self.private_values * self.value_stages
+        votes = self.block_m // 64 * 64 + 2 * 4
+        infos = 2 * (144 + 12) + self.key_stages * 12
+        return -(-(tiles + scalars + infos + votes + barriers) // 1024) * 1024
 
     @property
     def mask_type(self) -> str:

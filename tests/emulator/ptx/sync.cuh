@@ -17,6 +17,18 @@ inline bool barrier_any(int32 id, int32 threads, bool vote) {
   barrier.sync(threads);
   return any;
 }
+inline void store_byte(uint8* to, uint32 value) {
+  const std::lock_guard lock(emulator::memory);
+  *to = static_cast<uint8>(value);
+}
+inline uint32 wait_masked(const uint32* from, uint32 mask, uint32 value) {
+  uint32 word = 0;
+  emulator::poll([&] {
+    word = *from;
+    return (word & mask) == value;
+  });
+  return word;
+}
 inline void fence_shared_for_async() {}
 inline void wait_for_kernel_before() { emulator::wait_for_kernel_before(); }
 inline void admit_next_kernel() {}
