@@ -53,8 +53,8 @@ FSA_DEVICE uint4 folded_row(float lse, float out_dot_grad) {
           (parts[1] >> 16) | (parts[2] & kHigh), 0};
 }
 
-// The sums of kRows values over kLanes lanes each, in exchanges in which a lane gives half of its sums away as long as it
-// has several: lane l ends with that of value l % kLanes / (kLanes / kRows).
+// The sums of kRows values over kLanes lanes each, in exchanges in which a lane gives half of its sums away as
+// long as it has several: lane l ends with that of value l % kLanes / (kLanes / kRows).
 template <int32 kLanes, int32 kRows>
 FSA_DEVICE float sum_lanes(float (&sums)[kRows], int32 lane) {
   int32 count = kRows / 2;
@@ -73,8 +73,8 @@ FSA_DEVICE float sum_lanes(float (&sums)[kRows], int32 lane) {
   return sums[0];
 }
 
-// The thread's share of kRows consecutive rows from `row` on. Rows behind `last` are read as that one: nobody uses them,
-// and no load waits for a condition.
+// The thread's share of kRows consecutive rows from `row` on. Rows behind `last` are read as that one: nobody
+// uses them, and no load waits for a condition.
 template <int32 kRows>
 FSA_DEVICE void load_units(uint4 (&units)[kRows], const void* tensor, int64 first, int64 stride, int32 row,
                            int32 last) {
