@@ -21,6 +21,11 @@ namespace fsa::kernels {
 
 inline constexpr int32 kPrepareThreads = 256;
 
+// That fit a processor: 48 registers a thread hold 128 bytes of rows, 80 hold 256; gates and sinks want a few more.
+// Left alone, ptxas takes 78 and 142.
+template <class Types>
+inline constexpr int32 kPrepareBlocks = (Types::kDimV > 128 ? 3 : 5) - (Types::kPairGate || Types::kSink);
+
 // Sum of products of eight pairs of 2-byte elements.
 template <ElementType kElement>
 FSA_DEVICE float dot_units(uint4 a, uint4 b) {
