@@ -419,12 +419,20 @@ struct BackwardConsumer {
       __syncwarp();
     }
   }
+  // A branch that whole warps take, not a choice at each addition: what ptxas makes of the loop round it stays.
   FSA_DEVICE void add_from_registers() {
     const GradQuery& rQ = grad_query();
-    float* const to = params.grad_query_sum + turn_of(brief.number) * kWarpFloats;
+    float* const to = params.grad_query_sum + turn_of(brief.number) * kWarpFloats + lane() * 4;
+    if (Types::kFirstStores && warp_uniform(brief.rank()) == 0) {
 #pragma unroll
-    for (int32 i = 0; i < kQueryCount; i += 4)
-      ptx::add_four(to + i * kWarpThreads + lane() * 4, rQ[i], rQ[i + 1], rQ[i + 2], rQ[i + 3]);
+      for (int32 i = 0; i < kQueryCount; i += 4)
+        *reinterpret_cast<float4*>(to + i * kWarpThreads) =
+            make_float4(rQ[i], rQ[i + 1], rQ[i + 2], rQ[i + 3]);
+    } else {
+#pragma unroll
+      for (int32 i = 0; i < kQueryCount; i += 4)
+        ptx::add_four(to + i * kWarpThreads, rQ[i], rQ[i + 1], rQ[i + 2], rQ[i + 3]);
+    }
     if constexpr (Types::kPairGate)
       add_grad_alpha<Types, Types::kConsumerThreads>(params, storage, brief.number, score_stage(tiles),
                                                      consumer_thread());

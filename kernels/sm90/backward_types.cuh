@@ -54,7 +54,7 @@ struct BackwardTypes {
   static constexpr int32 kUnitsAhead = kScoreRows / 16;
   static constexpr bool kStagedGradQuery = kTile.stage_grad_query != 0;
   // The first to have its turn stores what others add to, and nobody clears the sums.
-  static constexpr bool kFirstStores = kStagedGradQuery && kDeterministic;
+  static constexpr bool kFirstStores = kDeterministic;
   // The main kernel clears them. Where columns may be cut, units come in another order than waves of heads.
   static constexpr bool kClearsSums = kStagedGradQuery && !kDeterministic && !kSplits;
   // Without room to stage dQ warps add it; then a thread of an idle warp passes on their turn.

@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(kBackwardThreads, 1)
 fsa_backward(const __grid_constant__ BackwardParams params) {{
   sm90::backward<Config>(params);
 }}
-extern "C" __global__ void __launch_bounds__(kPrepareThreads)
+extern "C" __global__ void __launch_bounds__(kPrepareThreads, kPrepareBlocks<Types>)
 fsa_backward_prepare(const __grid_constant__ BackwardParams params) {{
   backward_prepare<Types>(params);
 }}

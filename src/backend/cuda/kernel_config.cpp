@@ -183,7 +183,8 @@ std::string backward_text(const KernelConfig& config) {
        << "}  // namespace fsa::kernels\n\n"
        << "using namespace fsa::kernels;\n"
        << thread_check(backward_threads_name(config.kind), config)
-       << "extern \"C\" __global__ void __launch_bounds__(" << threads_of(config) << ", 1)\n"
+       << "extern \"C\" __global__ void __launch_bounds__(" << threads_of(config) << ", "
+       << (config.kind == KernelKind::backward_prepare ? "kPrepareBlocks<Types>" : "1") << ")\n"
        << "fsa_" << backward_kind_name(config.kind) << "(const __grid_constant__ BackwardParams params) {\n"
        << (config.kind == KernelKind::backward
                ? "  sm90::backward<Config>(params);\n"
