@@ -101,7 +101,9 @@ FSA_DEVICE void backward_prepare(const BackwardParams& params) {
   static_assert(kLanes * 8 == Types::kDimV, "a unit of eight columns each");
   static_assert(kSumLanes * kRows == kLanes, "lanes end with the rows in their order");
   const ForwardParams& p = params.forward;
-  const int32 tile = static_cast<int32>(blockIdx.x), head = static_cast<int32>(blockIdx.y);
+  // Heads first: rows of all heads lie side by side in memory, and so do those that are read at one time.
+  const uint32 block = blockIdx.y * gridDim.x + blockIdx.x;
+  const int32 tile = static_cast<int32>(block / gridDim.y), head = static_cast<int32>(block % gridDim.y);
   const int32 thread = static_cast<int32>(threadIdx.x);
   WorkTile work;
   describe_sequence(p, static_cast<int32>(blockIdx.z), head, work);

@@ -39,7 +39,7 @@ struct Voter {
       // R2UR a step; so it goes through shared memory.
       auto& votes = c.storage.votes;
       const uint32 number = c.query.position;
-      const VotePlace place = votes.places[c.index][number & 1];
+      const VotePlace place = votes.places[c.index][number % 2];
       const VoteWay way = votes.ways[c.slot.stage()];
       c.key.position = place.key;
       c.own_value.position = place.own_value;
@@ -52,7 +52,7 @@ struct Voter {
         kept = sweep_voting();
       }
       if (lane_id() == 0)
-        votes.places[c.index][number + 1 & 1] = {c.key.position, c.own_value.position, c.round};
+        votes.places[c.index][(number + 1) % 2] = {c.key.position, c.own_value.position, c.round};
       __syncwarp();
       if (warpgroup_thread() == 0) votes.keeps_most[c.index] = 4 * kept >= 3 * tiles();
     }

@@ -293,8 +293,9 @@ def gradients_beyond_two_to_the_31_elements() -> str:
 def training_follows_torch() -> str:
     """Four layers, 200 steps, one seed, by torch's attention and by this library's, deterministic.
 
-    The last bits of dQ, which the default may round in any order, move the loss after 200 steps by up to 2 %: 20
-    trainings ended between 2.041 and 2.128, where the deterministic one ends at 2.088 every time and torch's at 2.108.
+    The last bits of dQ, which the default may round in any order, moved the loss after 200 steps by up to 2 % where the
+    learning rate stayed high to the end: 20 trainings ended between 2.041 and 2.128. So it falls to zero over the last
+    60 steps.
     """
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
@@ -305,7 +306,7 @@ def training_follows_torch() -> str:
 
     device, context, steps = torch.device("cuda"), 2048, 200
     corpus = load_corpus([], context)
-    windows = held_out_windows(corpus, count=4, context=context).to(device)
+    windows = held_out_windows(corpus, count=8, context=context).to(device)
     losses: dict[str, list[float]] = {}
     ends = {}
     repeatable = functools.partial(fsa.attention, deterministic=True)
@@ -314,7 +315,7 @@ def training_follows_torch() -> str:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses[name] = []
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 60)
+            optimizer.param_groups[0]["lr"] = 1e-3 * min((step + 1) / 60, (steps - step) / 60, 1.0)
             batch = training_batch(corpus, seed=0, step=step, batch=1, context=context).to(device)
             optimizer.zero_grad(set_to_none=True)
             with mock.patch.object(fsa, "attention", repeatable):

@@ -4,11 +4,19 @@
 
 #include "core/base.cuh"
 
+namespace fsa::emulator {
+
+// How often a thread has voted by a barrier, and a warp by a byte of shared memory.
+inline std::atomic<int> barrier_votes = 0, bytes_stored = 0;
+
+}  // namespace fsa::emulator
+
 namespace fsa::kernels::ptx {
 
 inline void barrier_sync(int32 id, int32 threads) { emulator::named_barriers[id].sync(threads); }
 inline bool barrier_any(int32 id, int32 threads, bool vote) {
   emulator::NamedBarrier& barrier = emulator::named_barriers[id];
+  ++emulator::barrier_votes;
   if (vote) barrier.any = true;
   barrier.sync(threads);
   const bool any = barrier.any;
@@ -19,6 +27,7 @@ inline bool barrier_any(int32 id, int32 threads, bool vote) {
 }
 inline void store_byte(uint8* to, uint32 value) {
   const std::lock_guard lock(emulator::memory);
+  ++emulator::bytes_stored;
   *to = static_cast<uint8>(value);
 }
 inline uint32 wait_masked(const uint32* from, uint32 mask, uint32 value) {
