@@ -72,8 +72,9 @@ constexpr int32 backward_shared_bytes(const BackwardTile& t) {
   const int32 grad_query = t.stage_grad_query * t.block_m * t.head_dim * 4;
   const int32 infos = kWorkSlots * kKeyWorkBytes + 2 * t.query_stages * kRowTileInfoBytes + kProducerBytes +
                       kBackwardConsumers * kStagedSumsBytes;
-  const int32 barriers = 8 * (4 + 2 * (t.score_stages + t.query_stages + t.grad_out_stages + kWorkSlots +
-                                       backward_handovers(t)));
+  const int32 barriers =
+      8 *
+      (4 + 2 * (t.score_stages + t.query_stages + t.grad_out_stages + kWorkSlots + backward_handovers(t)));
   const int32 terms = t.gate_terms * (t.query_stages * gate_term_bytes(t.block_m) + kZeroTermBytes);
   const int32 alpha = backward_has_gate(t) ? t.score_stages * (t.block_n / 16) * t.block_m * 4 : 0;
   return round_up(keys + queries + grad_out + grad_query + backward_score_slots(t) * backward_score_bytes(t) +

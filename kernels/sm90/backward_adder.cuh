@@ -53,7 +53,8 @@ FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types
         params.grad_query_sum + (static_cast<int64>(sums.number) * kBackwardConsumers + index) * kFloats;
     const uint8* const staged = storage.grad_query.of_warp(index * (kBackwardWarps / 2));
     if constexpr (Types::kDeterministic)
-      if (early.number != sums.number || early.seen != rank) ptx::wait_until_equal(params.turns + counter, rank);
+      if (early.number != sums.number || early.seen != rank)
+        ptx::wait_until_equal(params.turns + counter, rank);
     if (Types::kFirstStores && rank == 0)
       ptx::store_bytes(to, staged, kFloats * 4);
     else

@@ -34,9 +34,6 @@ struct ForwardTypes {
   // Without a vote all consumers share each V stage. With one they want different tiles: where they fit, each has
   // stages of its own, and in a work tile of which most will be kept all share the same memory.
   static constexpr bool kPrivateValues = kTile.private_values != 0;
-  // Votes have a way for work tiles of which most is kept and another for the others. Not with three warpgroups, whose
-  // 160 registers do not hold both (272 bytes of spills), nor with lists.
-  static constexpr bool kChoosesWay = kPrivateValues && !Config::TileIterator::kListed && kNumConsumers == 2;
   static constexpr int32 kOwnValueStages = kPrivateValues ? kValueStages / kNumConsumers : 1;
 
   using Source = typename Config::KvSource;
@@ -54,6 +51,10 @@ struct ForwardTypes {
   using KeyTile = SwizzledTile<kBlockN, kPaddedDim>;
   using ValueTile = SwizzledTile<kBlockN, kPaddedDimV>;
   static constexpr bool kKeyScalars = LogitChain::kKeyScalars;
+  // Votes have a way for work tiles of which most is kept and another for the others; not for lists, nor where registers
+  // do not hold both: with three warpgroups 272 bytes of spills, at head_dim 192 40, with the pair gate 116.
+  static constexpr bool kChoosesWay =
+      kPrivateValues && !Tiles::kListed && kNumConsumers == 2 && kHeadDim <= 128 && !kKeyScalars;
   static constexpr bool kRoundedSums = LogitChain::kBounded;
   static constexpr int32 kKeyScalarBytes = kKeyScalars ? kBlockN * 4 : 0;
   static constexpr bool kGateTerms = LogitChain::kGateTerms;
