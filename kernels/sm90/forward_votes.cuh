@@ -149,7 +149,7 @@ struct Voter {
       while (tile > end) {
         bool keep;
         if (!c.pending) {
-          keep = segment.masked ? kept_step<true, true>(skip, tile) : kept_step<true, false>(skip, tile);
+          keep = kept_step<true, true>(skip, tile);
           --tile;
           c.release_query();
         } else if (segment.masked) {
