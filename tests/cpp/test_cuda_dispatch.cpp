@@ -172,7 +172,7 @@ TEST(CudaDispatch, LongColumnsHaveSlots) {
   EXPECT_FALSE(splits_columns(p)) << "a column is shorter than two parts";
 }
 
-// float32 dQ in whole row tiles, and what grows with seqlen * heads alone.
+// Where it has a warp to spare and waves in order.
 TEST(CudaDispatch, MainKernelClearsSumsOfLaterWaves) {
   Problem p = problem();
   p.operation = Operation::backward;
@@ -197,6 +197,7 @@ TEST(CudaDispatch, MainKernelClearsSumsOfLaterWaves) {
   EXPECT_TRUE(refused([](Problem& c) { c.head_dim = c.head_dim_v = 256; })) << "no adders";
 }
 
+// float32 dQ in whole row tiles, and what grows with seqlen * heads alone.
 TEST(CudaDispatch, BackwardWorkspaceIsThatOfTheFormula) {
   Problem p = problem();
   p.operation = Operation::backward;
