@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import platform
 import statistics
@@ -54,11 +55,22 @@ def interleave(calls: dict[Name, Call], runs: int) -> tuple[dict[Name, list[floa
     return seconds, results
 
 
-def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of torch's own matrix product, the best of a few."""
-    a, b = torch.randn(2, size, size).to(dtype).unbind()
-    out = torch.empty_like(a)
-    seconds, _ = interleave({"gemm": lambda: torch.mm(a, b, out=out)}, 4)
+def gemm_rate(dtype: torch.dtype, most: int = 2048, limit: float = 1.0) -> float:
+    """FLOP/s of torch's own matrix product, the best of a few.
+
+    Of the greatest size up to ``most`` that takes less than ``limit`` seconds: without instructions for 16-bit types
+    torch's product of them makes 1 GFLOP/s, and 2048 would take it minutes.
+    """
+    size = min(256, most)
+    while True:
+        a, b = torch.randn(2, size, size).to(dtype).unbind()
+        out = torch.empty_like(a)
+        product = functools.partial(torch.mm, a, b, out=out)
+        product()
+        if 2 * size > most or 8 * _seconds(product, 1) > limit:
+            break
+        size *= 2
+    seconds, _ = interleave({"gemm": product}, 4)
     return 2.0 * size**3 / min(seconds["gemm"])
 
 
