@@ -85,7 +85,7 @@ def make_row(
     dense = median.get("dense")
     flops, nbytes = workload.flops(direction), workload.nbytes(direction)
     gflops, gbytes = flops / ours / 1e9, nbytes / ours / 1e9
-    gemm = rates[f"gemm_{workload.dtype}"]
+    gemm = max(rates[f"gemm_{workload.dtype}"], rates["gemm_float32"])
     memory_bound = nbytes / rates["read"] > flops / gemm
     return {
         "case": workload.case.name,

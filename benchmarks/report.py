@@ -45,12 +45,12 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
 
 LEGEND = """\
 ms: median of the runs; spread: (slowest - fastest) / median. GFLOP/s: useful work, over the visible pairs of
-kept tiles, backward 2.5 times forward. of rate: share of torch's matrix product in the same dtype, or of the
-rate of reading memory where that is the limit. torch: scaled_dot_product_attention in the same process, calls
-in turn; for a sparse row torch computes the dense forward. dense: our own attention without the row's
-threshold, gate, window or block mask. kept: kept tiles / visible tiles. extra MB: peak beyond inputs and outputs, in a
-process of its own. max diff: largest distance of the output from torch's, with a threshold from our own
-dense one."""
+kept tiles, backward 2.5 times forward. of rate: share of torch's matrix product in the same dtype or in float32,
+whichever is faster, or of the rate of reading memory where that is the limit. torch:
+scaled_dot_product_attention in the same process, calls in turn; for a sparse row torch computes the dense
+forward. dense: our own attention without the row's threshold, gate, window or block mask. kept: kept tiles /
+visible tiles. extra MB: peak beyond inputs and outputs, in a process of its own. max diff: largest distance of
+the output from torch's, with a threshold from our own dense one."""
 
 
 def header() -> str:

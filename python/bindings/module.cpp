@@ -95,14 +95,12 @@ void bind_forward(nb::module_& m) {
   m.def(
       "forward",
       [](Inputs inputs, Options options, Out<"out"> out, Out<"lse"> lse, Out<"skip_map"> skip_map,
-         Out<"workspace"> workspace) {
+         nb::handle workspace) {
         ForwardArgs args = forward_args(inputs, options);
         args.out = out;
         args.lse = lse;
         args.skip_map = skip_map;
-        args.workspace = workspace_from(workspace);
-        if (workspace.present()) return without_gil([&] { forward(args); });
-        Scratch scratch("workspace", inputs.query_object, inputs.query.device);
+        Scratch scratch("workspace", workspace, inputs.query_object, inputs.query.device);
         args.workspace = scratch.workspace();
         without_gil([&] { forward(args); });
       },
@@ -162,7 +160,7 @@ void bind_backward(nb::module_& m) {
       [](Inputs inputs, Options options, In<"out"> out, In<"lse"> lse, In<"skip_map"> skip_map,
          In<"grad_out"> grad_out, In<"grad_lse"> grad_lse, Out<"grad_query"> grad_query,
          Out<"grad_key"> grad_key, Out<"grad_value"> grad_value, Out<"grad_alpha"> grad_alpha,
-         Out<"grad_delta"> grad_delta, Out<"grad_sink"> grad_sink, Out<"workspace"> workspace,
+         Out<"grad_delta"> grad_delta, Out<"grad_sink"> grad_sink, nb::handle workspace,
          bool add_to_grad_query, bool add_to_grad_key_value) {
         BackwardArgs args = backward_args(inputs, options, out, skip_map, grad_out, grad_lse);
         args.lse = lse;
@@ -174,7 +172,8 @@ void bind_backward(nb::module_& m) {
         args.grad_sink = grad_sink;
         args.add_to_grad_query = add_to_grad_query;
         args.add_to_grad_key_value = add_to_grad_key_value;
-        args.workspace = workspace_from(workspace);
+        Scratch scratch("workspace", workspace, inputs.query_object, inputs.query.device);
+        args.workspace = scratch.workspace();
         without_gil([&] { backward(args); });
       },
       "inputs"_a, "options"_a, "out"_a, "lse"_a, "skip_map"_a.none(), "grad_out"_a, "grad_lse"_a.none(),
@@ -210,11 +209,12 @@ void bind_decode(nb::module_& m) {
   m.def(
       "decode",
       [](Inputs inputs, Options options, std::optional<std::int64_t> num_splits, bool batch_invariant,
-         Out<"out"> out, Out<"lse"> lse, Out<"workspace"> workspace) {
+         Out<"out"> out, Out<"lse"> lse, nb::handle workspace) {
         DecodeArgs args = decode_args(inputs, options, num_splits, batch_invariant);
         args.out = out;
         args.lse = lse;
-        args.workspace = workspace_from(workspace);
+        Scratch scratch("workspace", workspace, inputs.query_object, inputs.query.device);
+        args.workspace = scratch.workspace();
         without_gil([&] { decode(args); });
       },
       "inputs"_a, "options"_a, "num_splits"_a.none(), "batch_invariant"_a, "out"_a, "lse"_a.none(),

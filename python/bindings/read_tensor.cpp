@@ -156,18 +156,41 @@ TensorView read_tensor(const char* name, PyObject* object, Access access, nb::ob
   return view_of(name, tensor);
 }
 
-Scratch::Scratch(const char* name, PyObject* like, Device device)
-    : name_(name), api_(exchange_api(Py_TYPE(like))), device_(device) {
-  if (api_ == nullptr) type_ = type_name(like);
+Scratch::Scratch(const char* name, nb::handle given, PyObject* like, Device device)
+    : name_(name), like_(like), device_(device) {
+  if (PyCallable_Check(given.ptr()) != 0) {
+    function_ = given.ptr();
+  } else if (!given.is_none()) {
+    bytes_ = read_tensor(name, given.ptr(), Access::write, owner_);
+  } else {
+    api_ = exchange_api(Py_TYPE(like));
+    if (api_ == nullptr) type_ = type_name(like);
+  }
 }
 
 Workspace Scratch::workspace() {
+  if (bytes_.present()) return {bytes_.data, static_cast<std::size_t>(bytes_.numel())};
   return {
       .allocate = [](void* self, std::size_t bytes) { return static_cast<Scratch*>(self)->allocate(bytes); },
       .owner = this};
 }
 
 void* Scratch::allocate(std::size_t bytes) {
+  return function_ != nullptr ? ask_function(bytes) : ask_framework(bytes);
+}
+
+void* Scratch::ask_function(std::size_t bytes) {
+  const nb::gil_scoped_acquire acquire;
+  owner_ = nb::handle(function_)(nb::handle(like_), bytes);
+  nb::object owner;
+  bytes_ = read_tensor(name_, owner_.ptr(), Access::write, owner);
+  if (!bytes_.present() || static_cast<std::size_t>(bytes_.numel()) < bytes)
+    refuse(name_, "the function returned " + std::to_string(bytes_.present() ? bytes_.numel() : 0) +
+                      " bytes of " + std::to_string(bytes));
+  return bytes_.data;
+}
+
+void* Scratch::ask_framework(std::size_t bytes) {
   if (api_ == nullptr) refuse(name_, "missing, and " + type_ + " has no allocator to take it from");
   std::int64_t size = static_cast<std::int64_t>(bytes);
   DLTensor prototype = {};

@@ -18,12 +18,13 @@ enum class Access { read, write };
 // `name`.
 TensorView read_tensor(const char* name, PyObject* object, Access access, nanobind::object& owner);
 
-// Memory for one call, from the allocator of a tensor's framework: stream-ordered on the GPU, and without the
-// cost of a Python object. The allocator is asked when the call turns out to need something, then without the GIL.
-// Throws Error with `name` when the tensor's type has no allocator or the allocator has no memory.
+// Memory for one call, as the caller gives it: a tensor of bytes; a function (like, bytes) that returns one; or None,
+// the allocator of the framework of `like`, stream-ordered on the GPU and without the cost of a Python object. A
+// function and an allocator are asked when the call turns out to need something, without the GIL. Throws Error with
+// `name` when the type of `like` has no allocator or the allocator has no memory, and what the function throws.
 class Scratch {
  public:
-  Scratch(const char* name, PyObject* like, Device device);
+  Scratch(const char* name, nanobind::handle given, PyObject* like, Device device);
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -32,12 +33,18 @@ class Scratch {
 
  private:
   void* allocate(std::size_t bytes);
+  void* ask_function(std::size_t bytes);
+  void* ask_framework(std::size_t bytes);
 
   const char* name_;
-  std::string type_;  // filled in where there is no allocator
-  const void* api_;   // DLPackExchangeAPI
+  PyObject* function_ = nullptr;  // borrowed, as like_ is
+  PyObject* like_;
   Device device_;
-  void* memory_ = nullptr;  // DLManagedTensorVersioned
+  TensorView bytes_;
+  nanobind::object owner_;     // of bytes_
+  std::string type_;           // filled in where there is no allocator
+  const void* api_ = nullptr;  // DLPackExchangeAPI
+  void* memory_ = nullptr;     // DLManagedTensorVersioned
 };
 
 // The stream on which the tensor's framework is working on that device; null on the CPU. Throws Error with `name`

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,63 +12,70 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from . import ops
-from .ops import (
-    ALIBI_SLOPES,
-    ALPHA,
-    BLOCK_INPUTS,
-    DELTA,
-    INPUTS,
-    KEY,
-    QUERY,
-    SINK,
-    VALUE,
-    Inputs,
-    Options,
-    flat_inputs,
-    inputs_from,
-)
+from .ops import ALIBI_SLOPES, ALPHA, BLOCK_INPUTS, DELTA, INPUTS, KEY, QUERY, SINK, VALUE, Inputs, Options
 
-_NUM_TENSORS = len(INPUTS) - 1 + len(BLOCK_INPUTS)  # of flat_inputs
 _DIFFERENTIABLE = (QUERY, KEY, VALUE, ALPHA, DELTA, SINK)
 
 
+class Call(NamedTuple):
+    """A call without its tensors: the inputs that are given, by their places in ``Inputs``, of which there are
+    ``length``."""
+
+    options: Options
+    places: tuple[int, ...]
+    length: int
+
+    def inputs(self, tensors: Sequence[Tensor]) -> Inputs:
+        """With those tensors."""
+        inputs: list[Tensor | None] = [None] * self.length
+        for place, tensor in zip(self.places, tensors, strict=True):
+            inputs[place] = tensor
+        return tuple(inputs)
+
+
 class _Attention(torch.autograd.Function):
-    """``apply(options, want_map, *flat_inputs(inputs))`` returns out, lse, and the skip map or None."""
+    """``apply(call, want_lse, want_map, keep_map, *tensors)`` returns out, and lse and the skip map or None.
+
+    ``tensors`` are those that are given: each takes autograd 0.5 us, None as well. ``keep_map``: the backward needs the
+    skip map.
+    """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, options: Options, want_map: bool, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        out, lse, skip_map = ops.forward(inputs_from(tensors), options, want_map)
-        ctx.options = options
+        ctx: FunctionCtx, call: Call, want_lse: bool, want_map: bool, keep_map: bool, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        out, lse, skip_map = ops.forward(call.inputs(tensors), call.options, keep_map)
+        ctx.call = call
         ctx.save_for_backward(*tensors, out, lse, skip_map)
-        if skip_map is not None:
+        if want_map:
             ctx.mark_non_differentiable(skip_map)
         if not torch.compiler.is_dynamo_compiling():  # dynamo knows no such method, and fills in zeros
             ctx.set_materialize_grads(False)
-        return out, lse, skip_map
+        return out, lse if want_lse else None, skip_map if want_map else None
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_out: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple:
-        *inputs, out, lse, skip_map = ctx.saved_tensors
+        call = ctx.call
+        *tensors, out, lse, skip_map = ctx.saved_tensors
         if grad_out is None:  # only lse was used
             grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
-        _, _, *needed = ctx.needs_input_grad
-        want_gate, want_sink = needed[ALPHA] or needed[DELTA], needed[SINK]
-        tensors = (*inputs, out, lse, skip_map, grad_out, grad_lse)
+        _, _, _, _, *needed = ctx.needs_input_grad
+        wanted = [place for place, needs in zip(call.places, needed, strict=True) if needs]
+        want_gate, want_sink = ALPHA in wanted or DELTA in wanted, SINK in wanted
+        rest = (*tensors, out, lse, skip_map, grad_out, grad_lse)
         if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():  # create_graph=True
-            grads = _AttentionGradient.apply(ctx.options, want_gate, want_sink, *tensors)
+            grads = _AttentionGradient.apply(call, want_gate, want_sink, *rest)
         else:
-            grads = _gradient(ctx.options, want_gate, want_sink, *tensors)
-        by_input = dict(zip(_DIFFERENTIABLE, grads, strict=True))
-        return None, None, *(by_input.get(i) if needed[i] else None for i in range(_NUM_TENSORS))
+            grads = _gradient(call, want_gate, want_sink, *rest)
+        by_place = dict(zip(_DIFFERENTIABLE, grads, strict=True))
+        return None, None, None, None, *(by_place[p] if p in wanted else None for p in call.places)
 
 
 def _gradient(
-    options: Options, want_gate: bool, want_sink: bool, *tensors: Tensor | None
+    call: Call, want_gate: bool, want_sink: bool, *tensors: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    inputs, rest = inputs_from(tensors[:_NUM_TENSORS]), tensors[_NUM_TENSORS:]
-    return ops.backward(inputs, options, *rest, want_gate, want_sink)
+    count = len(call.places)
+    return ops.backward(call.inputs(tensors[:count]), call.options, *tensors[count:], want_gate, want_sink)
 
 
 class _AttentionGradient(torch.autograd.Function):
@@ -208,10 +216,12 @@ def attend(
         options = ops.with_known_map_shape(inputs, options)
     if records_gradient:
         _refuse_buffers(out=out, lse=lse)
-        tensors = flat_inputs(inputs)
+        places = tuple(i for i, tensor in enumerate(inputs) if tensor is not None)
+        tensors = tuple(inputs[i] for i in places)
         if torch.compiler.is_dynamo_compiling():
             tensors = distinct(tensors)
-        result, result_lse, skip_map = _Attention.apply(options, keep_map, *tensors)
+        call = Call(options, places, len(inputs))
+        result, result_lse, skip_map = _Attention.apply(call, want_lse, want_map, keep_map, *tensors)
     else:
         result, result_lse, skip_map = ops.forward(inputs, options, keep_map)
     if want_map and not plain:

@@ -139,7 +139,7 @@ _kept = threading.local()
 
 
 def workspace(like: Tensor, size: int) -> Tensor | None:
-    """``size`` bytes on the device of ``like``; None for 0.
+    """``size`` bytes on the device of ``like``; None for 0. The extension calls it once it knows how many it needs.
 
     On a CPU the thread keeps them for its next call, up to KEPT_WORKSPACE: fresh memory is cleared by the system
     page by page, a quarter of the time of a sparse backward at 8k.
@@ -178,6 +178,13 @@ def run_forward(
     return out, lse, skip_map
 
 
+def _gradient_of(tensor: Tensor | None, wanted: bool, onto: Tensor | None = None) -> Tensor | None:
+    """Memory for it, contiguous; None where it is not wanted."""
+    if not wanted or onto is not None:
+        return onto
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def run_backward(
     inputs: Inputs,
     options: Options,
@@ -194,22 +201,18 @@ def run_backward(
 
     ``onto``, on a CPU: tensors that the gradients of query, and of key and value, are added to.
     """
-    query = inputs[QUERY]
     grad_out = grad_out.resolve_neg()  # autograd may hand over a pending negation
     grad_lse = None if grad_lse is None else grad_lse.resolve_neg()
     if skip_map is not None:
         skip_map = skip_map.view(_C.skip_map_shape(inputs, options))
-    wanted = (True, True, True, want_gate, want_gate, want_sink)
-    grads = tuple(
-        (empty(inputs[i], inputs[i].shape) if there is None else there) if wants else None
-        for i, wants, there in zip(
-            (QUERY, KEY, VALUE, ALPHA, DELTA, SINK), wanted, (*onto, None, None, None), strict=True
-        )
+    grads = (
+        *(_gradient_of(inputs[i], True, there) for i, there in zip((QUERY, KEY, VALUE), onto, strict=True)),
+        _gradient_of(inputs[ALPHA], want_gate),
+        _gradient_of(inputs[DELTA], want_gate),
+        _gradient_of(inputs[SINK], want_sink),
     )
-    size = _C.workspace_size_backward(inputs, options, out, skip_map, grad_out, grad_lse)
-    scratch = workspace(query, size)
     adds = onto[0] is not None, onto[1] is not None
-    _C.backward(inputs, options, out, lse, skip_map, grad_out, grad_lse, *grads, scratch, *adds)
+    _C.backward(inputs, options, out, lse, skip_map, grad_out, grad_lse, *grads, workspace, *adds)
     return grads
 
 
@@ -223,13 +226,16 @@ def run_decode(
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """out [batch, num_heads, head_dim_v] and lse [batch, num_heads] of one query per sequence."""
-    workspace_size = _C.workspace_size_decode(inputs, options, num_splits, batch_invariant)
     query = inputs[QUERY]
-    if out is None:
-        out = empty(query, (*query.shape[:-1], inputs[VALUE].shape[-1]))
-    if lse is None and want_lse:
-        lse = empty(query, query.shape[:-1], lse_dtype(query.dtype))
-    _C.decode(inputs, options, num_splits, batch_invariant, out, lse, workspace(query, workspace_size))
+    try:
+        if out is None:
+            out = _empty_out(query, inputs[VALUE])
+        if lse is None and want_lse:
+            lse = empty(query, query.shape[:-1], lse_dtype(query.dtype))
+    except Exception:
+        _C.workspace_size_decode(inputs, options, num_splits, batch_invariant)  # says what is wrong
+        raise
+    _C.decode(inputs, options, num_splits, batch_invariant, out, lse, workspace)
     return out, lse
 
 

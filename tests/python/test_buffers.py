@@ -109,6 +109,38 @@ def test_decode_with_a_dirty_workspace(name):
     checks.assert_same_bits("lse", lse.view, expected_lse)
 
 
+def test_workspace_from_a_function():
+    """Asked once, for what the call needs, and its own error comes through; too little of it is refused by name."""
+    problem = build(case_named("decode_gate_packed"), "float32", seed=92)
+    problem.options["threshold"] = 0.0
+    expected_out, _ = checks.call_decode(problem)
+    inputs, options = arguments_of(problem)
+    needed = _C.workspace_size_decode(inputs, options, None, False)
+    asked = []
+
+    def given(missing):
+        def function(like, size):
+            assert like is inputs[0]
+            asked.append(size)
+            return torch.full((size - missing,), 255, dtype=torch.uint8)
+
+        return function
+
+    def fails(like, size):
+        raise MemoryError("none left")
+
+    out = torch.full_like(expected_out, torch.nan)
+    _C.decode(inputs, options, None, False, out, None, given(0))
+    checks.assert_same_bits("out", out, expected_out)
+    with pytest.raises(TypeError, match=f"workspace: the function returned {needed - 1} bytes of {needed}"):
+        _C.decode(inputs, options, None, False, out, None, given(1))
+    assert asked == [needed, needed]
+    with pytest.raises(MemoryError, match="none left"):
+        _C.decode(inputs, options, None, False, out, None, fails)
+    with pytest.raises(TypeError, match="workspace: the function returned 0 bytes"):
+        _C.decode(inputs, options, None, False, out, None, lambda like, size: None)
+
+
 @pytest.mark.parametrize("missing", ["softcap", "alibi", "sink"])
 @pytest.mark.parametrize("form", ["decode", "decode_paged"])
 def test_decode_features_without_a_python_function(form, missing):
