@@ -75,6 +75,17 @@ KernelConfig around(const Problem& problem, KernelKind kind) {
   return config;
 }
 
+// Of the upper half of what fits, the largest wave that leaves the fewest heads out of the last one: where that has two
+// heads, most processors wait for its longest column.
+std::int64_t even_wave(std::int64_t heads, std::int64_t fit) {
+  fit = std::clamp<std::int64_t>(fit, 1, heads);
+  const auto left_out = [&](std::int64_t wave) { return (wave - heads % wave) % wave; };
+  std::int64_t best = fit;
+  for (std::int64_t wave = fit; wave > fit / 2 && left_out(best) > 0; --wave)
+    if (left_out(wave) < left_out(best)) best = wave;
+  return best;
+}
+
 }  // namespace
 
 std::string reject_backward(const Problem& problem) {
@@ -185,7 +196,17 @@ std::int64_t key_heads_per_wave(const Problem& p) {
   // Of a head: Q, dO, and what is added to dQ.
   const std::int64_t row_bytes = kernels::kElementBytes * (p.head_dim + p.head_dim_v) + 4 * p.head_dim;
   const std::int64_t bytes = std::max<std::int64_t>(p.max_seqlen_q, 1) * p.group_size * row_bytes;
-  return std::clamp<std::int64_t>(kL2Bytes / bytes, 1, std::max<std::int64_t>(1, p.batch * p.num_kv_heads));
+  return even_wave(std::max<std::int64_t>(1, p.batch * p.num_kv_heads), kL2Bytes / bytes);
+}
+
+std::int64_t ascending_key_heads(const Problem& p) {
+  const KernelConfig main = backward_kernel(p);
+  const bool causal = main.mask == MaskKind::window && main.window_right && !main.window_left;
+  if (!main.deterministic || main.gate_bits || !causal) return 0;
+  constexpr std::int64_t kLeast =
+      4;  // with fewer, units of a head that begin together wait for too many row tiles
+  const std::int64_t heads = p.batch * p.num_kv_heads;
+  return heads < kLeast ? 0 : std::min(heads / 2, std::max(key_heads_per_wave(p), kLeast));
 }
 
 // Where columns may be cut, units come in another order than waves; rows of packed sequences lie in another order.

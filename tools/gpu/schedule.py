@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Simulates who computes which key tile of a causal backward, and when: what an order of key tiles costs.
+
+    python3 tools/gpu/schedule.py                   the rows of the benchmark
+    python3 tools/gpu/schedule.py --processors 114  of another GPU
+
+A CTA on each processor takes units, a key tile each, in their order, and walks the row tiles that see it from top to
+bottom. Times are in row tiles of one CTA: a unit takes START and END beside its own, 11 us together
+(docs/performance_log_gpu_notes_backward.md), a row tile 1 +- JITTER. Deterministic: the sum of a row tile may be added
+TURN after that of the unit before, and a CTA may be as far ahead of its additions as ``ahead`` says (1 where dQ is
+staged in shared memory). Printed: the time of the whole call over the mean of the processors' own work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import random
+from dataclasses import dataclass
+
+START, END, JITTER, TURN = 2.5, 2.0, 0.15, 0.12
+L2_BYTES = 40 << 20
+
+Unit = tuple[int, int]  # key head, key tile
+
+
+def even_wave(heads: int, fit: int) -> int:
+    """Heads of a wave where ``fit`` fit the L2: of the upper half of what fits, the largest leaving the fewest out of
+    the last wave."""
+    fit = max(1, min(heads, fit))
+    return min(range(fit, fit // 2, -1), key=lambda wave: -heads % wave)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A causal backward of ``heads`` (sequence, key head) pairs with as many keys as rows."""
+
+    name: str
+    heads: int
+    seqlen: int
+    head_dim: int
+    group: int = 1  # query heads of a key head
+
+    @property
+    def key_tiles(self) -> int:
+        return self.seqlen // (64 if self.head_dim > 128 else 128)
+
+    @property
+    def row_tiles(self) -> int:
+        return self.seqlen // (64 if self.head_dim > 64 else 128)
+
+    @property
+    def per_wave(self) -> int:
+        """As key_heads_per_wave of the library."""
+        return even_wave(self.heads, L2_BYTES // (self.seqlen * self.group * 8 * self.head_dim))
+
+    @property
+    def ascending(self) -> int:
+        """As ascending_key_heads of the library."""
+        return 0 if self.heads < 4 else min(self.heads // 2, max(self.per_wave, 4))
+
+
+def default_order(call: Call) -> list[Unit]:
+    """Waves of heads, each from the first key tile to the last."""
+    return _waves(call, 0, call.heads, range(call.key_tiles))
+
+
+def deterministic_order(call: Call, ascending: int) -> list[Unit]:
+    """Waves from the last key tile to the first, then one of the last ``ascending`` heads the other way."""
+    others = call.heads - ascending
+    last = [(head, tile) for tile in range(call.key_tiles) for head in range(others, call.heads)]
+    return _waves(call, 0, others, range(call.key_tiles - 1, -1, -1)) + last
+
+
+def _waves(call: Call, begin: int, end: int, tiles: range) -> list[Unit]:
+    units: list[Unit] = []
+    for first in range(begin, end, call.per_wave):
+        heads = range(first, min(end, first + call.per_wave))
+        units += [(head, tile) for tile in tiles for head in heads]
+    return units
+
+
+def simulate(call: Call, units: list[Unit], in_turn: bool, processors: int, seed: int) -> float:
+    """Time of the call over the mean of the processors' work."""
+    draw = random.Random(seed).random
+    ahead = 1.0 if call.head_dim <= 128 else 0.0
+    added: dict[tuple[int, int], list[float]] = {}  # per query head, when each row tile was last added to
+    free = [draw() / 2 for _ in range(processors)]
+    heapq.heapify(free)
+    work = 0.0
+    for head, tile in units:
+        time = heapq.heappop(free) + START
+        first_row = tile * call.row_tiles // call.key_tiles
+        for member in range(call.group):
+            rows = added.setdefault((head, member), [-TURN] * call.row_tiles)
+            for row in range(first_row, call.row_tiles):
+                time += 1 + JITTER * (2 * draw() - 1)
+                if in_turn:
+                    rows[row] = max(time, rows[row] + TURN)
+                    time = max(time, rows[row] - ahead)
+        work += START + END + (call.row_tiles - first_row) * call.group
+        heapq.heappush(free, time + END)
+    return max(free) / (work / processors)
+
+
+ROWS = [
+    *(
+        Call(f"d{d} {s // 1024}k", 16384 // s * 2048 // d, s, d)
+        for d in (64, 128, 256)
+        for s in (2048, 8192, 16384)
+    ),
+    Call("d128 16k, 4 heads", 4, 16384, 128),
+    Call("d128 8k, 4 query heads a key head", 8, 8192, 128, 4),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processors", type=int, default=132, help="CTAs that run together (default 132)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print(f"{'causal':36}{'default':>9}{'last to first':>15}{'last wave the other way':>25}")
+    for call in ROWS:
+        orders = (
+            (default_order(call), False),
+            (deterministic_order(call, 0), True),
+            (deterministic_order(call, call.ascending), True),
+        )
+        default, before, now = (
+            simulate(call, units, in_turn, arguments.processors, arguments.seed) for units, in_turn in orders
+        )
+        print(f"{call.name:36}{default:9.3f}{before:15.3f}{now:25.3f}")
+
+
+if __name__ == "__main__":
+    main()
