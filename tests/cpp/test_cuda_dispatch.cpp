@@ -220,6 +220,12 @@ TEST(CudaDispatch, WavesOfTheBackwardAreEven) {
   EXPECT_EQ(wave(11), 4) << "4 + 4 + 3";
   EXPECT_EQ(wave(4), 4);
   EXPECT_EQ(wave(1), 1);
+  p.max_seqlen_q = p.max_seqlen_k = 16384;
+  EXPECT_EQ(wave(4), 2);
+  p.group_size = 4;
+  EXPECT_EQ(wave(8), 1) << "64 MB of queries, but a key tile for each processor";
+  p.max_seqlen_q = p.max_seqlen_k = 8192;
+  EXPECT_EQ(wave(8), 2) << "one fits, whose 64 key tiles do not busy 132 processors";
 }
 
 // Where it has a warp to spare and waves in order.

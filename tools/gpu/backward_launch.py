@@ -318,7 +318,9 @@ class Backward:
 
         units = -(-max_k // block_n) * batch * kv_heads
         head_bytes = max(max_q, 1) * (heads // kv_heads) * (2 * head_dim + 2 * p.v.shape[-1] + 4 * head_dim)
-        per_wave = self.per_wave or even_wave(batch * kv_heads, L2_BUDGET_BYTES // head_bytes)
+        per_wave = self.per_wave or even_wave(
+            batch * kv_heads, L2_BUDGET_BYTES // head_bytes, max(1, -(-max_k // block_n))
+        )
         ascending = self.ascending
         if ascending is None:  # ascending_key_heads of the library
             causal = config.deterministic and not config.cuts and config.right and not config.left

@@ -20,15 +20,16 @@ from dataclasses import dataclass
 
 START, END, JITTER, TURN = 2.5, 2.0, 0.15, 0.12
 L2_BYTES = 40 << 20
+BUSY = 128  # key tiles, for 132 processors
 
 Unit = tuple[int, int]  # key head, key tile
 
 
-def even_wave(heads: int, fit: int) -> int:
-    """Heads of a wave where ``fit`` fit the L2: of the upper half of what fits, the largest leaving the fewest out of
-    the last wave."""
-    fit = max(1, min(heads, fit))
-    return min(range(fit, fit // 2, -1), key=lambda wave: -heads % wave)
+def even_wave(heads: int, fit: int, key_tiles: int) -> int:
+    """Heads of a wave where ``fit`` fit the L2: as many as have BUSY key tiles or more, and of the upper half of what may
+    be the largest that leaves the fewest out of the last wave."""
+    most = max(1, min(heads, max(fit, -(-BUSY // key_tiles))))
+    return min(range(most, most // 2, -1), key=lambda wave: -heads % wave)
 
 
 @dataclass(frozen=True)
@@ -51,31 +52,32 @@ class Call:
 
     @property
     def per_wave(self) -> int:
-        """As key_heads_per_wave of the library."""
-        return even_wave(self.heads, L2_BYTES // (self.seqlen * self.group * 8 * self.head_dim))
-
-    @property
-    def ascending(self) -> int:
-        """As ascending_key_heads of the library."""
-        return 0 if self.heads < 4 else min(self.heads // 2, max(self.per_wave, 4))
+        """As key_heads_per_wave of the library: as many as fit."""
+        return max(1, min(self.heads, L2_BYTES // (self.seqlen * self.group * 8 * self.head_dim)))
 
 
-def default_order(call: Call) -> list[Unit]:
+def last_wave(heads: int, per_wave: int) -> int:
+    """How many of the last heads may go from the first key tile to the last: fewer than four wait for each other, more
+    than half would, too."""
+    return 0 if heads < 4 else min(heads // 2, max(per_wave, 4))
+
+
+def default_order(call: Call, per_wave: int) -> list[Unit]:
     """Waves of heads, each from the first key tile to the last."""
-    return _waves(call, 0, call.heads, range(call.key_tiles))
+    return _waves(per_wave, 0, call.heads, range(call.key_tiles))
 
 
-def deterministic_order(call: Call, ascending: int) -> list[Unit]:
+def deterministic_order(call: Call, per_wave: int, ascending: int) -> list[Unit]:
     """Waves from the last key tile to the first, then one of the last ``ascending`` heads the other way."""
     others = call.heads - ascending
     last = [(head, tile) for tile in range(call.key_tiles) for head in range(others, call.heads)]
-    return _waves(call, 0, others, range(call.key_tiles - 1, -1, -1)) + last
+    return _waves(per_wave, 0, others, range(call.key_tiles - 1, -1, -1)) + last
 
 
-def _waves(call: Call, begin: int, end: int, tiles: range) -> list[Unit]:
+def _waves(per_wave: int, begin: int, end: int, tiles: range) -> list[Unit]:
     units: list[Unit] = []
-    for first in range(begin, end, call.per_wave):
-        heads = range(first, min(end, first + call.per_wave))
+    for first in range(begin, end, per_wave):
+        heads = range(first, min(end, first + per_wave))
         units += [(head, tile) for tile in tiles for head in heads]
     return units
 
@@ -110,7 +112,9 @@ ROWS = [
         for s in (2048, 8192, 16384)
     ),
     Call("d128 16k, 4 heads", 4, 16384, 128),
+    Call("d128 4k, 16 heads", 16, 4096, 128),
     Call("d128 8k, 4 query heads a key head", 8, 8192, 128, 4),
+    Call("d128 4k, 8 query heads a key head", 16, 4096, 128, 8),
 ]
 
 
@@ -121,17 +125,22 @@ def main() -> None:
     parser.add_argument("--processors", type=int, default=132, help="CTAs that run together (default 132)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(f"{'causal':36}{'default':>9}{'last to first':>15}{'last wave the other way':>25}")
+    titles = ("default", "even waves", "deterministic", "even waves", "last wave the other way")
+    print("".join(f"{title:>{len(title) + 3}}" for title in (f"{'causal':33}", *titles)))
     for call in ROWS:
+        now, even = call.per_wave, even_wave(call.heads, call.per_wave, call.key_tiles)
         orders = (
-            (default_order(call), False),
-            (deterministic_order(call, 0), True),
-            (deterministic_order(call, call.ascending), True),
+            (default_order(call, now), False),
+            (default_order(call, even), False),
+            (deterministic_order(call, now, 0), True),
+            (deterministic_order(call, even, 0), True),
+            (deterministic_order(call, even, last_wave(call.heads, even)), True),
         )
-        default, before, now = (
+        times = [
             simulate(call, units, in_turn, arguments.processors, arguments.seed) for units, in_turn in orders
-        )
-        print(f"{call.name:36}{default:9.3f}{before:15.3f}{now:25.3f}")
+        ]
+        columns = (f"{time:{len(title) + 3}.3f}" for time, title in zip(times, titles, strict=True))
+        print(f"{call.name:36}", *columns, sep="")
 
 
 if __name__ == "__main__":

@@ -191,12 +191,17 @@ std::int64_t most_slots(const Problem& p) {
 }
 
 std::int64_t key_heads_per_wave(const Problem& p) {
-  // Queries, gradients and float32 sums of the heads that run at one time; K and V stay with their processors.
+  // Queries, gradients and float32 sums of the heads that run at one time; K and V stay with their processors, each of
+  // which wants a key tile.
   constexpr std::int64_t kL2Bytes = std::int64_t{40} << 20;
   // Of a head: Q, dO, and what is added to dQ.
   const std::int64_t row_bytes = kernels::kElementBytes * (p.head_dim + p.head_dim_v) + 4 * p.head_dim;
   const std::int64_t bytes = std::max<std::int64_t>(p.max_seqlen_q, 1) * p.group_size * row_bytes;
-  return even_wave(std::max<std::int64_t>(1, p.batch * p.num_kv_heads), kL2Bytes / bytes);
+  constexpr std::int64_t kBusy = 128;  // key tiles, for 132 processors
+  const std::int64_t key_tiles =
+      std::max<std::int64_t>(1, ceil_div(p.max_seqlen_k, backward_kernel(p).backward.block_n));
+  return even_wave(std::max<std::int64_t>(1, p.batch * p.num_kv_heads),
+                   std::max(kL2Bytes / bytes, ceil_div(kBusy, key_tiles)));
 }
 
 std::int64_t ascending_key_heads(const Problem& p) {
