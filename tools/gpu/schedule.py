@@ -26,7 +26,7 @@ Unit = tuple[int, int]  # key head, key tile
 
 
 def even_wave(heads: int, fit: int, key_tiles: int) -> int:
-    """Heads of a wave where ``fit`` fit the L2: as many as have BUSY key tiles or more, and of the upper half of what may
+    """Heads of a wave where ``fit`` fit the L2: as many as have BUSY key tiles or more; of the upper half of what may
     be the largest that leaves the fewest out of the last wave."""
     most = max(1, min(heads, max(fit, -(-BUSY // key_tiles))))
     return min(range(most, most // 2, -1), key=lambda wave: -heads % wave)
