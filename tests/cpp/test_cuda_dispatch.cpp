@@ -176,7 +176,7 @@ TEST(CudaDispatch, LongColumnsHaveSlots) {
 TEST(CudaDispatch, LastHeadsOfACausalCallGoFromTheFirstKeyTile) {
   Problem p = problem();
   p.operation = Operation::backward;
-  p.deterministic = true;
+  p.deterministic = p.causal = true;
   p.group_size = 1;
   p.batch = 8;
   p.num_heads = p.num_kv_heads = 16;
@@ -201,6 +201,8 @@ TEST(CudaDispatch, LastHeadsOfACausalCallGoFromTheFirstKeyTile) {
       << "bits know the order from the last key tile alone";
   EXPECT_TRUE(none([](Problem& c) { c.has_block_mask = true; })) << "so do lists";
   EXPECT_TRUE(none([](Problem& c) { c.has_window_sizes = true; }));
+  EXPECT_TRUE(none([](Problem& c) { c.head_dim = c.head_dim_v = 256; }))
+      << "consumers would wait for their turns";
 }
 
 TEST(CudaDispatch, WavesOfTheBackwardAreEven) {

@@ -324,6 +324,7 @@ class Backward:
         ascending = self.ascending
         if ascending is None:  # ascending_key_heads of the library
             causal = config.deterministic and not config.cuts and config.right and not config.left
+            causal = causal and config.stage_grad_query
             ascending = (
                 min(batch * kv_heads // 2, max(per_wave, 4)) if causal and batch * kv_heads >= 4 else 0
             )
