@@ -71,14 +71,20 @@ FSA_DEVICE int64 row_tile_number(const BackwardParams& params, const WorkTile& w
          before + tile;
 }
 
+// Deterministic: whether the unit at this place of the order is one of the wave that goes from the first key tile to the
+// last.
+FSA_DEVICE bool ascends(const BackwardParams& params, int32 place) { return place >= params.ascending_from; }
+
 // Key tiles from the first of a sequence (the longest when causal) to the last; key heads fastest within a
 // wave whose Q, dO and dQ sums fit the L2 together. A counter hands the work out, or without one each CTA takes
 // every gridDim.x-th unit.
 //
-// Deterministic: from the last key tile to the first, in which order a row tile of a causal call is reached by
-// one after the other. Key tiles add in the order in which they are issued, so whoever waits waits for work
-// issued before its own, wherever CTAs run. For that every unit comes from the counter, and none is taken ahead
-// of time: it would start late, and later units wait for it.
+// Deterministic: key tiles add in the order in which they are issued, so whoever waits waits for work issued before its
+// own, wherever CTAs run. For that every unit comes from the counter, and none is taken ahead of time: it would start
+// late, and later units wait for it. The order is from the last key tile to the first, in which a row tile of a causal call
+// is reached by one after the other. But it ends with the longest ones: some processors then have nothing to do for the
+// length of one, 6 % of the time. So the last heads of a causal call may form a wave that goes from the first key tile to
+// the last. There units that begin together wait for each other, the k-th for k row tiles, which is why not all heads do.
 //
 // kSplits: long columns may have been cut; their parts follow each other. kDescribesAhead: whoever asks for a unit has
 // time to wait for the counter, and holds one that has not begun already.
@@ -94,9 +100,12 @@ class KeySchedule {
   }
   // In the order of all heads' key tiles.
   FSA_DEVICE static Place place_of(const BackwardParams& params, int32 index) {
-    const int32 wave = wave_of(params, index);
-    const int32 first_head = wave * params.key_heads_per_wave;
-    const int32 wave_heads = min_of(params.key_heads_per_wave, heads(params) - first_head);
+    const bool last = kDeterministic && ascends(params, index);
+    const int32 last_wave =
+        kDeterministic ? params.ascending_from / blocks(params) : heads(params);  // its first head
+    const int32 first_head = last ? last_wave : wave_of(params, index) * params.key_heads_per_wave;
+    const int32 wave_heads =
+        last ? heads(params) - first_head : min_of(params.key_heads_per_wave, last_wave - first_head);
     const int32 in_wave = index - first_head * blocks(params);
     return {first_head + in_wave % wave_heads, in_wave / wave_heads};
   }
@@ -109,7 +118,8 @@ class KeySchedule {
 
     describe_sequence(p, sequence, (batch_head - sequence * kv_heads) * p.group_size, work);
     work.keys = p.cu_seqlens_k ? p.cu_seqlens_k[sequence + 1] - work.k_begin : p.max_seqlen_k;
-    work.n_begin = (kDeterministic ? blocks(params) - 1 - in_order : in_order) * kBlockN;
+    const bool first_to_last = !kDeterministic || ascends(params, index);
+    work.n_begin = (first_to_last ? in_order : blocks(params) - 1 - in_order) * kBlockN;
     return work.n_begin < work.keys;
   }
   FSA_DEVICE static int32 key_tiles(const BackwardParams& params) { return blocks(params) * heads(params); }

@@ -103,11 +103,13 @@ struct RangeRows {
                     work.partial(kBlockN) ? RowRange{0, 0} : RowRange{last.begin, first.end});
   }
 
-  // How many key tiles of this row tile were issued before this one: from the last backwards.
+  // How many key tiles of this row tile were issued before this one: from the last backwards, or from the first on.
   FSA_DEVICE static int32 rank(const BackwardParams& params, const KeyWork& work, const RowTileInfo& info) {
-    const int32 last_row = min_of((info.tile + 1) * kBlockM, work.seqlen_q) - 1;
-    const KeyRange seen = Mask::visible(params.forward, work, last_row);
-    return ceil_div(seen.end, kBlockN) - 1 - work.n_begin / kBlockN;
+    const int32 tile = work.n_begin / kBlockN, first_row = info.tile * kBlockM;
+    if (ascends(params, work.part.key_tile))
+      return tile - Mask::visible(params.forward, work, first_row).begin / kBlockN;
+    const int32 last_row = min_of(first_row + kBlockM, work.seqlen_q) - 1;
+    return ceil_div(Mask::visible(params.forward, work, last_row).end, kBlockN) - 1 - tile;
   }
 };
 

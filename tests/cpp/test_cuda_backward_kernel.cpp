@@ -62,6 +62,8 @@ struct Problem {
   bool gate = false, alibi = false, sink = false;
   float softcap = 0;
   int32 least_part = 0;  // row tiles; 0: columns are not cut
+  int32 left = -1;       // keys before the diagonal; -1: all
+  int32 ascending = 0;   // of the last heads, how many go from the first key tile to the last; deterministic
 };
 
 // Everything that a call reads and writes, and its gradients in float64.
@@ -122,7 +124,8 @@ class Call {
 
  private:
   bool visible(int32 b, int32 row, int32 key_) const {
-    return !p.causal || key_ <= row + used_k(b) - used_q(b);
+    const int32 diagonal = row + used_k(b) - used_q(b);
+    return !p.causal || (key_ <= diagonal && (p.left < 0 || key_ >= diagonal - p.left));
   }
 
   void fill_map() {
@@ -302,7 +305,7 @@ void check(const Problem& problem) {
   f.head_dim_v = p.head_dim_v;
   f.max_seqlen_q = p.seqlen_q;
   f.max_seqlen_k = p.seqlen_k;
-  f.window_left = kOpenWindow;
+  f.window_left = p.left < 0 ? kOpenWindow : p.left;
   f.window_right = p.causal ? 0 : kOpenWindow;
   params.softmax_scale = 1 / std::sqrt(static_cast<float>(p.head_dim));
   f.softmax_scale_log2 = params.softmax_scale * kLog2e;
@@ -361,6 +364,7 @@ void check(const Problem& problem) {
   params.row_tiles = row_tiles;
   params.head_dim = p.head_dim;
   params.key_heads_per_wave = 1;
+  params.ascending_from = (p.batch * p.kv_heads - p.ascending) * c.key_tiles;
 
   const auto grid = [](int32 x, int32 y, int32 z) {
     return Dim3{static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
@@ -430,6 +434,21 @@ TEST(BackwardKernel, Deterministic128) {
 TEST(BackwardKernel, Deterministic256) {
   check<Config<kTile256, Causal, RangeRows<Causal, 64, 64>, Logit<>, true>>(
       {2, 200, 150, 1, 1, 256, 256, 150, 40, true});
+}
+
+// Two waves from the last key tile to the first, then one of two heads the other way.
+TEST(BackwardKernel, DeterministicWaveFromTheFirstKeyTile) {
+  Problem problem = {2, 300, 300, 2, 2, 64, 64, 277, 240, true};
+  problem.ascending = 2;
+  check<Config<kTile64, Causal, RangeRows<Causal, 128, 128>, Logit<>, true>>(problem);
+  using Window = WindowMask<true, true>;  // whose row tiles do not begin with the first key tile
+  problem = {1, 330, 300, 2, 1, 128, 128, 330, 300, true};
+  problem.ascending = 1;
+  problem.left = 70;
+  check<Config<kTile128, Window, RangeRows<Window, 64, 128>, Logit<>, true>>(problem);
+  problem = {3, 200, 150, 1, 1, 256, 256, 150, 40, true};
+  problem.ascending = 2;
+  check<Config<kTile256, Causal, RangeRows<Causal, 64, 64>, Logit<>, true>>(problem);
 }
 
 TEST(BackwardKernel, SkipMapAndPairGate) {

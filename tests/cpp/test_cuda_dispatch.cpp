@@ -172,6 +172,64 @@ TEST(CudaDispatch, LongColumnsHaveSlots) {
   EXPECT_FALSE(splits_columns(p)) << "a column is shorter than two parts";
 }
 
+// The last wave of a deterministic causal call: half of the heads at most, as many as other waves, or four.
+TEST(CudaDispatch, LastHeadsOfACausalCallGoFromTheFirstKeyTile) {
+  Problem p = problem();
+  p.operation = Operation::backward;
+  p.deterministic = p.causal = true;
+  p.group_size = 1;
+  p.batch = 8;
+  p.num_heads = p.num_kv_heads = 16;
+  p.max_seqlen_q = p.max_seqlen_k = 2048;
+  EXPECT_EQ(key_heads_per_wave(p), 16) << "2 MB each: 20 would fit and leave 8 of 128 for the last wave";
+  EXPECT_EQ(ascending_key_heads(p), 16);
+  p.batch = 1;
+  p.max_seqlen_q = p.max_seqlen_k = 16384;
+  EXPECT_EQ(ascending_key_heads(p), 4);
+  p.num_heads = p.num_kv_heads = 6;
+  EXPECT_EQ(ascending_key_heads(p), 3);
+  p.num_heads = p.num_kv_heads = 3;
+  EXPECT_EQ(ascending_key_heads(p), 0);
+  p.num_heads = p.num_kv_heads = 16;
+  const auto none = [&](auto change) {
+    Problem changed = p;
+    change(changed);
+    return ascending_key_heads(changed) == 0;
+  };
+  EXPECT_TRUE(none([](Problem& c) { c.deterministic = false; }));
+  EXPECT_TRUE(none([](Problem& c) { c.threshold = 1; }))
+      << "bits know the order from the last key tile alone";
+  EXPECT_TRUE(none([](Problem& c) { c.has_block_mask = true; })) << "so do lists";
+  EXPECT_TRUE(none([](Problem& c) { c.has_window_sizes = true; }));
+  EXPECT_TRUE(none([](Problem& c) { c.head_dim = c.head_dim_v = 256; }))
+      << "consumers would wait for their turns";
+}
+
+TEST(CudaDispatch, WavesOfTheBackwardAreEven) {
+  Problem p = problem();
+  p.operation = Operation::backward;
+  p.group_size = 1;
+  p.max_seqlen_q = p.max_seqlen_k = 8192;  // 8 MB a head: five fit
+  const auto wave = [&](std::int64_t heads) {
+    p.batch = 1;
+    p.num_heads = p.num_kv_heads = heads;
+    return key_heads_per_wave(p);
+  };
+  EXPECT_EQ(wave(32), 4);
+  EXPECT_EQ(wave(10), 5);
+  EXPECT_EQ(wave(7), 4) << "4 + 3";
+  EXPECT_EQ(wave(9), 3);
+  EXPECT_EQ(wave(11), 4) << "4 + 4 + 3";
+  EXPECT_EQ(wave(4), 4);
+  EXPECT_EQ(wave(1), 1);
+  p.max_seqlen_q = p.max_seqlen_k = 16384;
+  EXPECT_EQ(wave(4), 2);
+  p.group_size = 4;
+  EXPECT_EQ(wave(8), 1) << "64 MB of queries, but a key tile for each processor";
+  p.max_seqlen_q = p.max_seqlen_k = 8192;
+  EXPECT_EQ(wave(8), 2) << "one fits, whose 64 key tiles do not busy 132 processors";
+}
+
 // Where it has a warp to spare and waves in order.
 TEST(CudaDispatch, MainKernelClearsSumsOfLaterWaves) {
   Problem p = problem();

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from forward_launch import Driver, Kernel, Problem, pack_scalar
 from nvrtc import Compiled, ForwardConfig, compile_config, disassemble
+from schedule import even_wave
 
 # (head_dim, head_dim_v) -> block_m, block_n, stages of query, grad_out and dS, dQ staged. TILED: where one bit is
 # one tile.
@@ -257,6 +258,10 @@ class Backward:
         self.split = driver.load(cubin, 0, "fsa_split_columns") if config.cuts else None
         self.sum_parts = driver.load(cubin, 0, "fsa_sum_parts") if config.cuts else None
         self.least_part = LEAST_PART
+        self.per_wave = None  # heads of a wave; None: as the library
+        self.ascending = (
+            None  # heads of the wave that goes from the first key tile to the last; None: as the library
+        )
         self.processors = torch.cuda.get_device_properties(0).multi_processor_count
         # Of the forward's parameters only the part that describes the problem counts, and boxes of 64 rows.
         self.forward = Kernel.__new__(Kernel)
@@ -313,7 +318,17 @@ class Backward:
 
         units = -(-max_k // block_n) * batch * kv_heads
         head_bytes = max(max_q, 1) * (heads // kv_heads) * (2 * head_dim + 2 * p.v.shape[-1] + 4 * head_dim)
-        per_wave = max(1, min(batch * kv_heads, L2_BUDGET_BYTES // head_bytes))
+        per_wave = self.per_wave or even_wave(
+            batch * kv_heads, L2_BUDGET_BYTES // head_bytes, max(1, -(-max_k // block_n))
+        )
+        ascending = self.ascending
+        if ascending is None:  # ascending_key_heads of the library
+            causal = config.deterministic and not config.cuts and config.right and not config.left
+            causal = causal and config.stage_grad_query
+            ascending = (
+                min(batch * kv_heads // 2, max(per_wave, 4)) if causal and batch * kv_heads >= 4 else 0
+            )
+        ascending_from = units - ascending * -(-max_k // block_n)
         clears, of_wave = None, per_wave * heads // kv_heads * row_tiles
         ahead = (
             config.stage_grad_query
@@ -363,7 +378,7 @@ class Backward:
             *rows(outputs["v"], packed_k), *grad_lse, vectors.data_ptr(), sums.data_ptr(), pointer(alpha_sums),
             pointer(row_terms), pointer(sink_sums), pointer(turns), row_tiles, *bits, *lists, head_dim,
             p.k.shape[0] if packed_k else 0, per_wave, 1 / math.sqrt(head_dim), least_part,
-            *map(pointer, parts), slots, 0, done.data_ptr(), pointer(clears), of_wave, tiles - of_wave,
+            *map(pointer, parts), slots, ascending_from, done.data_ptr(), pointer(clears), of_wave, tiles - of_wave,
         ) + by_row(outputs.get("alpha"), packed_q) + by_row(outputs.get("delta"), packed_k) + pack_scalar(
             sink, *(() if sink is None else (0, 0, 1))
         )  # fmt: skip

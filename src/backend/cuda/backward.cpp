@@ -76,9 +76,8 @@ class BackwardCall : KernelCall {
   }
 
  private:
-  std::int64_t key_tiles() const {
-    return ceil_div(p_.max_seqlen_k, config_.backward.block_n) * p_.batch * p_.num_kv_heads;
-  }
+  std::int64_t key_tiles_of_head() const { return ceil_div(p_.max_seqlen_k, config_.backward.block_n); }
+  std::int64_t key_tiles() const { return key_tiles_of_head() * p_.batch * p_.num_kv_heads; }
 
   void copy_back(std::size_t part, const Operand& from, const Operand& to, Rows rows, std::int64_t heads,
                  std::int64_t dim) const {
@@ -167,6 +166,8 @@ class BackwardCall : KernelCall {
       params_.least_part = kernels::kLeastPart;
     }
     params_.key_heads_per_wave = static_cast<std::int32_t>(key_heads_per_wave(p_));
+    params_.ascending_from =
+        static_cast<std::int32_t>(key_tiles() - ascending_key_heads(p_) * key_tiles_of_head());
     if (parts_.clears != kAbsent) {
       params_.clears = part<std::int32_t>(parts_.clears);
       const std::int64_t of_wave = key_heads_per_wave(p_) * p_.group_size * params_.row_tiles;

@@ -39,6 +39,10 @@ std::int64_t most_slots(const Problem& problem);
 // (sequence, key head) pairs that walk their key tiles together.
 std::int64_t key_heads_per_wave(const Problem& problem);
 
+// How many of the last heads go through their key tiles from the first to the last; the others, where the kernel is
+// deterministic, from the last to the first.
+std::int64_t ascending_key_heads(const Problem& problem);
+
 // Whether the sums of dQ are cleared by the main kernel, but for the first wave's.
 bool clears_ahead(const Problem& problem);
 
