@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <cstdint>
 #include <cstring>
 #include <map>
 #include <random>
@@ -94,9 +95,12 @@ std::vector<Visit> walk(const BackwardParams& params, Shape shape) {
   return visits;
 }
 
+// Of the turns that key tiles take.
+enum class Turns : std::uint8_t { none, from_last, from_first };
+
 // `sees(head, row, key)`; `wanted(head, row tile, key tile)`: which of the visible tiles are kept.
 template <int32 kBlockM, class Sees, class Wanted>
-void expect_visits(const std::vector<Visit>& visits, Shape shape, Sees sees, Wanted wanted, bool ranked) {
+void expect_visits(const std::vector<Visit>& visits, Shape shape, Sees sees, Wanted wanted, Turns turns) {
   std::map<std::array<int32, 3>, int> count;
   for (const Visit& v : visits) {
     const std::array<int32, 3> place = {v.head, v.row_tile, v.key_tile};
@@ -122,17 +126,18 @@ void expect_visits(const std::vector<Visit>& visits, Shape shape, Sees sees, Wan
             some = sees(head, row, key);
         EXPECT_EQ((count.count({head, m, n}) > 0), some && wanted(head, m, n)) << m << " x " << n;
       }
-  if (!ranked) return;
-  // Key tiles take their turns from the last to the first.
+  if (turns == Turns::none) return;
   for (int32 head = 0; head < kGroup; ++head)
     for (int32 m = 0; m < row_tiles; ++m) {
       int32 turn = 0;
-      for (int32 n = key_tiles - 1; n >= 0; --n)
+      for (int32 i = 0; i < key_tiles; ++i) {
+        const int32 n = turns == Turns::from_first ? i : key_tiles - 1 - i;
         for (const Visit& v : visits)
           if (v.head == head && v.row_tile == m && v.key_tile == n) {
             EXPECT_EQ(v.info.list_rank, turn) << m << " x " << n;
             ++turn;
           }
+      }
     }
 }
 
@@ -144,6 +149,7 @@ BackwardParams params_with_group() {
   BackwardParams params = {};
   params.forward.group_size = kGroup;
   params.forward.num_heads = kGroup;
+  params.ascending_from = 1;  // the unit of a test is the one at place 0
   return params;
 }
 
@@ -159,8 +165,11 @@ void check_window(int32 left, int32 right) {
       const int32 diagonal = row + shape.seqlen_k - shape.seqlen_q;
       return (!kLeft || key >= diagonal - left) && (!kRight || key <= diagonal + right);
     };
-    expect_visits<kBlockM>(walk<RangeRows<WindowMask<kLeft, kRight>, kBlockM, kBlockN>>(params, shape), shape,
-                           sees, kAll, true);
+    for (const Turns turns : {Turns::from_last, Turns::from_first}) {
+      params.ascending_from = turns == Turns::from_first ? 0 : 1;
+      expect_visits<kBlockM>(walk<RangeRows<WindowMask<kLeft, kRight>, kBlockM, kBlockN>>(params, shape),
+                             shape, sees, kAll, turns);
+    }
   }
 }
 
@@ -192,7 +201,7 @@ TEST(BackwardTiles, Bands) {
         return distance >= 0 && (distance < near ||
                                  (distance >= near + right && distance < near + right + left) || key < sink);
       };
-      expect_visits<64>(walk<BandRows<64, kBlockN>>(params, shape), shape, sees, kAll, false);
+      expect_visits<64>(walk<BandRows<64, kBlockN>>(params, shape), shape, sees, kAll, Turns::none);
     }
 }
 
@@ -222,7 +231,8 @@ TEST(BackwardTiles, SkipMaps) {
     params.column_bits = {columns.data(), 0, key_tiles * row_words, row_words};
     const auto wanted = [&](int32 head, int32 m, int32 n) { return kept.count({head, m, n}) > 0; };
     using Visible = RangeRows<WindowMask<false, true>, 64, kBlockN>;
-    expect_visits<64>(walk<BitmapRows<Visible, kBlockN>>(params, shape), shape, sees, wanted, true);
+    expect_visits<64>(walk<BitmapRows<Visible, kBlockN>>(params, shape), shape, sees, wanted,
+                      Turns::from_last);
   }
 }
 
@@ -264,7 +274,7 @@ TEST(BackwardTiles, BlockMasks) {
         return kinds[{head, row / rows, key / keys}] != 0;
       };
       const auto visits = walk<ListRows<64, kBlockN>>(params, shape);
-      expect_visits<64>(visits, shape, sees, kAll, true);
+      expect_visits<64>(visits, shape, sees, kAll, Turns::from_last);
       for (const Visit& v : visits) {
         const int32 kind = kinds[{v.head, v.row_tile * 64 / block_rows, v.key_tile * kBlockN / block_keys}];
         EXPECT_EQ(v.info.block, kind == 1 ? -1 : 7);
