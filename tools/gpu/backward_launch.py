@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from forward_launch import Driver, Kernel, Problem, pack_scalar
 from nvrtc import Compiled, ForwardConfig, compile_config, disassemble
-from schedule import even_wave
+from schedule import even_wave, last_wave
 
 # (head_dim, head_dim_v) -> block_m, block_n, stages of query, grad_out and dS, dQ staged. TILED: where one bit is
 # one tile.
@@ -258,10 +258,8 @@ class Backward:
         self.split = driver.load(cubin, 0, "fsa_split_columns") if config.cuts else None
         self.sum_parts = driver.load(cubin, 0, "fsa_sum_parts") if config.cuts else None
         self.least_part = LEAST_PART
-        self.per_wave = None  # heads of a wave; None: as the library
-        self.ascending = (
-            None  # heads of the wave that goes from the first key tile to the last; None: as the library
-        )
+        # Heads of a wave, and of the one that goes from the first key tile to the last; None: as the library.
+        self.per_wave = self.ascending = None
         self.processors = torch.cuda.get_device_properties(0).multi_processor_count
         # Of the forward's parameters only the part that describes the problem counts, and boxes of 64 rows.
         self.forward = Kernel.__new__(Kernel)
@@ -322,12 +320,10 @@ class Backward:
             batch * kv_heads, L2_BUDGET_BYTES // head_bytes, max(1, -(-max_k // block_n))
         )
         ascending = self.ascending
-        if ascending is None:  # ascending_key_heads of the library
-            causal = config.deterministic and not config.cuts and config.right and not config.left
-            causal = causal and config.stage_grad_query
-            ascending = (
-                min(batch * kv_heads // 2, max(per_wave, 4)) if causal and batch * kv_heads >= 4 else 0
-            )
+        if ascending is None:
+            causal = not config.cuts and config.right and not config.left
+            waits_apart = config.deterministic and config.stage_grad_query
+            ascending = last_wave(batch * kv_heads, per_wave) if causal and waits_apart else 0
         ascending_from = units - ascending * -(-max_k // block_n)
         clears, of_wave = None, per_wave * heads // kv_heads * row_tiles
         ahead = (

@@ -26,8 +26,8 @@ Unit = tuple[int, int]  # key head, key tile
 
 
 def even_wave(heads: int, fit: int, key_tiles: int) -> int:
-    """Heads of a wave where ``fit`` fit the L2: as many as have BUSY key tiles or more; of the upper half of what may
-    be the largest that leaves the fewest out of the last wave."""
+    """Heads of a wave where ``fit`` fit the L2, as key_heads_per_wave of the library: as many as have BUSY key tiles or
+    more; of the upper half of what may be the largest that leaves the fewest out of the last wave."""
     most = max(1, min(heads, max(fit, -(-BUSY // key_tiles))))
     return min(range(most, most // 2, -1), key=lambda wave: -heads % wave)
 
@@ -51,14 +51,14 @@ class Call:
         return self.seqlen // (64 if self.head_dim > 64 else 128)
 
     @property
-    def per_wave(self) -> int:
-        """As key_heads_per_wave of the library: as many as fit."""
+    def fit(self) -> int:
+        """Heads of which Q, dO and the sums of dQ fit the L2."""
         return max(1, min(self.heads, L2_BYTES // (self.seqlen * self.group * 8 * self.head_dim)))
 
 
 def last_wave(heads: int, per_wave: int) -> int:
-    """How many of the last heads may go from the first key tile to the last: fewer than four wait for each other, more
-    than half would, too."""
+    """How many of the last heads may go from the first key tile to the last, as ascending_key_heads of the library:
+    fewer than four wait for each other, more than half would, too."""
     return 0 if heads < 4 else min(heads // 2, max(per_wave, 4))
 
 
@@ -125,14 +125,14 @@ def main() -> None:
     parser.add_argument("--processors", type=int, default=132, help="CTAs that run together (default 132)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    titles = ("default", "even waves", "deterministic", "even waves", "last wave the other way")
+    titles = ("what fits", "even waves", "deterministic", "even waves", "last wave the other way")
     print("".join(f"{title:>{len(title) + 3}}" for title in (f"{'causal':33}", *titles)))
     for call in ROWS:
-        now, even = call.per_wave, even_wave(call.heads, call.per_wave, call.key_tiles)
+        fit, even = call.fit, even_wave(call.heads, call.fit, call.key_tiles)
         orders = (
-            (default_order(call, now), False),
+            (default_order(call, fit), False),
             (default_order(call, even), False),
-            (deterministic_order(call, now, 0), True),
+            (deterministic_order(call, fit, 0), True),
             (deterministic_order(call, even, 0), True),
             (deterministic_order(call, even, last_wave(call.heads, even)), True),
         )
