@@ -184,8 +184,7 @@ struct BackwardParams {
   PartCounts* part_counts;
   float* partial_sums;  // [most_slots, backward_slot_floats]
   int32 most_slots;
-  int32
-      ascending_from;  // deterministic: the place in KeySchedule from which on a wave goes from first to last
+  int32 ascending_from;  // deterministic: see KeySchedule; a place in its order
 
   // [batch, heads], at the first head of each group: for every key tile, how many adders have added all that it adds to
   // dQ and grad_alpha, less what parts of columns count more than once. Not counted where sums come from registers.

@@ -75,9 +75,9 @@ FSA_DEVICE int64 row_tile_number(const BackwardParams& params, const WorkTile& w
 // last.
 FSA_DEVICE bool ascends(const BackwardParams& params, int32 place) { return place >= params.ascending_from; }
 
-// Key tiles from the first of a sequence (the longest when causal) to the last; key heads fastest within a
-// wave whose Q, dO and dQ sums fit the L2 together. A counter hands the work out, or without one each CTA takes
-// every gridDim.x-th unit.
+// Key tiles from the first of a sequence (the longest when causal) to the last; key heads fastest within a wave, whose
+// Q, dO and dQ sums fit the L2 together where that leaves a key tile for each processor. A counter hands the work out,
+// or without one each CTA takes every gridDim.x-th unit.
 //
 // Deterministic: key tiles add in the order in which they are issued, so whoever waits waits for work issued before its
 // own, wherever CTAs run. For that every unit comes from the counter, and none is taken ahead of time: it would start
