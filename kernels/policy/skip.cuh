@@ -32,25 +32,16 @@ class ThresholdSkip {
     }
   }
 
-  // A NaN wants the tile: it must not be hidden.
   FSA_DEVICE bool wants(const OnlineSoftmax::RowPair& top, float scale) const {
-    bool wants = false;
-#pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot)
-      wants = wants || (used_[slot] && !(top.of[slot] * scale < cut_[slot]));
-    return wants;
+    return any_reaches(top, scale, [&](int32 slot) { return cut_[slot]; });
   }
 
   // The same for row maxima which are 0 where they are less and m is above zero; false where that leaves it open.
   FSA_DEVICE bool surely_wants(const OnlineSoftmax& softmax, const OnlineSoftmax::RowPair& top,
                                float scale) const {
-    bool wants = false;
-#pragma unroll
-    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
-      const float enough = fmaxf(cut_[slot], softmax.row_max[slot] > 0 ? kLeastFloat : -kLargestFloat);
-      wants = wants || (used_[slot] && !(top.of[slot] * scale < enough));
-    }
-    return wants;
+    return any_reaches(top, scale, [&](int32 slot) {
+      return fmaxf(cut_[slot], softmax.row_max[slot] > 0 ? kLeastFloat : -kLargestFloat);
+    });
   }
 
   // After a kept tile.
@@ -80,6 +71,18 @@ class ThresholdSkip {
  private:
   static constexpr float kLargestFloat = __builtin_bit_cast(float, 0x7f7fffffu);
   static constexpr float kLeastFloat = __builtin_bit_cast(float, 0x00800000u);  // above zero
+
+  // Whether one of the thread's rows has its maximum at enough(slot) or above. A NaN does: it must not be hidden.
+  template <class Enough>
+  FSA_DEVICE bool any_reaches(const OnlineSoftmax::RowPair& top, float scale, Enough enough) const {
+    bool reaches = false;
+#pragma unroll
+    for (int32 slot = 0; slot < kRowsPerThread; ++slot) {
+      const float least = enough(slot);
+      reaches = reaches || (used_[slot] && !(top.of[slot] * scale < least));
+    }
+    return reaches;
+  }
 
   float cut_[kRowsPerThread];
   float log2_threshold_[kRowsPerThread];
