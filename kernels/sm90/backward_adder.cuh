@@ -7,28 +7,11 @@
 #include "ptx/reduce.cuh"
 #include "ptx/tma.cuh"
 #include "sm90/backward_clear.cuh"
+#include "sm90/backward_gate.cuh"
 #include "sm90/backward_types.cuh"
 #include "tile/ring.cuh"
 
 namespace fsa::kernels::sm90 {
-
-// Then it frees the stage of dS, too.
-template <class Types>
-inline constexpr bool kAdderReadsAlpha = Types::kPairGate && Types::kStagedGradQuery;
-
-// What both warpgroups have summed over their keys; by kThreads threads, of which this is `thread`.
-template <class Types, int32 kThreads>
-FSA_DEVICE void add_grad_alpha(const BackwardParams& params, BackwardStorage<Types>& storage, int32 number,
-                               int32 stage, int32 thread) {
-  for (int32 row = thread; row < Types::kBlockM; row += kThreads) {
-    float sum = 0;
-#pragma unroll
-    for (int32 line = 0; line < kAlphaLines<Types>; ++line) sum += storage.alpha_sums.line(stage, line)[row];
-    atomicAdd(params.grad_alpha_sum + static_cast<int64>(number) * Types::kBlockM + row, sum);
-  }
-  if constexpr (Types::kDeterministic) ptx::fence_global();
-  __syncwarp();
-}
 
 // The counter of a row tile's turns, read before that is wanted: most often it is the next one, and its turn has come.
 struct EarlyTurn {
@@ -64,7 +47,8 @@ FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types
   __syncwarp();  // all lanes have read what the leader is about to give up
   if constexpr (kAdderReadsAlpha<Types>) {
     if (index == 0) {
-      add_grad_alpha<Types, kWarpThreads>(params, storage, sums.number, sums.stage, own_lane());
+      GateGradients<Types>::template add_alpha<kWarpThreads>(params, storage, sums.number, sums.stage,
+                                                             own_lane());
       if (leads) ptx::arrive(storage.scores_empty[sums.stage]);
     }
   }

@@ -7,7 +7,7 @@
 #include "policy/store_gradient.cuh"
 #include "ptx/reduce.cuh"
 #include "ptx/sync.cuh"
-#include "sm90/backward_adder.cuh"
+#include "sm90/backward_gate.cuh"
 #include "sm90/backward_types.cuh"
 #include "tile/fragment.cuh"
 #include "tile/ring.cuh"
@@ -99,8 +99,6 @@ struct BackwardConsumer {
     ptx::barrier_sync(kBackwardGroupBarrier + index, kWarpgroupThreads);
   }
   FSA_DEVICE int32 consumer_thread() const { return index * kWarpgroupThreads + thread; }
-  // Warps with other query rows share a line of sums.
-  FSA_DEVICE int32 alpha_line() const { return (kSplitKeys ? consumer_thread() : thread) / kWarpThreads; }
 
   // ---- Multiplies ----
 
@@ -139,48 +137,8 @@ struct BackwardConsumer {
       ptx::multiply_shared<kElement, Types::kScoreRows>(
           rS, KeyRows::advance(a, KeyRows::inner_columns_offset(step)),
           QueryRows::advance(b, QueryRows::inner_columns_offset(step)), Types::kFolded || step != 0);
-    if constexpr (Types::kGateTerms) issue_gate_terms(query(tile).stage());
+    GateTerms<Types>::issue(*this, query(tile).stage());
     ptx::wgmma_commit();
-  }
-
-  // The pair gate in S, zeros where its terms do not hold: ptxas allows no branch around a multiply.
-  FSA_DEVICE void issue_gate_terms(int32 stage) {
-    using RowTerms = GateTermRows<Types::kBlockM>;
-    const auto& rows = storage.gate.rows[stage];
-    const bool near = gate_range<Types::kLogGate>(rows.extremes, delta_extremes) == GateRange::near;
-    const uint64 zeros = storage.gate.zeros.inner_columns();
-    const uint32 base = shared_address(rows.terms + RowTerms::unit_offset(first_row(), 0));
-#pragma unroll
-    for (int32 step = 0; step < kGateSteps<Types::kLogGate>; ++step)
-      ptx::multiply_registers_columns<ElementType::bf16, Types::kScoreRows, true>(
-          rS, rGate[4 * step], rGate[4 * step + 1], rGate[4 * step + 2], rGate[4 * step + 3],
-          near ? RowTerms::inner_columns(base, step) : zeros);
-  }
-
-  // Of the warpgroup's 64 keys; every warp finds the extremes of all.
-  FSA_DEVICE void make_gate_terms(const KeyWork& work, const Logits& logits) {
-    const int32 first = work.n_begin + first_key();
-    delta_extremes = Extremes();
-#pragma unroll
-    for (int32 i = 0; i < kRowsPerWarpgroup / kWarpThreads; ++i) {
-      const int32 key = min_of(first + lane() + i * kWarpThreads, work.seqlen_k - 1);
-      const float delta = load_scalar(params.forward.delta, work.k_map_batch,
-                                      static_cast<int64>(work.k_begin) + key, work.kv_head);
-      delta_extremes.include({delta, delta});
-    }
-    delta_extremes.reduce_warp();
-#pragma unroll
-    for (int32 row = 0; row < kRowsPerThread; ++row) {
-      uint32 terms[kGateTerms / 2];
-      kernels::make_gate_terms<Types::kLogGate, true>(
-          has_gate_terms<Types::kLogGate>(delta_extremes) ? logits.first.delta[row] : 0.0f, terms);
-      const int32 pair = lane() % 4;
-#pragma unroll
-      for (int32 unit = 0; unit < 2 * kGateSteps<Types::kLogGate>; ++unit) {
-        const uint32* const of = terms + 4 * unit;
-        rGate[2 * unit + row] = pair == 0 ? of[0] : pair == 1 ? of[1] : pair == 2 ? of[2] : of[3];
-      }
-    }
   }
 
   // The first columns of the warpgroup's V, as A.
@@ -289,12 +247,6 @@ struct BackwardConsumer {
     }
   }
 
-  FSA_DEVICE Extremes alpha_extremes(int32 stage) const {
-    if constexpr (Types::kGateTerms)
-      return storage.gate.rows[stage].extremes;
-    else
-      return {};
-  }
   FSA_DEVICE LogitRows logit_rows(const KeyWork& work, const RowTileInfo& info, int32 stage) const {
     const int32 row = info.tile * Types::kBlockM + first_row() + fragment_column(lane(), 0);
     const int32 key = work.n_begin + first_key() + fragment_row(thread, 0);
@@ -302,7 +254,7 @@ struct BackwardConsumer {
             info.head,
             row + work.offset() - key,
             Types::kPairGate ? row_vector(stage, Types::kAlphaVector) : nullptr,
-            alpha_extremes(stage),
+            GateTerms<Types>::alpha_extremes(storage, stage),
             delta_extremes};
   }
 
@@ -354,18 +306,9 @@ struct BackwardConsumer {
                    [&](int32, float p, float lse) { return (ptx::log2_approx(p) + lse) * inverse; });
     }
     logits.derive(params, logit_rows(work, info(tiles), stage), rS, rD);
-    if constexpr (!kSplitKeys) sum_gate(work, logits, stage);
+    if constexpr (!kSplitKeys) GateGradients<Types>::sum(*this, work, logits, stage);
 #pragma unroll
     for (int32 i = 0; i < kScoreCount / 2; ++i) rdS[i] = ptx::pack<kElement>(rD[2 * i], rD[2 * i + 1]);
-  }
-
-  // The pair gate's gradients, from dS.
-  FSA_DEVICE void sum_gate(const KeyWork& work, Logits& logits, int32 stage) {
-    if constexpr (Types::kPairGate)
-      if (params.forward.batch > 0)  // all: among what is around it ptxas spills
-        logits.first.template sum<kElement == ElementType::bf16>(
-            logit_rows(work, info(tiles), stage), rD,
-            storage.alpha_sums.line(score_stage(tiles), alpha_line()) + first_row());
   }
 
   // The warpgroup's share of P^T or dS^T, a line per key.
@@ -433,9 +376,8 @@ struct BackwardConsumer {
       for (int32 i = 0; i < kQueryCount; i += 4)
         ptx::add_four(to + i * kWarpThreads, rQ[i], rQ[i + 1], rQ[i + 2], rQ[i + 3]);
     }
-    if constexpr (Types::kPairGate)
-      add_grad_alpha<Types, Types::kConsumerThreads>(params, storage, brief.number, score_stage(tiles),
-                                                     consumer_thread());
+    GateGradients<Types>::template add_alpha<Types::kConsumerThreads>(params, storage, brief.number,
+                                                                      score_stage(tiles), consumer_thread());
   }
   // Of row tile `number`, this CTA's number `tile`; -1: there will be no more.
   FSA_DEVICE void pass_turn(int32 number, uint32 tile) {
@@ -444,29 +386,6 @@ struct BackwardConsumer {
       if (lane() == 0) storage.handed.row_tiles[warp()] = number;
       release(storage.handed_full[warp()]);
     }
-  }
-
-  // Through the lines of alpha's sums, which nobody reads any more.
-  FSA_DEVICE void store_grad_delta(const KeyWork& work, const Logits& logits) {
-#pragma unroll
-    for (int32 row = 0; row < kRowsPerThread; ++row) {
-      const float sum =
-          0.5f * reduce_row(logits.first.doubled_delta_sum[row], [](float a, float b) { return a + b; });
-      if (lane() % 4 == 0) storage.alpha_sums.line(0, index)[fragment_row(thread, row)] = sum;
-    }
-    sync_consumers();
-    const int32 in_tile = consumer_thread(), key = work.n_begin + in_tile;
-    if (in_tile < Types::kBlockN && key < work.keys) {
-      const float sum =
-          kSplitKeys ? storage.alpha_sums.line(0, in_tile / kRowsPerWarpgroup)[in_tile % kRowsPerWarpgroup]
-                     : storage.alpha_sums.line(0, 0)[in_tile] + storage.alpha_sums.line(0, 1)[in_tile];
-      if (is_part(work))
-        partial_deltas<Types>(params, work.part.slot)[in_tile] = sum;
-      else
-        store_scalar(params.grad_delta, work.k_map_batch, static_cast<int64>(work.k_begin) + key,
-                     work.kv_head, key < work.seqlen_k ? sum * params.softmax_scale : 0.0f);
-    }
-    sync_consumers();  // the next keys' sums go to the same lines
   }
 
   // Rows beyond the used length would meet factors of 0, but 0 * NaN is NaN. All consumers call it.
@@ -529,7 +448,7 @@ struct BackwardConsumer {
     store_scores(rdS, storage.scores[score_stage(tiles)][0]);
     issue_gradient<GradOutRows, Types::kGradDimV>(rV, rP, nullptr, storage.grad_out[grad_out_stage]);
     issue_gradient<QueryRows, Types::kGradDim>(rK, rdS, nullptr, storage.query[stage]);
-    sum_gate(work, logits, stage);
+    GateGradients<Types>::sum(*this, work, logits, stage);
     ptx::fence_shared_for_async();
     release(storage.scores_full[score_stage(tiles)]);
     RowTileBrief next;
@@ -676,7 +595,7 @@ struct BackwardConsumer {
     ptx::wait(storage.key_full, work.loads & 1);
     if (work.partial(Types::kBlockN))
       clear_rows<KeyRows, Types::kBlockN>(storage.key, work.seqlen_k - work.n_begin);
-    if constexpr (Types::kGateTerms) make_gate_terms(work, logits);
+    GateTerms<Types>::make(*this, work, logits);
     brief = find(tiles);
     start_scores(tiles, brief);
     ptx::wait(storage.value_full, work.loads & 1);
@@ -697,9 +616,7 @@ struct BackwardConsumer {
     for (; !brief.last(); first = false) step<false>(work, logits, first);
     step<true>(work, logits, first);
     sync_consumers();  // the other warpgroup, too, has finished with K, V and dS
-    if constexpr (kAdderReadsAlpha<Types>)
-      ptx::wait(storage.scores_empty[score_stage(tiles - 1)], score_phase(tiles - 1));
-    if constexpr (Types::kPairGate) store_grad_delta(work, logits);
+    GateGradients<Types>::store_delta(*this, work, logits);
     if (is_part(work)) {
       store_part<Types>(params, work.part.slot, first_key(), kSplitKeys ? 0 : index, rK, rV);
       if constexpr (!Types::kStageInScores)
@@ -716,10 +633,7 @@ struct BackwardConsumer {
     const int32 count = min_of(Types::kBlockN, work.keys - work.n_begin);
     clear_gradient<Types::kConsumerThreads>(grad_key_rows(params), work, count, consumer_thread());
     clear_gradient<Types::kConsumerThreads>(grad_value_rows(params), work, count, consumer_thread());
-    if constexpr (Types::kPairGate)
-      if (consumer_thread() < count)
-        store_scalar(params.grad_delta, work.k_map_batch,
-                     static_cast<int64>(work.k_begin) + work.n_begin + consumer_thread(), work.kv_head, 0.0f);
+    GateGradients<Types>::clear_delta(*this, work, count);
   }
 
   // Gradients leave through shared memory: the warpgroup's own lines of the stages of dS, or of K and V.
