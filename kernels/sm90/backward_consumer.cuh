@@ -8,6 +8,7 @@
 #include "ptx/reduce.cuh"
 #include "ptx/sync.cuh"
 #include "sm90/backward_gate.cuh"
+#include "sm90/backward_multiplies.cuh"
 #include "sm90/backward_types.cuh"
 #include "tile/fragment.cuh"
 #include "tile/ring.cuh"
@@ -99,121 +100,7 @@ struct BackwardConsumer {
     ptx::barrier_sync(kBackwardGroupBarrier + index, kWarpgroupThreads);
   }
   FSA_DEVICE int32 consumer_thread() const { return index * kWarpgroupThreads + thread; }
-
-  // ---- Multiplies ----
-
-  // Descriptors of K and V do not change, but kept over the loop they take ten registers.
-  FSA_DEVICE static uint32 opaque_address(uint32 address) {
-    return static_cast<uint32>(opaque(static_cast<int32>(address)));
-  }
-
-  // Minus lse / scale, or minus the sum, of its query row to each element: ones times their three parts. Read
-  // by the threads instead, the two take 32 bytes a thread and 16 rows, 9 % of what shared memory delivers at
-  // head_dim 128. Ones meet inner values 0, 1, 2, or 3, 4, 5.
-  FSA_DEVICE void issue_row_values(float (&r)[kScoreCount], uint32 tile, bool sums) {
-    constexpr uint32 kOne = 0x3f80, kOnes = kOne << 16 | kOne;
-    const int32 pair = lane() % 4;
-    const uint32 ones = sums ? (pair == 1   ? kOne << 16
-                                : pair == 2 ? kOnes
-                                            : 0)
-                             : (pair == 0   ? kOnes
-                                : pair == 1 ? kOne
-                                            : 0);
-    const uint64 b = repeated_rows(shared_address(
-        reinterpret_cast<const uint4*>(storage.row_vectors[query(tile).stage()]) + first_row()));
-    ptx::multiply_registers_columns<ElementType::bf16, Types::kScoreRows, false>(r, ones, ones, 0, 0, b);
-  }
-
-  // S^T = K Q^T
-  FSA_DEVICE void issue_scores(uint32 tile) {
-    ptx::wgmma_fence();
-    if constexpr (Types::kFolded) issue_row_values(rS, tile, false);
-    const uint64 a =
-        KeyRows::inner_columns(opaque_address(shared_address(storage.key) + first_key() * kLineBytes));
-    const uint64 b = QueryRows::inner_columns(shared_address(storage.query[query(tile).stage()]) +
-                                              first_row() * kLineBytes);
-#pragma unroll
-    for (int32 step = 0; step < Types::kDim / 16; ++step)
-      ptx::multiply_shared<kElement, Types::kScoreRows>(
-          rS, KeyRows::advance(a, KeyRows::inner_columns_offset(step)),
-          QueryRows::advance(b, QueryRows::inner_columns_offset(step)), Types::kFolded || step != 0);
-    GateTerms<Types>::issue(*this, query(tile).stage());
-    ptx::wgmma_commit();
-  }
-
-  // The first columns of the warpgroup's V, as A.
-  FSA_DEVICE void hold_values() {
-    const int32 key = first_key() + thread / kWarpThreads * 16 + lane() % 16;
-    const uint32 base = shared_address(storage.value);
-#pragma unroll
-    for (int32 step = 0; step < Types::kHeldSteps; ++step)
-      ptx::load_matrices(base + ValueRows::unit_offset(key, 2 * step + lane() / 16), rHeld[4 * step],
-                         rHeld[4 * step + 1], rHeld[4 * step + 2], rHeld[4 * step + 3]);
-  }
-
-  // dP^T = V dO^T
-  FSA_DEVICE void issue_products(uint32 tile) {
-    ptx::wgmma_fence();
-    if constexpr (Types::kFolded) issue_row_values(rD, tile, true);
-    const uint64 a =
-        ValueRows::inner_columns(opaque_address(shared_address(storage.value) + first_key() * kLineBytes));
-    const uint64 b = GradOutRows::inner_columns(shared_address(storage.grad_out[grad_out(tile).stage()]) +
-                                                first_row() * kLineBytes);
-#pragma unroll
-    for (int32 step = 0; step < Types::kHeldSteps; ++step)
-      ptx::multiply_registers_columns<kElement, Types::kScoreRows, true>(
-          rD, rHeld[4 * step], rHeld[4 * step + 1], rHeld[4 * step + 2], rHeld[4 * step + 3],
-          GradOutRows::advance(b, GradOutRows::inner_columns_offset(step)));
-#pragma unroll
-    for (int32 step = Types::kHeldSteps; step < Types::kDimV / 16; ++step)
-      ptx::multiply_shared<kElement, Types::kScoreRows>(
-          rD, ValueRows::advance(a, ValueRows::inner_columns_offset(step)),
-          GradOutRows::advance(b, GradOutRows::inner_columns_offset(step)), Types::kFolded || step != 0);
-    ptx::wgmma_commit();
-  }
-
-  // r += A B with A = P^T or dS^T, B = dO or Q: 64 keys by the warpgroup's columns, over the query rows.
-  template <class Rows, int32 kColumns>
-  FSA_DEVICE void issue_gradient(float (&r)[kColumns / 2], const uint32 (&registers)[kScoreCount / 2],
-                                 const uint8* scores, const uint8* rows) {
-    ptx::wgmma_fence();
-    if constexpr (kSplitKeys) {
-      const uint64 b = Rows::inner_rows(shared_address(rows));
-#pragma unroll
-      for (int32 step = 0; step < Types::kBlockM / 16; ++step)
-        ptx::multiply_registers<kElement, kColumns>(r, registers[4 * step], registers[4 * step + 1],
-                                                    registers[4 * step + 2], registers[4 * step + 3],
-                                                    Rows::advance(b, Rows::inner_rows_offset(step)));
-    } else {
-      const uint64 a = ScoreTile::inner_columns(shared_address(scores));
-      const uint64 b =
-          Rows::inner_rows(shared_address(rows) + index * (kColumns / kChunkColumns) * Rows::kChunkBytes);
-#pragma unroll
-      for (int32 step = 0; step < Types::kBlockM / 16; ++step)
-        ptx::multiply_shared_rows<kElement, kColumns, false>(
-            r, ScoreTile::advance(a, ScoreTile::inner_columns_offset(step)),
-            Rows::advance(b, Rows::inner_rows_offset(step)), 1);
-    }
-    ptx::wgmma_commit();
-  }
-
-  // dQ = dS K: 64 query rows by the warpgroup's columns, over all keys of the tile.
-  FSA_DEVICE void issue_grad_query(uint32 tile, GradQuery& rQ) {
-    constexpr bool kSplitRows = Types::kBlockM == 128;
-    ptx::wgmma_fence();
-    const uint64 a = ScoreTile::inner_rows(shared_address(storage.scores[score_stage(tile)][0]) +
-                                           (kSplitRows ? index * ScoreTile::kChunkBytes : 0));
-    const int32 column = kSplitRows ? 0 : index * Types::kQueryColumns;
-    const uint64 b =
-        KeyRows::inner_rows(shared_address(storage.key) + column / kChunkColumns * KeyRows::kChunkBytes +
-                            column % kChunkColumns * kElementBytes);
-#pragma unroll
-    for (int32 step = 0; step < Types::kBlockN / 16; ++step)
-      ptx::multiply_shared_rows<kElement, Types::kQueryColumns, true>(
-          rQ, ScoreTile::advance(a, ScoreTile::inner_rows_offset(step)),
-          KeyRows::advance(b, KeyRows::inner_rows_offset(step)), step != 0);
-    ptx::wgmma_commit();
-  }
+  FSA_DEVICE BackwardMultiplies<Types> multiplies() { return {*this}; }
 
   // ---- Between multiplies ----
 
@@ -410,7 +297,7 @@ struct BackwardConsumer {
   FSA_DEVICE void start_scores(uint32 tile, const RowTileBrief& of) {
     const int32 stage = query(tile).stage();
     if (of.used < Types::kBlockM) clear_rows<QueryRows, Types::kBlockM>(storage.query[stage], of.used);
-    issue_scores(tile);
+    multiplies().issue_scores(tile);
     if constexpr (!Types::kFolded) read_ahead(stage, 0);
   }
 
@@ -419,7 +306,7 @@ struct BackwardConsumer {
     const int32 stage = grad_out(tile).stage();
     ptx::wait(storage.grad_out_full[stage], grad_out(tile).phase());
     if (of.used < Types::kBlockM) clear_rows<GradOutRows, Types::kBlockM>(storage.grad_out[stage], of.used);
-    issue_products(tile);
+    multiplies().issue_products(tile);
   }
 
   // ---- One row tile ----
@@ -446,8 +333,9 @@ struct BackwardConsumer {
   FSA_DEVICE void multiply_split_keys(const KeyWork& work, Logits& logits, bool first) {
     const int32 stage = query(tiles).stage(), grad_out_stage = grad_out(tiles).stage();
     store_scores(rdS, storage.scores[score_stage(tiles)][0]);
-    issue_gradient<GradOutRows, Types::kGradDimV>(rV, rP, nullptr, storage.grad_out[grad_out_stage]);
-    issue_gradient<QueryRows, Types::kGradDim>(rK, rdS, nullptr, storage.query[stage]);
+    multiplies().template issue_gradient<GradOutRows, Types::kGradDimV>(rV, rP, nullptr,
+                                                                        storage.grad_out[grad_out_stage]);
+    multiplies().template issue_gradient<QueryRows, Types::kGradDim>(rK, rdS, nullptr, storage.query[stage]);
     GateGradients<Types>::sum(*this, work, logits, stage);
     ptx::fence_shared_for_async();
     release(storage.scores_full[score_stage(tiles)]);
@@ -464,7 +352,7 @@ struct BackwardConsumer {
     release(storage.grad_out_empty[grad_out_stage]);
     release(storage.query_empty[stage]);
     // Of the first tile something that nobody will look at.
-    issue_grad_query(tiles - 1, grad_query());
+    multiplies().issue_grad_query(tiles - 1, grad_query());
     if constexpr (kLast) {
       if constexpr (kLastTogether) issue_last_grad_query();
     } else {
@@ -522,7 +410,7 @@ struct BackwardConsumer {
   }
   FSA_DEVICE void issue_last_grad_query() {
     ptx::wait(storage.scores_full[score_stage(tiles)], score_phase(tiles));
-    issue_grad_query(tiles, last_grad_query());
+    multiplies().issue_grad_query(tiles, last_grad_query());
   }
 
   FSA_DEVICE void finish_grad_query(uint32 tile, const RowTileBrief& of) {
@@ -539,10 +427,10 @@ struct BackwardConsumer {
     store_scores(rP, scores + ScoreTile::kBytes);
     ptx::fence_shared_for_async();
     sync_consumers();
-    issue_gradient<GradOutRows, Types::kGradDimV>(rV, rP, scores + ScoreTile::kBytes,
-                                                  storage.grad_out[grad_out_stage]);
-    issue_grad_query(tiles, grad_query());
-    issue_gradient<QueryRows, Types::kGradDim>(rK, rdS, scores, storage.query[stage]);
+    multiplies().template issue_gradient<GradOutRows, Types::kGradDimV>(rV, rP, scores + ScoreTile::kBytes,
+                                                                        storage.grad_out[grad_out_stage]);
+    multiplies().issue_grad_query(tiles, grad_query());
+    multiplies().template issue_gradient<QueryRows, Types::kGradDim>(rK, rdS, scores, storage.query[stage]);
     const int32 seen = look_for_turn();
     RowTileBrief next;
     if constexpr (!kLast) next = find(tiles + 1);
@@ -601,7 +489,7 @@ struct BackwardConsumer {
     ptx::wait(storage.value_full, work.loads & 1);
     if (work.partial(Types::kBlockN))
       clear_rows<ValueRows, Types::kBlockN>(storage.value, work.seqlen_k - work.n_begin);
-    hold_values();
+    multiplies().hold_values();
     start_products(tiles, brief);
     ptx::wgmma_wait<1>();
     ptx::settle(rS);
