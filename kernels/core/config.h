@@ -69,7 +69,7 @@ constexpr int32 forward_shared_bytes(const ForwardTile& t) {
                       t.value_stages * forward_value_bytes(t);
   const int32 barriers = 8 * (2 * (t.query_stages + t.key_stages + t.value_stages + kWorkSlots) +
                               t.private_values * t.value_stages);
-  const int32 votes = t.block_m / kRowsPerWarpgroup * kVoteBytes + kWorkSlots * 4;
+  const int32 votes = t.private_values * (t.block_m / kRowsPerWarpgroup * kVoteBytes + kWorkSlots * 4);
   const int32 scalars = t.key_scalars * t.key_stages * t.block_n * 4;
   const int32 infos = kWorkSlots * (kWorkTileBytes + kListedTileBytes) + t.key_stages * kListedTileBytes;
   const int32 terms = t.gate_terms * (t.key_stages * gate_term_bytes(t.block_n) + kZeroTermBytes +

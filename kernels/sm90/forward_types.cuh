@@ -146,7 +146,7 @@ struct VotePlace {
   uint32 round;
 };
 
-// What votes need, of each consumer but for the last.
+// What the choice of a way needs, of each consumer but for the last; nothing where consumers fetch no values of their own.
 template <int32 kConsumers>
 struct VoteStorage {
   Ballots ballots[kConsumers];
@@ -155,6 +155,8 @@ struct VoteStorage {
   VotePlace places[kConsumers][2];  // written by each warp, which meets the others once a work tile
   VoteWay ways[kWorkSlots];
 };
+template <>
+struct VoteStorage<0> {};
 
 template <class Types>
 struct alignas(kSharedAlignment) ForwardStorage {
@@ -166,7 +168,7 @@ struct alignas(kSharedAlignment) ForwardStorage {
   [[no_unique_address]] KeyScalarStages<Types::kKeyStages, Types::kKeyScalarBytes / 4> key_scalars;
   ListedTile following[Types::kKeyStages];  // the listed tile after the one whose keys are there
   ListedWorkTile work[kWorkSlots];
-  VoteStorage<Types::kNumConsumers> votes;
+  [[no_unique_address]] VoteStorage<Types::kPrivateValues ? Types::kNumConsumers : 0> votes;
   ptx::Mbarrier query_full[Types::kQueryStages];
   ptx::Mbarrier query_empty[Types::kQueryStages];
   ptx::Mbarrier key_full[Types::kKeyStages];

@@ -83,7 +83,7 @@ class ForwardConfig:
             )
         barriers = 8 * 2 * (self.query_stages + self.key_stages + self.value_stages + 2)
         barriers += 8 * self.private_values * self.value_stages
-        votes = self.block_m // 64 * 64 + 2 * 4
+        votes = self.private_values * (self.block_m // 64 * 64 + 2 * 4)
         infos = 2 * (144 + 12) + self.key_stages * 12
         return -(-(tiles + scalars + infos + votes + barriers) // 1024) * 1024
 
