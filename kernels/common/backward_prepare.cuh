@@ -16,6 +16,7 @@
 #include "policy/scalar.cuh"
 #include "ptx/math.cuh"
 #include "ptx/sync.cuh"
+#include "tile/lane_sums.cuh"
 
 namespace fsa::kernels {
 
@@ -56,26 +57,6 @@ FSA_DEVICE uint4 folded_row(float lse, float out_dot_grad) {
   constexpr uint32 kLow = 0xffffu, kHigh = ~kLow;
   return {(parts[0] & kLow) | (parts[1] << 16), (parts[2] & kLow) | (parts[0] & kHigh),
           (parts[1] >> 16) | (parts[2] & kHigh), 0};
-}
-
-// The sums of kRows values over kLanes lanes each, in exchanges in which a lane gives half of its sums away as
-// long as it has several: lane l ends with that of value l % kLanes / (kLanes / kRows).
-template <int32 kLanes, int32 kRows>
-FSA_DEVICE float sum_lanes(float (&sums)[kRows], int32 lane) {
-  int32 count = kRows / 2;
-#pragma unroll
-  for (int32 distance = kLanes / 2; distance > 0; distance /= 2, count /= 2) {
-    if (count > 0) {
-      const bool upper = (lane & distance) != 0;
-#pragma unroll
-      for (int32 i = 0; i < count; ++i)
-        sums[i] = (upper ? sums[i + count] : sums[i]) +
-                  __shfl_xor_sync(0xffffffffu, upper ? sums[i] : sums[i + count], distance);
-    } else {
-      sums[0] += __shfl_xor_sync(0xffffffffu, sums[0], distance);
-    }
-  }
-  return sums[0];
 }
 
 // The thread's share of kRows consecutive rows from `row` on. Rows behind `last` are read as that one: nobody
@@ -168,7 +149,8 @@ FSA_DEVICE void backward_prepare(const BackwardParams& params) {
     const float sum = dot_units<Types::kElement>(out[i], grad_out[i]);
     sums[i] = unit < units ? sum : 0.0f;
   }
-  const float sum = sum_lanes<kLanes>(sums, lane) - grad_lse;
+  sum_lanes<kLanes, 1>(sums, lane, [](int32) {});  // leaves that of sum_row in front
+  const float sum = sums[0] - grad_lse;
   // A row without a key, or beyond the used length: p = 2^(s - inf) = 0.
   if (!used) lse = -kInfinity;
   const bool empty = lse == -kInfinity;

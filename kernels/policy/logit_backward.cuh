@@ -6,6 +6,7 @@
 
 #include "policy/key_work.cuh"
 #include "policy/logit.cuh"
+#include "tile/lane_sums.cuh"
 
 namespace fsa::kernels {
 
@@ -136,8 +137,7 @@ struct LogitBackward<PairGate<kLogSigmoid>> {
 
  protected:
   // slope(g, x / 2): twice g times the gate's derivative. The thread's sums over its two keys are added up over the eight
-  // lanes that share its query rows; at each of the three exchanges a lane gives half of its sums away: 14 shuffles, not
-  // 48.
+  // lanes that share its query rows, by 14 shuffles, not 48.
   template <int32 kCount, class Slope>
   FSA_DEVICE void sum_slopes(const LogitRows& rows, const float (&gradient)[kCount], float* alpha_sums,
                              Slope slope) {
@@ -154,18 +154,7 @@ struct LogitBackward<PairGate<kLogSigmoid>> {
     }
     int32 first = 0;
     const int32 lane = own_lane();
-#pragma unroll
-    for (int32 exchange = 0; exchange < 3; ++exchange) {
-      const int32 distance = kWarpThreads / 2 >> exchange, count = kCount / 4 >> exchange;
-      const bool upper = (lane & distance) != 0;
-      if (upper) first += count;
-#pragma unroll
-      for (int32 i = 0; i < kCount / 4; ++i) {
-        if (i >= count) continue;
-        sums[i] = (upper ? sums[i + count] : sums[i]) +
-                  __shfl_xor_sync(0xffffffffu, upper ? sums[i] : sums[i + count], distance);
-      }
-    }
+    sum_lanes<8, 4>(sums, lane, [&](int32 n) { first += n; });
     float* const to = alpha_sums + first / 4 * 16 + lane % 4 * 4 + first % 4;
     static_assert(kCount == 32 || kCount == 16, "two or one sum remain");
     if constexpr (kCount == 32)
