@@ -47,9 +47,9 @@ struct BackwardScratch {
     grad_value = arena.floats(block_keys * value_pitch);
     delta = arena.floats(block_keys);
     grad_delta = arena.floats(block_keys);
-    scores = arena.floats(keys * kRows);
-    grad_scores = arena.floats(keys * kRows);
-    tanh = p.softcap > 0 ? arena.floats(keys * kRows) : nullptr;
+    scores = arena.floats(keys * kTilePitch);
+    grad_scores = arena.floats(keys * kTilePitch);
+    tanh = p.softcap > 0 ? arena.floats(keys * kTilePitch) : nullptr;
     staging = arena.floats(kRows * round_up(max_of(p.head_dim, p.head_dim_v), 16));
     arithmetic.carve(p, block_keys, arena);
     return arena.used;
@@ -141,30 +141,53 @@ struct BackwardRowTile {
   bool touched;       // grad_query holds something
 };
 
-// P = 2^(S - lse) over the scores and dS over the products dP of these keys; 0 outside of the rows.
-HWY_INLINE void grad_scores_of(const BackwardRowTile& t, Span keys, Span rows, const float* tanh,
-                               float* scores, float* grad_scores) {
-  for (std::int64_t r = 0; r < t.tile.lanes; r += kLanes) {
-    if (r < rows.begin || r >= rows.end) {
-      for (std::int64_t j = keys.begin; j < keys.end; ++j) {
-        hn::Store(hn::Zero(kFloat), kFloat, scores + j * kRows + r);
-        hn::Store(hn::Zero(kFloat), kFloat, grad_scores + j * kRows + r);
-      }
-      continue;
-    }
-    const Float lse = hn::Load(kFloat, t.lse_log2 + r), lse_low = hn::Load(kFloat, t.lse_log2_low + r);
-    const Float dot = hn::Load(kFloat, t.dots + r);
-    for (std::int64_t j = keys.begin; j < keys.end; ++j) {
-      float* s = scores + j * kRows + r;
-      float* g = grad_scores + j * kRows + r;
-      const Float p = exp2(hn::Sub(hn::Sub(hn::Load(kFloat, s), lse), lse_low));
-      Float ds = hn::Mul(p, hn::Sub(hn::Load(kFloat, g), dot));
+// P = 2^(S - lse) over the scores and dS over the products dP, for kVectors vectors of rows.
+template <int kVectors>
+HWY_INLINE void grad_scores_of_rows(const BackwardRowTile& t, Span keys, std::int64_t row, const float* tanh,
+                                    float* scores, float* grad_scores) {
+  Float lse[kVectors], lse_low[kVectors], dot[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    lse[v] = hn::Load(kFloat, t.lse_log2 + row + v * kLanes);
+    lse_low[v] = hn::Load(kFloat, t.lse_log2_low + row + v * kLanes);
+    dot[v] = hn::Load(kFloat, t.dots + row + v * kLanes);
+  }
+  for (std::int64_t j = keys.begin; j < keys.end; ++j) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const std::int64_t at = j * kTilePitch + row + v * kLanes;
+      const Float p = exp2(hn::Sub(hn::Sub(hn::Load(kFloat, scores + at), lse[v]), lse_low[v]));
+      Float ds = hn::Mul(p, hn::Sub(hn::Load(kFloat, grad_scores + at), dot[v]));
       if (tanh != nullptr) {
-        const Float th = hn::Load(kFloat, tanh + j * kRows + r);
+        const Float th = hn::Load(kFloat, tanh + at);
         ds = hn::Mul(ds, hn::NegMulAdd(th, th, hn::Set(kFloat, 1.0f)));
       }
-      hn::Store(p, kFloat, s);
-      hn::Store(ds, kFloat, g);
+      hn::Store(p, kFloat, scores + at);
+      hn::Store(ds, kFloat, grad_scores + at);
+    }
+  }
+}
+
+// Rows whose keys one pass walks: one vector where it is a cache line, all rows where it is less. Scores and products
+// together exceed the first-level cache, and half a line at a time each line came twice.
+inline constexpr std::int64_t kRowsAtOnce = kLanes < 16 ? kRows : kLanes;
+
+// The same for the lanes of the tile; 0 outside of `rows`.
+HWY_INLINE void grad_scores_of(const BackwardRowTile& t, Span keys, Span rows, const float* tanh,
+                               float* scores, float* grad_scores) {
+  for (std::int64_t r = 0; r < t.tile.lanes;) {
+    if (r < rows.begin || r >= rows.end) {
+      for (std::int64_t j = keys.begin; j < keys.end; ++j) {
+        hn::Store(hn::Zero(kFloat), kFloat, scores + j * kTilePitch + r);
+        hn::Store(hn::Zero(kFloat), kFloat, grad_scores + j * kTilePitch + r);
+      }
+      r += kLanes;
+    } else if (kRowsAtOnce > kLanes && r + kRowsAtOnce <= rows.end) {
+      grad_scores_of_rows<kRowsAtOnce / kLanes>(t, keys, r, tanh, scores, grad_scores);
+      r += kRowsAtOnce;
+    } else {
+      grad_scores_of_rows<1>(t, keys, r, tanh, scores, grad_scores);
+      r += kLanes;
     }
   }
 }
@@ -177,7 +200,7 @@ HWY_INLINE void add_gate_grads(const LogitPolicies& logit, const BackwardRowTile
     Float sum = hn::Zero(kFloat);
     for (std::int64_t r = 0; r < t.tile.lanes; r += kLanes) {
       const Float alpha = hn::LoadU(kFloat, t.tile.alpha + r);
-      Float ds = hn::Load(kFloat, grad_scores + j * kRows + r);
+      Float ds = hn::Load(kFloat, grad_scores + j * kTilePitch + r);
       if (logit.log_sigmoid) ds = hn::Mul(ds, sigmoid_of_minus(hn::Mul(alpha, delta_j)));
       sum = hn::MulAdd(ds, alpha, sum);
       float* a = t.grad_alpha + r;
@@ -216,9 +239,9 @@ struct FloatBackward {
     key = arena.floats(block_keys * key_pitch);
     value = arena.floats(block_keys * value_pitch);
     query = arena.floats(kRows * key_pitch);
-    query_t = arena.floats(round_up(p.head_dim, 4) * kRows);
+    query_t = arena.floats(round_up(p.head_dim, 4) * kTilePitch);
     grad_out = arena.floats(kRows * value_pitch);
-    grad_out_t = arena.floats(round_up(p.head_dim_v, 4) * kRows);
+    grad_out_t = arena.floats(round_up(p.head_dim_v, 4) * kTilePitch);
   }
 
   HWY_INLINE void pack_block(const Problem& p, const RowSource& keys, const RowSource& values,
@@ -262,8 +285,8 @@ struct FloatBackward {
     const auto products = [&](const float* rows_t, std::int64_t dims, const float* rows_of_keys,
                               std::int64_t pitch, float* target) HWY_ATTR {
       squares.by_keys([&](Span k, Span rows) HWY_ATTR {
-        gemm<Init::zero>(Gemm{rows_t + rows.begin, kRows, rows_of_keys + k.begin * pitch, pitch, 1, dims,
-                              target + k.begin * kRows + rows.begin, kRows},
+        gemm<Init::zero>(Gemm{rows_t + rows.begin, kTilePitch, rows_of_keys + k.begin * pitch, pitch, 1, dims,
+                              target + k.begin * kTilePitch + rows.begin, kTilePitch},
                          k.count(), rows.count());
       });
     };
@@ -271,8 +294,9 @@ struct FloatBackward {
                                  const float* factors, float* target) HWY_ATTR {
       squares.by_keys([&](Span k, Span rows) HWY_ATTR {
         gemm<Init::add>(
-            Gemm{rows_packed + rows.begin * pitch, pitch, factors + k.begin * kRows + rows.begin, kRows, 1,
-                 min_of(rows.end, t.tile.rows) - rows.begin, target + (in_block + k.begin) * pitch, pitch},
+            Gemm{rows_packed + rows.begin * pitch, pitch, factors + k.begin * kTilePitch + rows.begin,
+                 kTilePitch, 1, min_of(rows.end, t.tile.rows) - rows.begin,
+                 target + (in_block + k.begin) * pitch, pitch},
             k.count(), dims);
       });
     };
@@ -289,8 +313,8 @@ struct FloatBackward {
     add_to_keys(grad_out, p.head_dim_v, value_pitch, s.scores, s.grad_value);
     add_to_keys(query, p.head_dim, key_pitch, s.grad_scores, s.grad_key);
     squares.by_rows([&](Span rows, Span k) HWY_ATTR {
-      const Gemm grad_query{s.grad_scores + k.begin * kRows + rows.begin,
-                            kRows,
+      const Gemm grad_query{s.grad_scores + k.begin * kTilePitch + rows.begin,
+                            kTilePitch,
                             tile_key + k.begin * key_pitch,
                             1,
                             key_pitch,

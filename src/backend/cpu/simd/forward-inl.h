@@ -50,7 +50,7 @@ struct ForwardScratch {
   HWY_INLINE std::size_t carve(const Problem& p, char* base) {
     Arena arena{base};
     const std::int64_t keys = skip_tile_keys(p.head_dim);
-    scores = arena.floats(keys * kRows);
+    scores = arena.floats(keys * kTilePitch);
     maxima = arena.floats(kRows);
     factors = arena.floats(kRows);
     delta = arena.floats(keys);
@@ -77,16 +77,16 @@ HWY_INLINE void softmax_update(ForwardRowTile& t, std::int64_t keys, const float
     Float sum0 = hn::Zero(kFloat), sum1 = hn::Zero(kFloat);
     std::int64_t j = 0;
     for (; j + 2 <= keys; j += 2) {
-      float* s = scores + j * kRows + r;
+      float* s = scores + j * kTilePitch + r;
       const Float p0 = exp2(hn::Sub(hn::Load(kFloat, s), base));
-      const Float p1 = exp2(hn::Sub(hn::Load(kFloat, s + kRows), base));
+      const Float p1 = exp2(hn::Sub(hn::Load(kFloat, s + kTilePitch), base));
       hn::Store(p0, kFloat, s);
-      hn::Store(p1, kFloat, s + kRows);
+      hn::Store(p1, kFloat, s + kTilePitch);
       sum0 = hn::Add(sum0, p0);
       sum1 = hn::Add(sum1, p1);
     }
     if (j < keys) {
-      float* s = scores + j * kRows + r;
+      float* s = scores + j * kTilePitch + r;
       const Float p0 = exp2(hn::Sub(hn::Load(kFloat, s), base));
       hn::Store(p0, kFloat, s);
       sum0 = hn::Add(sum0, p0);
@@ -103,7 +103,9 @@ struct FloatForward {
   float *key, *value;
   std::int64_t key_pitch, value_pitch;
 
-  static HWY_INLINE std::int64_t query_floats(const Problem& p) { return round_up(p.head_dim, 4) * kRows; }
+  static HWY_INLINE std::int64_t query_floats(const Problem& p) {
+    return round_up(p.head_dim, 4) * kTilePitch;
+  }
 
   HWY_INLINE void carve(const Problem& p, Arena& arena) {
     const std::int64_t keys = skip_tile_keys(p.head_dim);
@@ -134,8 +136,8 @@ struct FloatForward {
                          std::int64_t keys, const PartialTile* masked, float* scores) {
     const SeenSquares squares(masked, first, keys, t.tile.lanes);
     squares.by_keys([&](Span k, Span rows) HWY_ATTR {
-      gemm<Init::zero>(Gemm{t.query + rows.begin, kRows, key + (first + k.begin) * key_pitch, key_pitch, 1,
-                            p.head_dim, scores + k.begin * kRows + rows.begin, kRows},
+      gemm<Init::zero>(Gemm{t.query + rows.begin, kTilePitch, key + (first + k.begin) * key_pitch, key_pitch,
+                            1, p.head_dim, scores + k.begin * kTilePitch + rows.begin, kTilePitch},
                        k.count(), rows.count());
     });
   }
@@ -159,8 +161,8 @@ struct FloatForward {
     softmax_update(t, keys, maxima, scores, factors);
     const SeenSquares squares(masked, first, keys, t.tile.lanes);
     squares.by_rows([&](Span rows, Span k) HWY_ATTR {
-      const Gemm product{scores + k.begin * kRows + rows.begin,
-                         kRows,
+      const Gemm product{scores + k.begin * kTilePitch + rows.begin,
+                         kTilePitch,
                          value + (first + k.begin) * value_pitch,
                          1,
                          value_pitch,

@@ -59,7 +59,7 @@ HWY_INLINE void add_pair_gate(const LogitPolicies& p, const RowTile& tile, const
     for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
       const Float product = hn::Mul(hn::LoadU(kFloat, tile.alpha + r), delta_j);
       const Float gate = p.log_sigmoid ? log_sigmoid(product) : product;
-      float* s = scores + j * kRows + r;
+      float* s = scores + j * kTilePitch + r;
       hn::Store(hn::MulAdd(gate, pre_scale, hn::Load(kFloat, s)), kFloat, s);
     }
   }
@@ -71,9 +71,9 @@ HWY_INLINE void apply_softcap(const LogitPolicies& p, const RowTile& tile, std::
   const Float cap = hn::Set(kFloat, p.softcap_log2);
   for (std::int64_t j = 0; j < keys; ++j) {
     for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
-      float* s = scores + j * kRows + r;
+      float* s = scores + j * kTilePitch + r;
       const Float t = tanh(hn::Load(kFloat, s));
-      if (tanh_out != nullptr) hn::Store(t, kFloat, tanh_out + j * kRows + r);
+      if (tanh_out != nullptr) hn::Store(t, kFloat, tanh_out + j * kTilePitch + r);
       hn::Store(hn::Mul(t, cap), kFloat, s);
     }
   }
@@ -86,7 +86,7 @@ HWY_INLINE void add_alibi(const RowTile& tile, std::int64_t offset, std::int64_t
   for (std::int64_t j = 0; j < keys; ++j) {
     const Float first = hn::Set(kFloat, static_cast<float>(tile.begin + offset - key_begin - j));
     for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
-      float* s = scores + j * kRows + r;
+      float* s = scores + j * kTilePitch + r;
       const Float distance = hn::Abs(hn::Add(first, hn::Iota(kFloat, static_cast<float>(r))));
       hn::Store(hn::MulAdd(distance, slope, hn::Load(kFloat, s)), kFloat, s);
     }
@@ -154,7 +154,7 @@ HWY_INLINE void apply_partial_tile(const PartialTile& partial, const RowTile& ti
     for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
       const std::uint64_t bits = rows >> r;  // LoadMaskBits may read eight bytes
       const auto seen = hn::LoadMaskBits(kFloat, reinterpret_cast<const std::uint8_t*>(&bits));
-      float* s = scores + j * kRows + r;
+      float* s = scores + j * kTilePitch + r;
       hn::Store(hn::IfThenElse(seen, hn::Load(kFloat, s), hidden), kFloat, s);
     }
   }
@@ -223,7 +223,7 @@ struct Arena {
 // rows up to whole vectors. `staging` holds 64 rows at pitch round_up(dim, kLanes).
 HWY_INLINE void pack_transposed(const RowSource& source, std::int64_t begin, std::int64_t count,
                                 std::int64_t dim, float factor, float* staging, float* target,
-                                std::int64_t target_pitch = kRows) {
+                                std::int64_t target_pitch = kTilePitch) {
   // Rows that are float and at one distance need no staging.
   if (kTransposesWide && source.dtype == DType::float32 && source.pages == nullptr &&
       source.gather == nullptr && count % 16 == 0 && dim % 4 == 0)

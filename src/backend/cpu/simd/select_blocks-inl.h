@@ -37,11 +37,11 @@ struct SelectScratch {
     const BlockWeights shape = block_weights(p);
     const std::int64_t windows = select_windows(p);
     key_pitch = packed_pitch(p.head_dim);
-    query = arena.floats(p.group_size * round_up(p.head_dim, 4) * kRows);
+    query = arena.floats(p.group_size * round_up(p.head_dim, 4) * kTilePitch);
     lse = arena.floats(p.group_size * kRows);
     lse_low = arena.floats(p.group_size * kRows);
     key = arena.floats(windows * key_pitch);
-    scores = arena.floats(windows * kRows);
+    scores = arena.floats(windows * kTilePitch);
     sums = arena.floats((shape.overlap - 1 + windows) * kRows);
     weights = arena.floats(shape.count());
     staging = arena.floats(kRows * round_up(p.head_dim, 16));
@@ -67,8 +67,8 @@ HWY_INLINE void add_probabilities(const NsaProblem& p, const NsaArguments& args,
   PartialTile partial;
   if (seen == TileVisibility::partial) read_bands(visibility, tile, begin, count, partial);
   for (std::int64_t g = 0; g < p.group_size; ++g) {
-    gemm<Init::zero>(Gemm{s.query + g * round_up(p.head_dim, 4) * kRows, kRows, s.key, s.key_pitch, 1,
-                          p.head_dim, s.scores, kRows},
+    gemm<Init::zero>(Gemm{s.query + g * round_up(p.head_dim, 4) * kTilePitch, kTilePitch, s.key, s.key_pitch,
+                          1, p.head_dim, s.scores, kTilePitch},
                      count, tile.lanes);
     if (seen == TileVisibility::partial) apply_partial_tile(partial, tile, 0, count, s.scores);
     for (std::int64_t r = 0; r < tile.lanes; r += kLanes) {
@@ -76,7 +76,7 @@ HWY_INLINE void add_probabilities(const NsaProblem& p, const NsaArguments& args,
                   lse_low = hn::Load(kFloat, s.lse_low + g * kRows + r);
       for (std::int64_t j = 0; j < count; ++j) {
         float* target = sums + j * kRows + r;
-        const Float x = exp2(hn::Sub(hn::Sub(hn::Load(kFloat, s.scores + j * kRows + r), lse), lse_low));
+        const Float x = exp2(hn::Sub(hn::Sub(hn::Load(kFloat, s.scores + j * kTilePitch + r), lse), lse_low));
         hn::Store(g == 0 ? x : hn::Add(hn::Load(kFloat, target), x), kFloat, target);
       }
     }
@@ -112,7 +112,7 @@ HWY_INLINE void select_blocks(const NsaProblem& p, const NsaArguments& args, con
     const std::int64_t head = item.kv_head * p.group_size + g;
     pack_transposed(row_source(args.query, sequence.batch, sequence.q_begin, head), tile.begin, tile.rows,
                     p.head_dim, static_cast<float>(p.softmax_scale * kLog2E), s.staging,
-                    s.query + g * round_up(p.head_dim, 4) * kRows);
+                    s.query + g * round_up(p.head_dim, 4) * kTilePitch);
     for (std::int64_t r = 0; r < kRows; ++r) {
       float lse = kNegativeInfinity;
       if (r < tile.rows)

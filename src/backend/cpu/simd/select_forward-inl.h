@@ -52,7 +52,7 @@ class BlockSelection {
       for (std::int64_t r = 0; r < t.tile.lanes; r += kLanes) {
         Float sum = hn::Zero(kFloat);
         for (std::int64_t w = low; w < high; ++w)
-          sum = hn::MulAdd(hn::Load(kFloat, probabilities + (w - begin) * kRows + r),
+          sum = hn::MulAdd(hn::Load(kFloat, probabilities + (w - begin) * kTilePitch + r),
                            hn::Set(kFloat, weights_[w - origin]), sum);
         float* score = scores_[u] + block * kRows + r;
         if (block >= begun_[u]) sum = hn::MulAdd(hn::Load(kFloat, score), hn::Load(kFloat, factors + r), sum);

@@ -100,15 +100,15 @@ HWY_INLINE void row_maxima(const float* scores, std::int64_t keys, std::int64_t 
     Float m0 = hn::Set(kFloat, kNegativeInfinity), m1 = m0;
     std::int64_t j = 0;
     for (; j + 2 <= keys; j += 2) {
-      m0 = hn::Max(m0, hn::Load(kFloat, scores + j * kRows + r));
-      m1 = hn::Max(m1, hn::Load(kFloat, scores + (j + 1) * kRows + r));
+      m0 = hn::Max(m0, hn::Load(kFloat, scores + j * kTilePitch + r));
+      m1 = hn::Max(m1, hn::Load(kFloat, scores + (j + 1) * kTilePitch + r));
     }
-    if (j < keys) m0 = hn::Max(m0, hn::Load(kFloat, scores + j * kRows + r));
+    if (j < keys) m0 = hn::Max(m0, hn::Load(kFloat, scores + j * kTilePitch + r));
     m0 = hn::Max(m0, m1);
     if (propagate_nan) {  // Max keeps a NaN on some machines and drops it on others
       auto poisoned = hn::Lt(hn::Zero(kFloat), hn::Zero(kFloat));
       for (j = 0; j < keys; ++j)
-        poisoned = hn::Or(poisoned, hn::IsNaN(hn::Load(kFloat, scores + j * kRows + r)));
+        poisoned = hn::Or(poisoned, hn::IsNaN(hn::Load(kFloat, scores + j * kTilePitch + r)));
       m0 = hn::IfThenElse(poisoned, hn::NaN(kFloat), m0);
     }
     hn::Store(m0, kFloat, maxima + r);

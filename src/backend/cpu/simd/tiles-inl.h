@@ -24,6 +24,7 @@
 namespace fsa::cpu::FSA_SIMD_TARGET {
 
 static_assert(kLanes == 16, "one vector of floats is one row of a tile of C");
+static_assert(kTilePitch == kRows, "score tiles are dense");
 
 inline constexpr std::int64_t kTileRows = 16;   // n of A and C, v of B and C
 inline constexpr std::int64_t kTileTerms = 32;  // k
