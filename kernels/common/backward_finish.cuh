@@ -61,23 +61,30 @@ FSA_DEVICE void backward_finish(const BackwardParams& params) {
   constexpr int32 kHalfUnits = Types::kQueryColumns / 8;
   const float4* const sums =
       reinterpret_cast<const float4*>(params.grad_query_sum) + number * (kBlockM * Types::kDim / 4) + lane;
-  // Deterministic: nobody has stored anything.
+  // Deterministic: nobody has stored anything. The sums are read without waiting for that.
   const bool empty = params.turns != nullptr && params.turns[number * kBackwardWarps] == 0;
   const auto sum_of = [&](int32 unit) {
-    if (empty) return make_float4(0, 0, 0, 0);
     const int32 half = kBlockM == kRowsPerWarpgroup ? unit / kHalfUnits : part;
-    return sums[((half * 4 + warp) * kHalfUnits + unit % kHalfUnits) * kWarpThreads];
+    const float4 sum = sums[((half * 4 + warp) * kHalfUnits + unit % kHalfUnits) * kWarpThreads];
+    return empty ? make_float4(0, 0, 0, 0) : sum;
   };
   const uint32 base = shared_address(staged[part]);
   const float scale = params.softmax_scale;
+  constexpr int32 kUnitsAtOnce = 8;  // asked for before the first is used
 #pragma unroll
-  for (int32 unit = 0; unit < kUnits; unit += 2) {
-    const float4 a = sum_of(unit), b = sum_of(unit + 1);
-    ptx::store_matrices(base + Tile::unit_offset(warp * 16 + lane % 16, unit + lane / 16),
-                        ptx::pack<Types::kElement>(a.x * scale, a.y * scale),
-                        ptx::pack<Types::kElement>(a.z * scale, a.w * scale),
-                        ptx::pack<Types::kElement>(b.x * scale, b.y * scale),
-                        ptx::pack<Types::kElement>(b.z * scale, b.w * scale));
+  for (int32 first = 0; first < kUnits; first += kUnitsAtOnce) {
+    float4 read[kUnitsAtOnce];
+#pragma unroll
+    for (int32 i = 0; i < kUnitsAtOnce; ++i) read[i] = sum_of(first + i);
+#pragma unroll
+    for (int32 i = 0; i < kUnitsAtOnce; i += 2) {
+      const float4 a = read[i], b = read[i + 1];
+      ptx::store_matrices(base + Tile::unit_offset(warp * 16 + lane % 16, first + i + lane / 16),
+                          ptx::pack<Types::kElement>(a.x * scale, a.y * scale),
+                          ptx::pack<Types::kElement>(a.z * scale, a.w * scale),
+                          ptx::pack<Types::kElement>(b.x * scale, b.y * scale),
+                          ptx::pack<Types::kElement>(b.z * scale, b.w * scale));
+    }
   }
   __syncwarp();
   const int32 units = params.head_dim / 8;

@@ -8,7 +8,7 @@
 //                  tiles are kept: S(j + 1) and P V(j) in flight together, the vote on j + 1 and its softmax under P V(j)
 //
 // Where registers allow it (kChoosesWay) sweep_kept and one of the others are compiled, and the announcer chooses for each
-// work tile by what the CTA has kept of an earlier one. Against no vote, with nothing skipped sweep_kept takes 1.15,
+// work tile by what the CTA has kept of an earlier one. Against no vote, with nothing skipped sweep_kept takes 1.17,
 // sweep_private 1.32 times as long; with everything skipped 1.17 and 0.57 (H200, head_dim 128, 2026-11). Both give the same
 // bits.
 #pragma once
