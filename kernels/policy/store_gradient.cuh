@@ -76,6 +76,37 @@ FSA_DEVICE void store_gradient(const GradientRows& to, const KeyWork& work, int3
   }
 }
 
+// Writes 16 rows of accumulators, a warp's, from key `key` on; `rows` of them are there. 64 columns at a time go through 2 KB
+// of shared memory. It waits neither for other warps nor for what it has written, and multiplies may be in flight.
+template <ElementType kElement, int32 kColumns>
+FSA_DEVICE void store_warp_gradient(const GradientRows& to, const KeyWork& work, int32 key, int32 rows,
+                                    const float (&r)[kColumns / 2], float factor, uint8* shared) {
+  constexpr int32 kRows = 16, kUnits = kChunkColumns / 8, kRowsAtOnce = kWarpThreads / kUnits;
+  using Chunk = SwizzledTile<kRows, kChunkColumns>;
+  const int32 lane = own_lane(), row = lane / kUnits, unit = lane % kUnits;
+  uint16* const first = to.row(work, key + row) + unit * 8;
+#pragma unroll
+  for (int32 column = 0; column < kColumns; column += kChunkColumns) {
+    __syncwarp();  // all lanes have read what was there
+#pragma unroll
+    for (int32 i = 0; i < kChunkColumns / 2; i += 8) {
+      const float* const from = r + column / 2 + i;
+      ptx::store_matrices(shared_address(shared) + Chunk::unit_offset(lane % 16, i / 4 + lane / 16),
+                          ptx::pack<kElement>(from[0] * factor, from[1] * factor),
+                          ptx::pack<kElement>(from[2] * factor, from[3] * factor),
+                          ptx::pack<kElement>(from[4] * factor, from[5] * factor),
+                          ptx::pack<kElement>(from[6] * factor, from[7] * factor));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int32 i = 0; i < kRows; i += kRowsAtOnce) {
+      const uint4 values = *reinterpret_cast<const uint4*>(shared + Chunk::unit_offset(row + i, unit));
+      if (row + i < rows && column + unit * 8 < to.columns)
+        *reinterpret_cast<uint4*>(first + i * to.stride_row + column) = values;
+    }
+  }
+}
+
 // Keys that no row sees. kThreads threads, of which this is `thread`.
 template <int32 kThreads>
 FSA_DEVICE void clear_gradient(const GradientRows& to, const KeyWork& work, int32 count, int32 thread) {

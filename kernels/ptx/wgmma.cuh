@@ -186,6 +186,25 @@ FSA_DEVICE void multiply_shared_rows(float (&d)[kN / 2], uint64 a, uint64 b, uin
   }
 }
 
+// The same, of 128 columns whose halves lie in two arrays; both operands as rows.
+template <ElementType kElement>
+FSA_DEVICE void multiply_shared_rows_halves(float (&left)[32], float (&right)[32], uint64 a, uint64 b,
+                                            uint32 accumulate) {
+#define FSA_WGMMA_HALVES(TYPE)                                                        \
+  asm volatile(                                                                       \
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %66, 0;\n"                  \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" FSA_TEXT_N128 \
+      "}, %64, %65, accumulate, 1, 1, 1, 1;\n}\n"                                     \
+      : FSA_LIST_N64(left), FSA_LIST_N64(right)                                       \
+      : "l"(a), "l"(b), "r"(accumulate)                                               \
+      : "memory")
+  if constexpr (kElement == ElementType::bf16)
+    FSA_WGMMA_HALVES("bf16");
+  else
+    FSA_WGMMA_HALVES("f16");
+#undef FSA_WGMMA_HALVES
+}
+
 // A in registers, B in shared memory with the N values contiguous; always accumulates.
 template <ElementType kElement, int32 kN>
 FSA_DEVICE void multiply_registers(float (&d)[kN / 2], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint64 b) {

@@ -15,16 +15,16 @@
 //   tensor   ... dV(j) dK(j) ........... | dQ(j-1) S(j+1) ............ | dP(j+1) .......... | dV(j+1) ...
 //   others   ... publish dS(j), find room | find Q(j+1), take dQ(j-1) | P(j+1), give up dQ | dS(j+1) ...
 //
-// What limits it at head_dim 128 is shared memory: some 2950 wavefronts a tile of 64 by 128, against 2690 clocks
-// of multiplies.
+// At head_dim 128 the two alternate: dQ of a whole row tile is one warpgroup's (backward_alternate.cuh). Multiplies then
+// take 2690 of 3250 clocks a tile of 64 by 128.
 //
 // Invariants. Stage s of Q is free when every consumer warp has arrived on query_empty[s], which it does once
 // its dK is complete; dO likewise once dV is. A stage of dS is full when the warps of both warpgroups have
-// stored their share and empty when both have their dQ of it. dQ is staged in shared memory, a warpgroup's share
-// at a time, and added by a warp of the producer's warpgroup, which may have to wait for its turn. Gradients of
-// keys and values leave through the stages of dS, where these are large enough: then V is free when both
-// warpgroups have their last dP, and K when they have their last dQ. Else they leave through K and V, which are
-// free once that has happened. Warpgroups that share every multiply (64 keys) meet at a named barrier once a tile
+// stored their share and empty when both have their dQ of it; where they alternate, when dQ has left through it.
+// dQ is staged in shared memory, a warpgroup's share at a time, and added by a warp of the producer's warpgroup,
+// which may have to wait for its turn. Gradients of keys and values leave through the stages of dS, where these are
+// large enough, or a slot beside them: then V is free when both warpgroups have their last dP, and K when they have
+// their last dQ. Else they leave through K and V, which are free once that has happened. Warpgroups that share every multiply (64 keys) meet at a named barrier once a tile
 // instead; two stages of P and dS keep the faster one from overwriting what the other reads.
 #pragma once
 
@@ -55,7 +55,7 @@ FSA_DEVICE void init_barriers(BackwardStorage<Types>& storage) {
   }
   for (int32 i = 0; i < Types::kScoreStages; ++i) {
     ptx::init(storage.scores_full[i], kWarps);
-    ptx::init(storage.scores_empty[i], kWarps + (kAdderReadsAlpha<Types> ? 1 : 0));
+    ptx::init(storage.scores_empty[i], Types::kAlternates ? 1 : kWarps + (kAdderReadsAlpha<Types> ? 1 : 0));
   }
   constexpr int32 kHandovers = backward_handovers(Types::kTile);
   for (int32 i = 0; i < kHandovers; ++i) {
@@ -80,6 +80,26 @@ FSA_DEVICE void load_rows(const TensorMap& map, int32 row, int32 head, int32 bat
     for (int32 chunk = 0; chunk < Tile::kChunks; ++chunk)
       ptx::load_box(shared + chunk * Tile::kChunkBytes + first * kLineBytes, map,
                     {chunk * kChunkColumns, row + first, head, batch}, full);
+}
+
+// As soon as `empty` says so.
+template <class Types>
+FSA_DEVICE void load_keys(const BackwardParams& params, BackwardStorage<Types>& storage, const KeyWork& work,
+                          ptx::Mbarrier& empty) {
+  ptx::wait(empty, (work.loads & 1) ^ 1);
+  ptx::arrive_expect_bytes(storage.key_full, Types::KeyRows::kBytes);
+  load_rows<typename Types::KeyRows, Types::kBlockN>(params.forward.key_map, work.k_begin + work.n_begin,
+                                                     work.kv_head, work.k_map_batch, storage.key(work.loads),
+                                                     storage.key_full);
+}
+template <class Types>
+FSA_DEVICE void load_values(const BackwardParams& params, BackwardStorage<Types>& storage,
+                            const KeyWork& work, ptx::Mbarrier& empty) {
+  ptx::wait(empty, (work.loads & 1) ^ 1);
+  ptx::arrive_expect_bytes(storage.value_full, Types::ValueRows::kBytes);
+  load_rows<typename Types::ValueRows, Types::kBlockN>(params.forward.value_map, work.k_begin + work.n_begin,
+                                                       work.kv_head, work.k_map_batch,
+                                                       storage.value(work.loads), storage.value_full);
 }
 
 template <class Types>
@@ -175,15 +195,13 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
           params.grad_out_map, row, head, batch, storage.grad_out[grad_out.stage()], grad_out_full);
 
       if (tiles == state.first_tile) {  // after Q and dO, which need not wait for the keys before
-        const int32 key = work.k_begin + work.n_begin;
-        ptx::wait(storage.value_empty, (work.loads & 1) ^ 1);
-        ptx::arrive_expect_bytes(storage.value_full, Types::ValueRows::kBytes);
-        load_rows<typename Types::ValueRows, Types::kBlockN>(
-            params.forward.value_map, key, work.kv_head, work.k_map_batch, storage.value, storage.value_full);
-        ptx::wait(storage.key_empty, (work.loads & 1) ^ 1);
-        ptx::arrive_expect_bytes(storage.key_full, Types::KeyRows::kBytes);
-        load_rows<typename Types::KeyRows, Types::kBlockN>(params.forward.key_map, key, work.kv_head,
-                                                           work.k_map_batch, storage.key, storage.key_full);
+        if constexpr (Types::kSwapsKeys) {
+          load_keys<Types>(params, storage, work, storage.value_empty);
+          load_values<Types>(params, storage, work, storage.key_empty);
+        } else {
+          load_values<Types>(params, storage, work, storage.value_empty);
+          load_keys<Types>(params, storage, work, storage.key_empty);
+        }
       }
     }
     if constexpr (!kDescribes) ptx::arrive(storage.work_empty[slot.stage()]);

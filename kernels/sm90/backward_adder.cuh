@@ -19,29 +19,36 @@ struct EarlyTurn {
   int32 seen;
 };
 
-// One row tile; true after the last of its key tile. Deterministic: key tiles add to a row tile in the order in which they
-// were issued.
+// Sums of one row tile from shared to global memory; true after the last of a work unit. Deterministic: key tiles add to a
+// row tile in the order in which they were issued.
 template <class Types>
 FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types>& storage, int32 index,
-                             uint32 tile, EarlyTurn& early) {
-  constexpr int32 kFloats = Types::kQueryColumns * kRowsPerWarpgroup;  // of the warpgroup
+                             uint32 handover, EarlyTurn& early) {
+  constexpr int32 kFloats = Types::kQueryColumns * kRowsPerWarpgroup;  // half of the row tile
   const bool leads = own_lane() == 0;
-  if (leads) ptx::wait(storage.handed_full[index], tile & 1);
+  if (leads) ptx::wait(storage.handed_full[index], handover & 1);
   __syncwarp();
   const StagedSums sums = storage.handed.sums[index];
-  const int64 counter = static_cast<int64>(sums.number) * kBackwardWarps + index * (kBackwardWarps / 2);
-  if (leads) {
+  // Whoever adds whole row tiles counts them at the first warp's place.
+  const int32 part = Types::kAlternates ? 0 : index;
+  const int64 counter = static_cast<int64>(sums.number) * kBackwardWarps + part * (kBackwardWarps / 2);
+  const bool some = !Types::kAlternates || sums.number >= 0;
+  if (leads && some) {
     const int32 rank = sums.order >> RowTileBrief::kOrderRankShift;
     float* const to =
-        params.grad_query_sum + (static_cast<int64>(sums.number) * kBackwardConsumers + index) * kFloats;
+        params.grad_query_sum + (static_cast<int64>(sums.number) * kBackwardConsumers + part) * kFloats;
     const uint8* const staged = storage.grad_query.of_warp(index * (kBackwardWarps / 2));
     if constexpr (Types::kDeterministic)
       if (early.number != sums.number || early.seen != rank)
         ptx::wait_until_equal(params.turns + counter, rank);
-    if (Types::kFirstStores && rank == 0)
-      ptx::store_bytes(to, staged, kFloats * 4);
-    else
-      ptx::add_bytes(to, staged, kFloats * 4);
+    const auto add = [&](float* sum, const uint8* from) {
+      if (Types::kFirstStores && rank == 0)
+        ptx::store_bytes(sum, from, kFloats * 4);
+      else
+        ptx::add_bytes(sum, from, kFloats * 4);
+    };
+    add(to, staged);
+    if constexpr (Types::kAlternates) add(to + kFloats, storage.scores[sums.stage][0]);
     ptx::commit_stores();
   }
   __syncwarp();  // all lanes have read what the leader is about to give up
@@ -54,14 +61,16 @@ FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types
   }
   if (leads) {
     ptx::wait_stores_read();
+    if (Types::kAlternates && some) ptx::arrive(storage.scores_empty[sums.stage]);
     ptx::arrive(storage.handed_empty[index]);
-    if constexpr (Types::kDeterministic) {
+    if (Types::kDeterministic && some) {
       ptx::wait_stores();
       ptx::fence_async_global();
       ptx::add_release(params.turns + counter, 1);
       if (!Types::kSplits && (sums.order & RowTileBrief::kOrderLast) == 0) {
-        early.number = sums.number + 1;
-        early.seen = ptx::load_acquire(params.turns + counter + kBackwardWarps);
+        constexpr int32 kNext = Types::kAlternates ? 2 : 1;  // row tiles on
+        early.number = sums.number + kNext;
+        early.seen = ptx::load_acquire(params.turns + counter + kNext * kBackwardWarps);
       }
     }
   }

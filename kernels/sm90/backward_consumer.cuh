@@ -7,6 +7,7 @@
 #include "policy/store_gradient.cuh"
 #include "ptx/reduce.cuh"
 #include "ptx/sync.cuh"
+#include "sm90/backward_alternate.cuh"
 #include "sm90/backward_gate.cuh"
 #include "sm90/backward_multiplies.cuh"
 #include "sm90/backward_types.cuh"
@@ -45,6 +46,7 @@ struct BackwardConsumer {
   const int32 index;    // which consumer
   int32 thread;         // of the warpgroup
   uint32 tiles = 0;     // row tiles before this one: its place in all three rings
+  uint32 loads = 0;     // of keys, before these
   RowTileBrief brief;   // of the tile whose S was issued last
   RowTileBrief before;  // of the one before it, where dQ follows a tile behind
 
@@ -482,13 +484,13 @@ struct BackwardConsumer {
                   params.forward.softmax_scale_log2);
     ptx::wait(storage.key_full, work.loads & 1);
     if (work.partial(Types::kBlockN))
-      clear_rows<KeyRows, Types::kBlockN>(storage.key, work.seqlen_k - work.n_begin);
+      clear_rows<KeyRows, Types::kBlockN>(storage.key(loads), work.seqlen_k - work.n_begin);
     GateTerms<Types>::make(*this, work, logits);
     brief = find(tiles);
     start_scores(tiles, brief);
     ptx::wait(storage.value_full, work.loads & 1);
     if (work.partial(Types::kBlockN))
-      clear_rows<ValueRows, Types::kBlockN>(storage.value, work.seqlen_k - work.n_begin);
+      clear_rows<ValueRows, Types::kBlockN>(storage.value(loads), work.seqlen_k - work.n_begin);
     multiplies().hold_values();
     start_products(tiles, brief);
     ptx::wgmma_wait<1>();
@@ -498,14 +500,21 @@ struct BackwardConsumer {
     exponentiate<kHalf>(logits);
     apply_mask(work);
     finish_products();
-    if constexpr (Types::kStageInScores) finish_store();  // of the work before
+    if constexpr (Types::kStageInScores && !Types::kAlternates) finish_store();  // of the work before
 
-    bool first = true;
-    for (; !brief.last(); first = false) step<false>(work, logits, first);
-    step<true>(work, logits, first);
-    sync_consumers();  // the other warpgroup, too, has finished with K, V and dS
+    if constexpr (Types::kAlternates) {
+      AlternatingSteps<Types>{*this}.run(work, logits);
+    } else {
+      bool first = true;
+      for (; !brief.last(); first = false) step<false>(work, logits, first);
+      step<true>(work, logits, first);
+      sync_consumers();  // the other warpgroup, too, has finished with K, V and dS
+    }
     GateGradients<Types>::store_delta(*this, work, logits);
-    if (is_part(work)) {
+    if constexpr (Types::kAlternates) {
+      if (is_part(work)) store_part<Types>(params, work.part.slot, first_key(), 0, rK, rV);
+      AlternatingSteps<Types>{*this}.store(grad_key_rows(params), work, rK, params.softmax_scale);
+    } else if (is_part(work)) {
       store_part<Types>(params, work.part.slot, first_key(), kSplitKeys ? 0 : index, rK, rV);
       if constexpr (!Types::kStageInScores)
         if (thread == 0) release_keys();  // all have finished with them
@@ -527,8 +536,8 @@ struct BackwardConsumer {
   // Gradients leave through shared memory: the warpgroup's own lines of the stages of dS, or of K and V.
   FSA_DEVICE void store(const KeyWork& work) {
     const int32 half = kSplitKeys ? 0 : index;  // of the columns
-    uint8* const keys = Types::kStageInScores ? storage.scores[0][0] : storage.key;
-    uint8* const values = Types::kStageInScores ? keys + KeyRows::kBytes : storage.value;
+    uint8* const keys = Types::kStageInScores ? storage.scores[0][0] : storage.key(loads);
+    uint8* const values = Types::kStageInScores ? keys + KeyRows::kBytes : storage.value(loads);
     uint8* const shared_key =
         keys + first_key() * kLineBytes + half * (Types::kGradDim / kChunkColumns) * KeyRows::kChunkBytes;
     uint8* const shared_value = values + first_key() * kLineBytes +
@@ -571,6 +580,7 @@ struct BackwardConsumer {
       if (work.sequence < 0) break;
       if (work.num_segments > 0) {
         differentiate_keys(work);
+        ++loads;
       } else if (is_part(work)) {
         clear_part<Types>(params, work.part.slot, consumer_thread());
       } else {
@@ -582,7 +592,7 @@ struct BackwardConsumer {
     pass_turn(-1, tiles);
     if (thread == 0) ptx::wait_stores_read();  // shared memory must outlive the stores that read it
     // Nobody wants it; but without it ptxas serialises every multiply of a deterministic kernel of head_dim 64.
-    if constexpr (Types::kStagedGradQuery) wait_room(tiles);
+    if constexpr (Types::kStagedGradQuery && !Types::kAlternates) wait_room(tiles);
   }
 };
 

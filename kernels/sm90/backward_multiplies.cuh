@@ -27,8 +27,8 @@ struct BackwardMultiplies {
   FSA_DEVICE void issue_scores(uint32 tile) {
     ptx::wgmma_fence();
     if constexpr (Types::kFolded) issue_row_values(c.rS, tile, false);
-    const uint64 a =
-        KeyRows::inner_columns(opaque_address(shared_address(c.storage.key) + c.first_key() * kLineBytes));
+    const uint64 a = KeyRows::inner_columns(
+        opaque_address(shared_address(c.storage.key(c.loads)) + c.first_key() * kLineBytes));
     const uint64 b = QueryRows::inner_columns(shared_address(c.storage.query[c.query(tile).stage()]) +
                                               c.first_row() * kLineBytes);
 #pragma unroll
@@ -43,7 +43,7 @@ struct BackwardMultiplies {
   // The first columns of the warpgroup's V, as A.
   FSA_DEVICE void hold_values() {
     const int32 key = c.first_key() + c.thread / kWarpThreads * 16 + c.lane() % 16;
-    const uint32 base = shared_address(c.storage.value);
+    const uint32 base = shared_address(c.storage.value(c.loads));
 #pragma unroll
     for (int32 step = 0; step < Types::kHeldSteps; ++step)
       ptx::load_matrices(base + ValueRows::unit_offset(key, 2 * step + c.lane() / 16), c.rHeld[4 * step],
@@ -55,7 +55,7 @@ struct BackwardMultiplies {
     ptx::wgmma_fence();
     if constexpr (Types::kFolded) issue_row_values(c.rD, tile, true);
     const uint64 a = ValueRows::inner_columns(
-        opaque_address(shared_address(c.storage.value) + c.first_key() * kLineBytes));
+        opaque_address(shared_address(c.storage.value(c.loads)) + c.first_key() * kLineBytes));
     const uint64 b = GradOutRows::inner_columns(shared_address(c.storage.grad_out[c.grad_out(tile).stage()]) +
                                                 c.first_row() * kLineBytes);
 #pragma unroll
@@ -103,15 +103,37 @@ struct BackwardMultiplies {
     const uint64 a = ScoreTile::inner_rows(shared_address(c.storage.scores[c.score_stage(tile)][0]) +
                                            (kSplitRows ? c.index * ScoreTile::kChunkBytes : 0));
     const int32 column = kSplitRows ? 0 : c.index * Types::kQueryColumns;
-    const uint64 b =
-        KeyRows::inner_rows(shared_address(c.storage.key) + column / kChunkColumns * KeyRows::kChunkBytes +
-                            column % kChunkColumns * kElementBytes);
+    const uint64 b = KeyRows::inner_rows(shared_address(c.storage.key(c.loads)) +
+                                         column / kChunkColumns * KeyRows::kChunkBytes +
+                                         column % kChunkColumns * kElementBytes);
 #pragma unroll
     for (int32 step = 0; step < Types::kBlockN / 16; ++step)
       ptx::multiply_shared_rows<kElement, Types::kQueryColumns, true>(
           rQ, ScoreTile::advance(a, ScoreTile::inner_rows_offset(step)),
           KeyRows::advance(b, KeyRows::inner_rows_offset(step)), step != 0);
     ptx::wgmma_commit();
+  }
+
+  // dQ of the whole row tile, its columns' halves in the registers of S and dP.
+  FSA_DEVICE void issue_whole_grad_query(uint32 tile) {
+    forget(c.rS);
+    forget(c.rD);
+    ptx::wgmma_fence();
+    const uint64 a = ScoreTile::inner_rows(shared_address(c.storage.scores[c.score_stage(tile)][0]));
+    const uint64 b = KeyRows::inner_rows(opaque_address(shared_address(c.storage.key(c.loads))));
+#pragma unroll
+    for (int32 step = 0; step < Types::kBlockN / 16; ++step)
+      ptx::multiply_shared_rows_halves<kElement>(
+          c.rS, c.rD, ScoreTile::advance(a, ScoreTile::inner_rows_offset(step)),
+          KeyRows::advance(b, KeyRows::inner_rows_offset(step)), step != 0);
+    ptx::wgmma_commit();
+  }
+
+  // What registers held does not matter any more, whatever ptxas sees in the operands of the next multiply: else it
+  // serialises every multiply (C7511). The zeros are never written.
+  FSA_DEVICE static void forget(float (&r)[kScoreCount]) {
+#pragma unroll
+    for (int32 i = 0; i < kScoreCount; ++i) r[i] = 0;
   }
 
  private:

@@ -53,6 +53,13 @@ struct BackwardTypes {
   // Units of four query rows whose lse, or sum, is read ahead.
   static constexpr int32 kUnitsAhead = kScoreRows / 16;
   static constexpr bool kStagedGradQuery = kTile.stage_grad_query != 0;
+  // dQ of even row tiles is the first warpgroup's, of odd ones the second's, instead of half of the columns each: dS is
+  // read once, 128 of 2950 wavefronts of shared memory less, and every second row tile needs not wait for the other
+  // warpgroup. Half of the sums is staged where dS was.
+  static constexpr bool kAlternates = kSplitKeys && kFolded && kBlockM == 64 && kDim == 128 && kDimV == 128 &&
+                                      kStagedGradQuery && !kPairGate && Logits::kPlain;
+  // K of the next work goes where V was, and V where K was: V is free as soon as the last dP is there, and K is wanted first.
+  static constexpr bool kSwapsKeys = kAlternates;
   // The first to have its turn stores what others add to, and nobody clears the sums.
   static constexpr bool kFirstStores = kDeterministic;
   // The main kernel clears them. Where columns may be cut, units come in another order than waves of heads.
@@ -63,7 +70,8 @@ struct BackwardTypes {
 
   // Of dP's A operand, steps of 16 columns that stay in registers: 128 of 3070 wavefronts of shared memory a tile.
   // At head_dim 128 there are 20 registers left.
-  static constexpr int32 kHeldSteps = kSplitKeys && kFolded && !kPairGate && kDim == 128 ? 4 : 0;
+  static constexpr int32 kHeldSteps =
+      kSplitKeys && kFolded && !kPairGate && kDim == 128 ? (kAlternates ? 3 : 4) : 0;
 
   using KeyRows = SwizzledTile<kBlockN, kDim>;
   using ValueRows = SwizzledTile<kBlockN, kDimV>;
@@ -162,8 +170,7 @@ struct ProducerState {
 
 template <class Types>
 struct alignas(kSharedAlignment) BackwardStorage {
-  uint8 key[Types::KeyRows::kBytes];
-  uint8 value[Types::ValueRows::kBytes];
+  uint8 keys_and_values[Types::KeyRows::kBytes + Types::ValueRows::kBytes];
   uint8 query[Types::kQueryStages][Types::QueryRows::kBytes];
   uint8 grad_out[Types::kGradOutStages][Types::GradOutRows::kBytes];
   uint8 scores[backward_score_slots(Types::kTile)][backward_shared_operands(Types::kTile)]
@@ -198,6 +205,15 @@ struct alignas(kSharedAlignment) BackwardStorage {
   ptx::Mbarrier handed_empty[backward_handovers(Types::kTile)];
   ptx::Mbarrier work_full[kWorkSlots];
   ptx::Mbarrier work_empty[kWorkSlots];
+
+  // Of load number `load`.
+  FSA_DEVICE uint8* key(uint32 load) {
+    return keys_and_values + (Types::kSwapsKeys ? (load & 1) * Types::KeyRows::kBytes : 0);
+  }
+  FSA_DEVICE uint8* value(uint32 load) {
+    return keys_and_values +
+           (Types::kSwapsKeys ? (~load & 1) * Types::KeyRows::kBytes : Types::KeyRows::kBytes);
+  }
 };
 
 }  // namespace fsa::kernels::sm90

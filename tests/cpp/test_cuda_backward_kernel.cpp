@@ -420,6 +420,18 @@ TEST(BackwardKernel, CausalGroupedHeads) {
       {1, 200, 330, 2, 1, 128, 128, 150, 300, true});
 }
 
+// dQ by one warpgroup or the other: row tiles odd and even in number, key tiles with one row tile.
+TEST(BackwardKernel, FullAlternating) {
+  check<Config<kTile128, Full, RangeRows<Full, 64, 128>, Logit<>, false>>(
+      {2, 320, 300, 1, 1, 128, 128, 330 - 64, 300});
+  check<Config<kTile128, Full, RangeRows<Full, 64, 128>, Logit<>, false>>(
+      {2, 40, 400, 1, 1, 128, 128, 40, 300});
+}
+TEST(BackwardKernel, CausalAlternating) {
+  check<Config<kTile128, Causal, RangeRows<Causal, 64, 128>, Logit<>, false>>(
+      {2, 450, 450, 1, 1, 128, 128, 450, 390, true});
+}
+
 TEST(BackwardKernel, Deterministic64) {
   check<Config<kTile64, Causal, RangeRows<Causal, 128, 128>, Logit<>, true>>(
       {2, 300, 300, 2, 2, 64, 64, 77, 140, true});

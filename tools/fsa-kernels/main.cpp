@@ -87,6 +87,7 @@ int known_stack_bytes(const std::string& name) {
   if (has("_blocks")) return 24;
   if (has("_bits")) return 32;
   if (has("_deterministic")) return 16;  // in the adders
+  if (has("_bands")) return 16;          // once a key tile
   return has("gate") ? 8 : 0;
 }
 

@@ -71,6 +71,15 @@ void multiply_shared_rows(float (&d)[kN / 2], uint64 a, uint64 b, uint32 accumul
   multiply<kN>(d, accumulate != 0, SharedOperand(a, kRowsOfA), SharedOperand(b, true));
 }
 
+template <ElementType kElement>
+void multiply_shared_rows_halves(float (&left)[32], float (&right)[32], uint64 a, uint64 b,
+                                 uint32 accumulate) {
+  float d[64];
+  for (int i = 0; i < 32; ++i) d[i] = left[i], d[i + 32] = right[i];
+  multiply<128>(d, accumulate != 0, SharedOperand(a, true), SharedOperand(b, true));
+  for (int i = 0; i < 32; ++i) left[i] = d[i], right[i] = d[i + 32];
+}
+
 // A row of A is in the registers of the four lanes of a quad.
 template <int32 kN, class B>
 void multiply_quads(float (&d)[kN / 2], bool accumulate, uint32 a0, uint32 a1, uint32 a2, uint32 a3, B b) {
