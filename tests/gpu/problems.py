@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import checks
+import decisions
 import flash_sparse_attention as fsa
 import oracle
 import torch
@@ -223,9 +224,9 @@ def compare(problem: Problem, ours: Outcome) -> str:
     tiles, kept = None, None
     if ours.skip_map is not None:
         shape = tuple(ours.skip_map.shape)
-        assert shape == oracle.skip_map_shape(problem), f"map {shape}"
-        tiles = oracle.replay(problem, ours.skip_map, checks.tolerance_of_decisions(problem.dtype))
-        kept = oracle.skip_map_bits(problem, ours.skip_map)
+        assert shape == decisions.skip_map_shape(problem), f"map {shape}"
+        tiles = decisions.replay(problem, ours.skip_map, checks.tolerance_of_decisions(problem.dtype))
+        kept = decisions.skip_map_bits(problem, ours.skip_map)
     same = {"grad_out": ours.grad_out, "grad_lse": ours.grad_lse, "kept": kept}
     truth = oracle.attend(problem, **same)
     naive = checks.Naive(problem, truth, **same)

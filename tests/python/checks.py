@@ -8,6 +8,7 @@ import itertools
 import math
 from typing import Any
 
+import decisions
 import flash_sparse_attention as fsa
 import oracle
 import torch
@@ -189,11 +190,13 @@ def poison_unused_rows(problem: Problem, grad: Tensor, is_lse: bool) -> Tensor:
             part = oracle._lse_rows(problem, grad, s, everything)
             oracle._lse_rows(problem, poisoned, s, everything)[...] = part
         else:
-            oracle._rows_of_query(problem, poisoned, s)[...] = oracle._rows_of_query(problem, grad, s)
+            oracle.rows_of_query(problem, poisoned, s)[...] = oracle.rows_of_query(problem, grad, s)
     return poisoned
 
 
-def verify(problem: Problem, seed: int = 0, grad_kind: str = "normal", lse_grad: bool = True) -> oracle.Tiles:
+def verify(
+    problem: Problem, seed: int = 0, grad_kind: str = "normal", lse_grad: bool = True
+) -> decisions.Tiles:
     """Forward and backward of a problem against the oracle, and everything around them. Returns its tiles.
 
     grad_kind: normal | expanded (all strides 0, as of out.sum()) | transposed | gapped.
@@ -220,11 +223,11 @@ def verify(problem: Problem, seed: int = 0, grad_kind: str = "normal", lse_grad:
         assert torch.equal(bits(tensor), before[name]), f"{name}: the input was changed"
 
     assert ours.skip_map.dtype == torch.int32
-    assert tuple(ours.skip_map.shape) == oracle.skip_map_shape(problem), (
+    assert tuple(ours.skip_map.shape) == decisions.skip_map_shape(problem), (
         f"skip_map: {tuple(ours.skip_map.shape)}"
     )
-    tiles = oracle.replay(problem, ours.skip_map, tolerance_of_decisions(dtype))
-    kept = oracle.skip_map_bits(problem, ours.skip_map)
+    tiles = decisions.replay(problem, ours.skip_map, tolerance_of_decisions(dtype))
+    kept = decisions.skip_map_bits(problem, ours.skip_map)
     truth = oracle.attend(problem, grad_out=grad_out, grad_lse=grad_lse, kept=kept)
     same = {"grad_out": grad_out, "grad_lse": grad_lse, "kept": kept}
     naive = None if dtype == torch.float64 else Naive(problem, truth, **same)
@@ -274,7 +277,7 @@ def call_decode(problem: Problem, **changes: Any) -> tuple[Tensor, Tensor]:
     return getattr(fsa, name)(**{**arguments, "return_lse": True, **changes})
 
 
-def verify_decode(problem: Problem) -> oracle.Tiles:
+def verify_decode(problem: Problem) -> decisions.Tiles:
     """A decode problem against the oracle, with decisions by the order-free rule."""
     dtype = problem.dtype
     before = {n: bits(t) for n, t in problem.tensors.items()}
@@ -290,23 +293,23 @@ def verify_decode(problem: Problem) -> oracle.Tiles:
     for name, tensor in problem.tensors.items():
         assert torch.equal(bits(tensor), before[name]), f"{name}: the input was changed"
 
-    kept, close = oracle.decode_decisions(problem)
+    kept, close = decisions.decode_decisions(problem)
     assert len(close) <= 4, f"{len(close)} decisions too close to call"
     group = query.shape[-2] // problem.tensors["key"].shape[-2]
     failures = []
     for turned in itertools.product((False, True), repeat=len(close)):
-        decisions = {i: b.clone() for i, b in kept.items()}
+        chosen = {i: b.clone() for i, b in kept.items()}
         for (sequence, head, tile), turn in zip(close, turned, strict=True):
             if turn:
-                decisions[sequence][head * group : (head + 1) * group, 0, tile] ^= True
+                chosen[sequence][head * group : (head + 1) * group, 0, tile] ^= True
         try:
-            compare_decode(problem, out, lse, decisions)
+            compare_decode(problem, out, lse, chosen)
             break
         except AssertionError as error:
             failures.append(error)
     else:
         raise failures[0]
-    possible = oracle.Tiles()
+    possible = decisions.Tiles()
     for s in oracle.sequences(problem):
         if s.keys and s.seqlen_k:
             for head in range(query.shape[-2]):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+import decisions
 import oracle
 import pytest
 import torch
@@ -22,7 +23,7 @@ def named(cases):
 
 def bits_to_map(problem, bits):
     """Inverse of skip_map_bits."""
-    words = torch.zeros(oracle.skip_map_shape(problem), dtype=torch.int64)
+    words = torch.zeros(decisions.skip_map_shape(problem), dtype=torch.int64)
     for s in oracle.sequences(problem):
         target = words[:, s.row_tile_begin :] if "cu_seqlens_q" in problem.tensors else words[s.index]
         for n in range(bits[s.index].shape[2]):
@@ -74,8 +75,8 @@ def test_matches_torch_attention(heads, kv_heads, causal):
 def test_own_decisions_replay_cleanly(case):
     """A plain loop over tiles takes decisions that the vectorised replay accepts to 1e-9, and that skip."""
     problem = build(case, "float64", seed=5)
-    bits = oracle.own_decisions(problem)
-    tiles = oracle.replay(problem, bits_to_map(problem, bits), 1e-9)
+    bits = decisions.own_decisions(problem)
+    tiles = decisions.replay(problem, bits_to_map(problem, bits), 1e-9)
     if case.name == "threshold_tiny":
         assert tiles.kept == tiles.visible
     else:
@@ -89,7 +90,7 @@ def test_own_decisions_replay_cleanly(case):
 def test_replay_finds_a_wrong_decision(name, change):
     """A map with one decision turned round does not pass."""
     problem = build(case_named(name), "float32", seed=6)
-    bits = oracle.own_decisions(problem)
+    bits = decisions.own_decisions(problem)
     s = next(iter(oracle.sequences(problem)))
     tile = torch.zeros_like(bits[s.index])
     if change == "drop":  # the diagonal tile of the last row tile holds the largest probabilities
@@ -101,14 +102,14 @@ def test_replay_finds_a_wrong_decision(name, change):
         tile[tuple(lower[0])] = True
     bits[s.index] = bits[s.index] ^ tile
     with pytest.raises(AssertionError):
-        oracle.replay(problem, bits_to_map(problem, bits), 1e-2)
+        decisions.replay(problem, bits_to_map(problem, bits), 1e-2)
 
 
 @named([c for c in SMALL if c.decode and not c.skips])
 def test_decode_is_the_last_row(case):
     """Without skipping, decode equals attention of one query row."""
     problem = build(case, "float64", seed=7)
-    bits, _ = oracle.decode_decisions(problem)
+    bits, _ = decisions.decode_decisions(problem)
     everything = oracle.attend(problem)
     kept = oracle.attend(problem, kept=bits)
     torch.testing.assert_close(kept.out, everything.out, rtol=0, atol=0)
@@ -119,7 +120,7 @@ def test_decode_is_the_last_row(case):
 def test_decode_skips_and_keeps_the_guarantee(case):
     """The decode rule drops tiles, and nothing of dense probability >= tau / seqlen_k by the threshold."""
     problem = build(case, "float64", seed=8)
-    bits, _ = oracle.decode_decisions(problem)
+    bits, _ = decisions.decode_decisions(problem)
     share = sum(int(b.sum()) for b in bits.values()) / sum(b.numel() for b in bits.values())
     assert share < 1
     if case.gate is None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import decisions
 import generator
 import oracle
 from cases import Problem, tile_keys
@@ -15,9 +16,9 @@ def test_random_problem(random_case, seed):
 def skips_really(problem: Problem) -> bool:
     """Whether the rules, applied in float64, drop a visible tile of the problem."""
     if problem.decode:
-        kept, _ = oracle.decode_decisions(problem)
+        kept, _ = decisions.decode_decisions(problem)
     else:
-        kept = oracle.own_decisions(problem)
+        kept = decisions.own_decisions(problem)
     tile = tile_keys(problem.tensors["query"].shape[-1])
     for s in oracle.sequences(problem):
         for head in range(problem.tensors["query"].shape[-2]) if s.seqlen_q and s.keys else ():

@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 
 import checks
+import decisions
 import flash_sparse_attention as fsa
-import oracle
 import pytest
 import torch
 from cases import Problem, build, case_named, load_cases
@@ -55,7 +55,7 @@ def test_kept_fraction(case):
         case = case.replace(form="batched", lengths_q=None, lengths_k=None, window_sizes=None, page_size=None)
     problem = build(case, "float32", seed=23)
     ours = checks.call(problem)
-    tiles = oracle.replay(problem, ours.skip_map, 1e-2)
+    tiles = decisions.replay(problem, ours.skip_map, 1e-2)
     names = ("causal", "window_size", "block_mask")
     masks = {n: problem.options[n] for n in names if n in problem.options}
     fraction = fsa.kept_fraction(
@@ -74,7 +74,7 @@ def test_skip_tile(head_dim, expected):
 
 def test_dense_map_is_every_visible_tile():
     problem = build(case_named("causal_more_keys").replace(seqlen_q=300, seqlen_k=700), "float32", seed=24)
-    bits = oracle.skip_map_bits(problem, checks.call(problem).skip_map)[0]
+    bits = decisions.skip_map_bits(problem, checks.call(problem).skip_map)[0]
     for row_tile in range(5):
         last_row = min(row_tile * 64 + 63, 299) + 400
         expected = torch.arange(6) <= last_row // 128
@@ -123,7 +123,7 @@ def test_window_right_zero_is_not_causal_for_the_threshold(dtype):
     causal = build(case_named("threshold_causal").replace(inputs="normal", threshold=50.0), dtype, seed=27)
     window = with_options(causal, causal=False, window_size=(-1, 0))
     checks.verify(window, seed=27)
-    tiles = [oracle.replay(p, checks.call(p).skip_map, 1e-2) for p in (causal, window)]
+    tiles = [decisions.replay(p, checks.call(p).skip_map, 1e-2) for p in (causal, window)]
     assert tiles[0].visible == tiles[1].visible
     assert tiles[0].kept != tiles[1].kept
 
@@ -131,7 +131,7 @@ def test_window_right_zero_is_not_causal_for_the_threshold(dtype):
 def test_nan_is_never_hidden():
     """A NaN logit keeps its tile, so it shows in the output."""
     problem = build(case_named("threshold_causal"), "float32", seed=28)
-    before = oracle.skip_map_bits(problem, checks.call(problem).skip_map)[0]
+    before = decisions.skip_map_bits(problem, checks.call(problem).skip_map)[0]
     row_tile, key_tile = next((int(r), int(n)) for _, r, n in (~before).nonzero() if n * 128 + 127 < r * 64)
     key = problem.tensors["key"].clone()
     key[0, key_tile * 128 + 5, 0, 3] = math.nan
@@ -145,7 +145,7 @@ def test_gate_off_keeps_everything():
     problem = build(case_named("gate_tiles_causal"), "float32", seed=29)
     for gamma in (0.0, -3.0):
         ours = checks.call(with_options(problem, gate_threshold=gamma))
-        tiles = oracle.replay(with_options(problem, gate_threshold=gamma), ours.skip_map, 1e-2)
+        tiles = decisions.replay(with_options(problem, gate_threshold=gamma), ours.skip_map, 1e-2)
         assert tiles.kept == tiles.visible
 
 
@@ -169,7 +169,7 @@ def test_skipped_tiles_get_no_gradient(name, function):
     problem = build(case_named(name), "float32", seed=31)
     grads = checks.draw_grads(problem, 31)
     ours = checks.call(problem, *grads)
-    bits = oracle.skip_map_bits(problem, ours.skip_map)[0]
+    bits = decisions.skip_map_bits(problem, ours.skip_map)[0]
     group = problem.case.num_heads // problem.case.num_kv_heads
     per_kv = bits.unflatten(0, (-1, group)).any(1).any(1)  # [num_kv_heads, key_tiles]
     unused = (~per_kv).nonzero().tolist()
@@ -177,4 +177,4 @@ def test_skipped_tiles_get_no_gradient(name, function):
         part = ours.grads["value"][0, tile * 128 : (tile + 1) * 128, head]
         assert (part == 0).all()
     sharper = with_options(problem, threshold=1e9)
-    assert oracle.replay(sharper, checks.call(sharper).skip_map, 1e-2).kept <= int(bits.sum())
+    assert decisions.replay(sharper, checks.call(sharper).skip_map, 1e-2).kept <= int(bits.sum())
