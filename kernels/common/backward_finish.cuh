@@ -39,6 +39,7 @@ FSA_DEVICE void backward_finish(const BackwardParams& params) {
   const int32 warp = thread / kWarpThreads, lane = lane_id();
   WorkTile work;
   describe_sequence(p, static_cast<int32>(blockIdx.z), head, work);
+  ptx::admit_next_kernel();
   if (blockIdx.x + 1 == gridDim.x && blockIdx.y + 1 == gridDim.y && blockIdx.z + 1 == gridDim.z)
     ptx::wait_for_kernel_before();
 
@@ -61,7 +62,7 @@ FSA_DEVICE void backward_finish(const BackwardParams& params) {
   constexpr int32 kHalfUnits = Types::kQueryColumns / 8;
   const float4* const sums =
       reinterpret_cast<const float4*>(params.grad_query_sum) + number * (kBlockM * Types::kDim / 4) + lane;
-  // Deterministic: nobody has stored anything. The sums are read without waiting for that.
+  // Nobody has stored anything. The sums are read without waiting for that.
   const bool empty = params.turns != nullptr && params.turns[number * kBackwardWarps] == 0;
   const auto sum_of = [&](int32 unit) {
     const int32 half = kBlockM == kRowsPerWarpgroup ? unit / kHalfUnits : part;

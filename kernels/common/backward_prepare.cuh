@@ -3,7 +3,7 @@
 // rowsum(out * grad_out) - grad_lse, both folded where there is no logit chain, alpha of the pair gate), its part
 // of the sink's gradient, and zeros where grad_alpha is summed up and where turns are counted. Of dQ's sums it
 // clears those of the first wave of heads, or all where the main kernel clears none, or none where who comes first
-// stores them (deterministic). The first block clears the work counters.
+// stores them. The first block clears the work counters.
 //
 // One block of kPrepareThreads per (row tile, head, sequence): grid (largest number of row tiles, heads,
 // batch). Memory-bound: 4 head_dim_v bytes a row, and 4 head_dim where it clears. A warp has rows of its own, asks for
@@ -92,13 +92,16 @@ FSA_DEVICE void backward_prepare(const BackwardParams& params) {
   const int32 sequence_head = static_cast<int32>(blockIdx.z) * p.num_heads + head;
   if (tile + sequence_head == 0) {
     if (p.work_counter != nullptr && thread < kWorkCounters) p.work_counter[thread] = 0;
-    if (params.part_counts != nullptr && thread == 0) params.part_counts->blocks = 0;
+    const bool has_columns = params.list_count != nullptr || params.column_bits.words != nullptr;
+    if (!has_columns && params.part_counts != nullptr && thread == 0) params.part_counts->blocks = 0;
     if (params.clears != nullptr && thread == 0) params.clears[0] = 0;
   }
   if (tile + thread == 0) {
-    params.sums_done[sequence_head] = 0;
+    if (params.column_parts == nullptr) params.sums_done[sequence_head] = 0;  // else split_columns does
     if (params.clears != nullptr) params.clears[1 + sequence_head] = 0;  // there are no more waves than heads
   }
+  // Launched without waiting for the kernels that make columns, of which the main kernel has to find all.
+  if (block == gridDim.x * gridDim.y - 1 && blockIdx.z + 1 == gridDim.z) ptx::wait_for_kernel_before();
   if (tile * kBlockM >= work.rows) return;
   const int64 number = row_tile_number<kBlockM>(params, work, head, tile);
 
@@ -134,14 +137,14 @@ FSA_DEVICE void backward_prepare(const BackwardParams& params) {
   const float sink = Types::kSink ? load_scalar(p.sink, 0, 0, head) : 0.0f;
 
   // Behind the loads, which wait for nothing.
-  if (!Types::kFirstStores &&
-      (params.clears == nullptr || sequence_head / p.group_size < params.key_heads_per_wave)) {
+  if (params.turns != nullptr) {
+    if (thread < kBackwardWarps) params.turns[number * kBackwardWarps + thread] = 0;
+  } else if (params.clears == nullptr || sequence_head / p.group_size < params.key_heads_per_wave) {
     float4* const sums =
         reinterpret_cast<float4*>(params.grad_query_sum) + number * (kBlockM * Types::kDim / 4) + thread;
 #pragma unroll
     for (int32 i = 0; i < kBlockM * Types::kDim / 4; i += kPrepareThreads) sums[i] = make_float4(0, 0, 0, 0);
   }
-  if (thread < kBackwardWarps && Types::kDeterministic) params.turns[number * kBackwardWarps + thread] = 0;
 
   float sums[kRows];
 #pragma unroll

@@ -5,7 +5,7 @@
 // One warp per key tile: blocks of kSplitThreads threads, grid ceil(key tiles / (kSplitThreads / 32)). The block that is
 // the last to have counted its columns lays out the parts of all. With a length L, the larger of least_part and the
 // mean length of most_slots parts, a column of c >= 2 L row tiles gets floor(c / L) parts: no part is longer than
-// 2 L, and all parts of cut columns are most_slots at most. Units of work are handed out the longest first.
+// 2 L, and all parts of cut columns are most_slots at most.
 #pragma once
 
 #include "policy/row_tiles.cuh"
@@ -65,27 +65,176 @@ FSA_DEVICE int32 parts_of(int32 length, int32 part) {
   return length < 0 ? 0 : length >= 2 * static_cast<int64>(part) ? length / part : 1;
 }
 
-// Units of work come the longer the sooner, or CTAs that end with a long one work alone: by quarters of L, and as the
-// columns lie within a class, so that neighbours read the same rows. Turns want the order of the columns.
-inline constexpr int32 kLengths = 8;
+// Long units of work come first, the longer the sooner, or a CTA that ends with one works alone. The others come as their
+// columns lie, so that those that run together read the same rows, but for the last: these, too, the longer the sooner
+// (blocks of density 0.05 to 0.25: the last CTA ends 1 to 2 % after their mean, instead of 4). Turns want the order of the
+// columns, for all.
+inline constexpr int32 kLongClasses = 6;   // half of L to 2 L, by quarters of L
+inline constexpr int32 kSortedLast = 512;  // units: four for each processor
+inline constexpr int32 kLastClasses = 64;  // of their lengths
+
+// 0 is the longest; kLongClasses: not long.
+template <class Types>
+FSA_DEVICE int32 long_class(int32 length, int32 part) {
+  if constexpr (Types::kDeterministic) return kLongClasses;
+  const int32 quarters = static_cast<int32>(static_cast<int64>(max_of(length, 0)) * 4 / part);
+  return min_of(kLongClasses, kLongClasses + 1 - min_of(kLongClasses + 1, quarters));
+}
+
+// A read of global memory takes 600 ns, of which a thread would wait for 24 one after the other.
+inline constexpr int32 kKeptLengths = 4096;
+
+struct LastUnit {
+  int32 key_tile;
+  int32 of_class;
+};
+
+// What the last block of split_columns keeps.
+struct SplitStorage {
+  int64 row_tiles[kSplitWarps];
+  int32 slots;                     // of parts of cut columns
+  int32 long_units[kLongClasses];  // how many; then where the next of each class goes
+  int32 last_units[kLastClasses];
+  LastUnit last[kSortedLast];
+  int32 lengths[kKeptLengths];
+};
+
+// Counts become the places where each class begins. By one warp.
+template <int32 kCount>
+FSA_DEVICE void place_classes(int32 (&counts)[kCount], int32 begin) {
+  constexpr int32 kPerLane = ceil_div(kCount, kWarpThreads);
+  const int32 lane = lane_id();
+  int32 own[kPerLane], sum = 0;
+#pragma unroll
+  for (int32 i = 0; i < kPerLane; ++i) {
+    const int32 at = lane * kPerLane + i;
+    own[i] = at < kCount ? counts[at] : 0;
+    sum += own[i];
+  }
+  int32 before = sum;
+#pragma unroll
+  for (int32 distance = 1; distance < kWarpThreads; distance *= 2) {
+    const int32 other = __shfl_sync(0xffffffffu, before, max_of(lane - distance, 0));
+    if (lane >= distance) before += other;
+  }
+  before += begin - sum;
+#pragma unroll
+  for (int32 i = 0; i < kPerLane; ++i) {
+    const int32 at = lane * kPerLane + i;
+    if (at < kCount) counts[at] = before;
+    before += own[i];
+  }
+}
 
 template <class Types>
-FSA_DEVICE int32 length_class(int32 length, int32 part) {
-  if constexpr (Types::kDeterministic) return 0;
-  return kLengths - 1 -
-         min_of(kLengths - 1, static_cast<int32>(static_cast<int64>(max_of(length, 0)) * 4 / part));
+FSA_DEVICE void lay_out_parts(const BackwardParams& params) {
+  __shared__ SplitStorage storage;
+  const int32 thread = thread_id(), warp = thread / kWarpThreads;
+  const int32 key_tiles = Types::Schedule::key_tiles(params);
+  for (int32 i = thread; i < params.forward.batch * params.forward.num_heads; i += kSplitThreads)
+    params.sums_done[i] = 0;
+  if (thread == 0) storage.slots = 0;
+  for (int32 i = thread; i < kLongClasses; i += kSplitThreads) storage.long_units[i] = 0;
+  for (int32 i = thread; i < kLastClasses; i += kSplitThreads) storage.last_units[i] = 0;
+
+  int64 row_tiles = 0;
+#pragma unroll 8
+  for (int32 i = thread; i < key_tiles; i += kSplitThreads) {
+    const int32 length = params.column_lengths[i];
+    if (i < kKeptLengths) storage.lengths[i] = length;
+    row_tiles += max_of(length, 0);
+  }
+  row_tiles = sum_of_warp(row_tiles);
+  if (lane_id() == 0) storage.row_tiles[warp] = row_tiles;
+  __syncthreads();
+  row_tiles = 0;
+  for (int32 i = 0; i < kSplitWarps; ++i) row_tiles += storage.row_tiles[i];
+  const int64 mean = (row_tiles + params.most_slots - 1) / params.most_slots;
+  const int32 part = static_cast<int32>(mean > params.least_part ? mean : params.least_part);
+
+  const auto parts_of_column = [&](int32 index, int32& length, int32& of_class) {
+    length = index < kKeptLengths ? storage.lengths[index] : params.column_lengths[index];
+    const int32 parts = parts_of(length, part);
+    of_class = long_class<Types>(length / max_of(parts, 1), part);
+    return parts;
+  };
+  const auto write_parts = [&](int32 at, int32 index, int32 length, int32 parts) {
+    const int32 slot = parts > 1 ? atomicAdd(&storage.slots, parts) : -1;
+    for (int32 i = 0; i < parts; ++i) {
+      const int32 begin = static_cast<int32>(static_cast<int64>(length) * i / parts);
+      const int32 end = static_cast<int32>(static_cast<int64>(length) * (i + 1) / parts);
+      params.column_parts[at + i] = {index, begin, i + 1 < parts ? end - begin : kRestOfColumn,
+                                     parts > 1 ? slot + i : -1};
+      if (parts > 1) params.split_columns[slot + i] = {index, i == 0 ? parts : 0};
+    }
+    if (parts > 1)
+      atomicAdd(  // so that it counts as one key tile
+          params.sums_done + Types::Schedule::place_of(params, index).batch_head * params.forward.group_size,
+          (1 - parts) * kBackwardConsumers);
+  };
+
+  // Of those that are not long each thread has a range.
+  const int32 range = ceil_div(key_tiles, kSplitThreads);
+  const int32 first = thread * range, last = min_of(key_tiles, first + range);
+  int32 length, of_class, own_short = 0, all_short, all_long = 0;
+  for (int32 index = first; index < last; ++index) {
+    const int32 parts = parts_of_column(index, length, of_class);
+    if (of_class == kLongClasses)
+      own_short += parts;
+    else
+      atomicAdd(&storage.long_units[of_class], parts);
+  }
+  int32 at = sum_before(own_short, all_short);
+  for (int32 i = 0; i < kLongClasses; ++i) all_long += storage.long_units[i];
+  __syncthreads();
+  if (warp == 0) place_classes(storage.long_units, 0);
+  __syncthreads();
+  const int32 units = all_long + all_short;
+  const int32 sorted = Types::kDeterministic ? 0 : min_of(all_short, kSortedLast),
+              sorted_from = units - sorted;
+  at += all_long;
+  for (int32 index = first; index < last; ++index) {
+    const int32 parts = parts_of_column(index, length, of_class);
+    if (of_class != kLongClasses || parts == 0) continue;
+    if (at < sorted_from) {
+      write_parts(at, index, length, parts);
+    } else {
+      const int32 shorter = static_cast<int32>(static_cast<int64>(length) * 2 * kLastClasses / part);
+      const int32 of_last = max_of(kLastClasses - 1 - shorter, 0);
+      storage.last[at - sorted_from] = {index, of_last};
+      atomicAdd(&storage.last_units[of_last], 1);
+    }
+    at += parts;
+  }
+  // The others side by side, so that they stay about as they lie.
+  for (int32 index = thread; index < key_tiles; index += kSplitThreads) {
+    const int32 parts = parts_of_column(index, length, of_class);
+    if (of_class != kLongClasses)
+      write_parts(atomicAdd(&storage.long_units[of_class], parts), index, length, parts);
+  }
+  __syncthreads();
+  if (warp == 0) place_classes(storage.last_units, sorted_from);
+  __syncthreads();
+  for (int32 i = thread; i < sorted; i += kSplitThreads) {
+    const LastUnit unit = storage.last[i];
+    params.column_parts[atomicAdd(&storage.last_units[unit.of_class], 1)] = {unit.key_tile, 0, kRestOfColumn,
+                                                                             -1};
+  }
+  if (thread == 0) {
+    params.part_counts->parts = units;
+    params.part_counts->slots = storage.slots;
+  }
 }
 
 template <class Types>
 FSA_DEVICE void split_columns(const BackwardParams& params) {
   __shared__ KeyWork works[kSplitWarps];
-  __shared__ int64 of_warp[kSplitWarps];
   __shared__ int32 arrived;
-  ptx::admit_next_kernel();  // the main kernel sets up while the last block lays out the parts
+  ptx::admit_next_kernel();  // whatever comes next runs beside this
+  ptx::wait_for_kernel_before();
   const int32 thread = thread_id(), warp = thread / kWarpThreads;
-  const int32 key_tiles = Types::Schedule::key_tiles(params);
   const int32 own = static_cast<int32>(blockIdx.x) * kSplitWarps + warp;
-  if (own < key_tiles) {
+  if (own < Types::Schedule::key_tiles(params)) {
     const int32 length = column_length<Types>(params, own, works[warp]);
     if (lane_id() == 0) params.column_lengths[own] = length;
   }
@@ -95,63 +244,7 @@ FSA_DEVICE void split_columns(const BackwardParams& params) {
   __syncthreads();
   if (arrived != static_cast<int32>(gridDim.x) - 1) return;
   ptx::fence_global();
-
-  int64 row_tiles = 0;
-  for (int32 i = thread; i < key_tiles; i += kSplitThreads) row_tiles += max_of(params.column_lengths[i], 0);
-  row_tiles = sum_of_warp(row_tiles);
-  if (lane_id() == 0) of_warp[warp] = row_tiles;
-  __syncthreads();
-  row_tiles = 0;
-  for (int32 i = 0; i < kSplitWarps; ++i) row_tiles += of_warp[i];
-  const int64 mean = (row_tiles + params.most_slots - 1) / params.most_slots;
-  const int32 part = static_cast<int32>(mean > params.least_part ? mean : params.least_part);
-
-  // Each thread lays out the columns of a range.
-  const int32 range = ceil_div(key_tiles, kSplitThreads);
-  const int32 first = thread * range, last = min_of(key_tiles, first + range);
-  int32 slots = 0, counts[kLengths] = {};
-  for (int32 index = first; index < last; ++index) {
-    const int32 length = params.column_lengths[index], parts = parts_of(length, part);
-    if (parts > 1) slots += parts;
-#pragma unroll
-    for (int32 i = 0; i < kLengths; ++i)
-      if (i == length_class<Types>(length / max_of(parts, 1), part)) counts[i] += parts;
-  }
-  int32 all_slots, units = 0;
-  int32 slot = sum_before(slots, all_slots);
-#pragma unroll
-  for (int32 i = 0; i < kLengths; ++i) {  // where the thread's own begin
-    int32 all;
-    counts[i] = units + sum_before(counts[i], all);
-    units += all;
-  }
-  for (int32 index = first; index < last; ++index) {
-    const int32 length = params.column_lengths[index], parts = parts_of(length, part);
-    int32 at = 0;
-#pragma unroll
-    for (int32 i = 0; i < kLengths; ++i) {
-      if (i != length_class<Types>(length / max_of(parts, 1), part)) continue;
-      at = counts[i];
-      counts[i] += parts;
-    }
-    for (int32 i = 0; i < parts; ++i) {
-      const int32 begin = static_cast<int32>(static_cast<int64>(length) * i / parts);
-      const int32 end = static_cast<int32>(static_cast<int64>(length) * (i + 1) / parts);
-      params.column_parts[at + i] = {index, begin, i + 1 < parts ? end - begin : kRestOfColumn,
-                                     parts > 1 ? slot + i : -1};
-      if (parts > 1) params.split_columns[slot + i] = {index, i == 0 ? parts : 0};
-    }
-    if (parts > 1) {
-      slot += parts;
-      atomicAdd(  // so that it counts as one key tile
-          params.sums_done + Types::Schedule::place_of(params, index).batch_head * params.forward.group_size,
-          (1 - parts) * kBackwardConsumers);
-    }
-  }
-  if (thread == 0) {
-    params.part_counts->parts = units;
-    params.part_counts->slots = all_slots;
-  }
+  lay_out_parts<Types>(params);
 }
 
 }  // namespace fsa::kernels

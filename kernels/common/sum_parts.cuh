@@ -6,6 +6,7 @@
 #include "policy/scalar.cuh"
 #include "policy/store_gradient.cuh"
 #include "ptx/math.cuh"
+#include "ptx/sync.cuh"
 
 namespace fsa::kernels {
 
@@ -17,6 +18,7 @@ template <class Types>
 FSA_DEVICE void sum_parts(const BackwardParams& params) {
   constexpr int32 kColumns = Types::kDim + Types::kDimV, kUnits = kColumns / 8;
   const int32 slot = static_cast<int32>(blockIdx.x);
+  ptx::wait_for_kernel_before();
   if (slot >= params.part_counts->slots) return;
   const SplitColumn column = params.split_columns[slot];
   if (column.parts == 0) return;

@@ -6,6 +6,7 @@
 // Every word of a sequence's key tiles is written.
 #pragma once
 
+#include "policy/column_parts.cuh"
 #include "policy/key_work.cuh"
 
 namespace fsa::kernels {
@@ -15,6 +16,8 @@ inline constexpr int32 kTransposeWarps = 4;
 template <int32 kTileKeys>
 FSA_DEVICE void transpose_bits(const BackwardParams& params) {
   const ForwardParams& p = params.forward;
+  ptx::admit_next_kernel();
+  clear_part_counts(params);
   const int32 row_words = static_cast<int32>(params.column_bits.stride_tile);
   const int32 key_words = static_cast<int32>(p.gate_bits.stride_tile);
   const int32 item = static_cast<int32>(blockIdx.x) * kTransposeWarps + thread_id() / kWarpThreads;

@@ -59,6 +59,12 @@ constexpr int32 backward_score_slots(const BackwardTile& t) {
   return backward_stages_in_scores(t) && slots > t.score_stages ? slots : t.score_stages;
 }
 
+// Whether dQ of a row tile is one warpgroup's, of the next the other's: where there is no logit chain.
+constexpr bool backward_alternates(const BackwardTile& t) {
+  return t.block_n == 128 && t.block_m == 64 && t.head_dim == 128 && t.head_dim_v == 128 &&
+         t.stage_grad_query != 0 && t.row_vectors == kFoldedVectors;
+}
+
 // Who hands something over at each row tile: warpgroups their staged dQ, or warps their turn.
 constexpr int32 backward_handovers(const BackwardTile& t) {
   return t.stage_grad_query ? kBackwardConsumers : kBackwardWarps;
@@ -162,8 +168,9 @@ struct BackwardParams {
   float* grad_alpha_sum;  // [row tiles, block_m]; pair gate
   uint8* gate_row_terms;  // gate_term_bytes(block_m) for each row tile; FoldedPairGate
   float* grad_sink_sum;   // [row tiles]; learnable sink
-  int32* turns;  // [row tiles, 8 warps]: how many key tiles have been added; deterministic. Staged sums
-                 // use the first of each four
+  // [row tiles, 8 warps]; null where sums are cleared. Deterministic: how many key tiles have been added; otherwise
+  // kSumsClaimed, kSumsStored. Staged sums use the first of each four, or of all eight.
+  int32* turns;
   int64 row_tiles;
 
   TileBits column_bits;       // BitmapRows: [.., key tiles, words of row tiles]; made by transpose_bits

@@ -7,6 +7,12 @@
 
 namespace fsa::kernels {
 
+// For split_columns. By the kernel before it, which makes the columns.
+FSA_DEVICE void clear_part_counts(const BackwardParams& params) {
+  const bool first = thread_id() == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0;
+  if (first && params.part_counts != nullptr) params.part_counts->blocks = 0;
+}
+
 // A line of head_dim + head_dim_v floats, both padded, per key of the tile.
 template <class Types>
 FSA_DEVICE float* partial_rows(const BackwardParams& params, int32 slot) {

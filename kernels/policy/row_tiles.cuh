@@ -2,7 +2,7 @@
 // The row tiles that a work unit of the backward visits: the forward's tile iterators seen from the keys. All
 // heads of the group, one after the other. The producer keeps a Walk in shared memory: it has 24 registers.
 //
-// Where kSplits says that columns may be cut, count() is the length of one, by the 32 lanes of a warp together: each
+// kShortColumns: most columns are seen by few rows. Where kSplits says that columns may be cut, count() is the length of one, by the 32 lanes of a warp together: each
 // returns its share. Walk::skip(n) leaves out what the next n calls of next() would have found.
 #pragma once
 
@@ -91,6 +91,7 @@ template <class Mask, int32 kBlockM, int32 kBlockN>
 struct RangeRows {
   using Walk = RowSegmentWalk;
   static constexpr bool kSplits = false;
+  static constexpr bool kShortColumns = Mask::kLeftEdge;
 
   FSA_DEVICE static void describe(const BackwardParams& params, KeyWork& work) {
     RowSegments segments(work);
@@ -101,6 +102,12 @@ struct RangeRows {
     // Unused keys are masked, whatever the row.
     segments.append(kBlockM, {first.begin, last.end},
                     work.partial(kBlockN) ? RowRange{0, 0} : RowRange{last.begin, first.end});
+  }
+
+  FSA_DEVICE static int32 count(const BackwardParams& params, const KeyWork& work) {
+    int32 tiles = 0;
+    for (int32 i = 0; i < work.num_segments; ++i) tiles += work.segments[i].count;
+    return tiles * params.forward.group_size;
   }
 
   // How many key tiles of this row tile were issued before this one: from the last backwards, or from the first on.
@@ -118,6 +125,7 @@ template <int32 kBlockM, int32 kBlockN>
 struct BandRows {
   using Walk = RowSegmentWalk;
   static constexpr bool kSplits = true;
+  static constexpr bool kShortColumns = true;
 
   FSA_DEVICE static int32 count(const BackwardParams& params, const KeyWork& work, int32 lane) {
     return lane < work.num_segments ? work.segments[lane].count * params.forward.group_size : 0;
@@ -153,6 +161,7 @@ struct BandRows {
 template <class Visible, int32 kBlockN>
 struct BitmapRows {
   static constexpr bool kSplits = true;
+  static constexpr bool kShortColumns = true;
 
   FSA_DEVICE static void describe(const BackwardParams& params, KeyWork& work) {
     Visible::describe(params, work);
@@ -263,6 +272,7 @@ template <int32 kBlockM, int32 kBlockN>
 struct ListRows {
   static_assert(kBlockM == kRowsPerWarpgroup, "row blocks are multiples of 64 rows");
   static constexpr bool kSplits = true;
+  static constexpr bool kShortColumns = true;
 
   FSA_DEVICE static void describe(const BackwardParams&, KeyWork& work) {
     work.num_segments = work.n_begin < work.seqlen_k && work.seqlen_q > 0 ? 1 : 0;

@@ -109,6 +109,9 @@ FSA_DEVICE bool next_row_tile(const BackwardParams& params, Column<Types>& colum
   return column.walk.next(params, work, column.next);
 }
 
+// So many row tiles before the end of a unit the next one is asked for.
+inline constexpr int32 kAskedBefore = 32;
+
 // Two jobs, of one thread each or of one for both. Who describes takes units of work and finds their first row tile.
 // Who loads runs ahead of the consumers by the depth of the rings, across units. What they walk through is kept in shared
 // memory: they have 24 registers.
@@ -151,6 +154,8 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       ptx::arrive(storage.work_full[slot.stage()]);
       if (!found) continue;
       ++state.loads;
+      if constexpr (Types::kAsksEarly && !Types::kSplits)
+        state.ask_at = tiles + max_of(Types::Rows::count(params, work) - kAskedBefore, 0);
     } else {
       if (work.sequence < 0) break;
       found = work.num_segments > 0;
@@ -164,6 +169,8 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       info = column.next;
       found = next_row_tile<Types>(params, column, work);
       if (!found) info.flags |= RowTileInfo::kLast;
+      if constexpr (kDescribes && Types::kAsksEarly)
+        if (Types::kSplits ? !found : tiles == state.ask_at) state.schedule.ask(params);
       const int32 head = info.head, row = work.q_begin + info.tile * Types::kBlockM;
       const int32 number = static_cast<int32>(row_tile_number<Types::kBlockM>(params, work, head, info.tile));
       info.used = work.seqlen_q - info.tile * Types::kBlockM;

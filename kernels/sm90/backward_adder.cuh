@@ -13,11 +13,38 @@
 
 namespace fsa::kernels::sm90 {
 
-// The counter of a row tile's turns, read before that is wanted: most often it is the next one, and its turn has come.
+// The counter of a row tile, read before that is wanted: most often it is the next one, and may be added to.
 struct EarlyTurn {
   int32 number = -1;  // of the row tile
-  int32 seen;
+  int32 seen;         // deterministic: what it was; otherwise first sums are there, or number is -1
 };
+
+// Not deterministic, a row tile's counter: somebody stores its first sums; they are there.
+inline constexpr int32 kSumsClaimed = 1, kSumsStored = 3;
+
+// Waits until sums may go to a row tile; true if they are the first, which are stored, not added. Whoever waits waits for
+// sums that were taken up before: by key tiles issued before (deterministic), or by an adder that waits for nobody.
+template <class Types>
+FSA_DEVICE bool wait_for_turn(int32* counter, int32 number, int32 rank, const EarlyTurn& early) {
+  if constexpr (Types::kDeterministic) {
+    if (early.number != number || early.seen != rank) ptx::wait_until_equal(counter, rank);
+    return rank == 0;
+  } else if constexpr (!Types::kFirstStores) {
+    return false;
+  } else {
+    if (early.number == number) return false;
+    if (atomicOr(counter, kSumsClaimed) == 0) return true;
+    ptx::wait_until_equal(counter, kSumsStored);
+    return false;
+  }
+}
+
+template <class Types>
+FSA_DEVICE void look_for_turn(const int32* counter, int32 number, EarlyTurn& early) {
+  const int32 seen = ptx::load_acquire(counter);
+  if constexpr (Types::kDeterministic) early.seen = seen;
+  early.number = Types::kDeterministic || seen == kSumsStored ? number : -1;
+}
 
 // Sums of one row tile from shared to global memory; true after the last of a work unit. Deterministic: key tiles add to a
 // row tile in the order in which they were issued.
@@ -28,54 +55,56 @@ FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types
   const bool leads = own_lane() == 0;
   if (leads) ptx::wait(storage.handed_full[index], handover & 1);
   __syncwarp();
-  const StagedSums sums = storage.handed.sums[index];
-  // Whoever adds whole row tiles counts them at the first warp's place.
+  const int32 number = storage.handed.sums[index].number, order = storage.handed.sums[index].order;
+  const bool last = (order & RowTileBrief::kOrderLast) != 0;
+  // Whoever adds whole row tiles counts them at the first warp's place. Counters of 2^28 row tiles fit 32 bits.
   const int32 part = Types::kAlternates ? 0 : index;
-  const int64 counter = static_cast<int64>(sums.number) * kBackwardWarps + part * (kBackwardWarps / 2);
-  const bool some = !Types::kAlternates || sums.number >= 0;
+  const auto counter_of = [&](int32 row_tile) {
+    return params.turns + static_cast<uint32>(row_tile * kBackwardWarps + part * (kBackwardWarps / 2));
+  };
+  int32* const counter = counter_of(number);
+  const bool some = !Types::kAlternates || number >= 0;
+  bool first = false;
   if (leads && some) {
-    const int32 rank = sums.order >> RowTileBrief::kOrderRankShift;
     float* const to =
-        params.grad_query_sum + (static_cast<int64>(sums.number) * kBackwardConsumers + part) * kFloats;
+        params.grad_query_sum + static_cast<int64>(number * kBackwardConsumers + part) * kFloats;
     const uint8* const staged = storage.grad_query.of_warp(index * (kBackwardWarps / 2));
-    if constexpr (Types::kDeterministic)
-      if (early.number != sums.number || early.seen != rank)
-        ptx::wait_until_equal(params.turns + counter, rank);
+    first = wait_for_turn<Types>(counter, number, order >> RowTileBrief::kOrderRankShift, early);
     const auto add = [&](float* sum, const uint8* from) {
-      if (Types::kFirstStores && rank == 0)
+      if (first)
         ptx::store_bytes(sum, from, kFloats * 4);
       else
         ptx::add_bytes(sum, from, kFloats * 4);
     };
     add(to, staged);
-    if constexpr (Types::kAlternates) add(to + kFloats, storage.scores[sums.stage][0]);
+    if constexpr (Types::kAlternates) add(to + kFloats, storage.scores[storage.handed.sums[index].stage][0]);
     ptx::commit_stores();
   }
   __syncwarp();  // all lanes have read what the leader is about to give up
   if constexpr (kAdderReadsAlpha<Types>) {
     if (index == 0) {
-      GateGradients<Types>::template add_alpha<kWarpThreads>(params, storage, sums.number, sums.stage,
-                                                             own_lane());
-      if (leads) ptx::arrive(storage.scores_empty[sums.stage]);
+      GateGradients<Types>::template add_alpha<kWarpThreads>(params, storage, number,
+                                                             storage.handed.sums[index].stage, own_lane());
+      if (leads) ptx::arrive(storage.scores_empty[storage.handed.sums[index].stage]);
     }
   }
   if (leads) {
     ptx::wait_stores_read();
-    if (Types::kAlternates && some) ptx::arrive(storage.scores_empty[sums.stage]);
+    if (Types::kAlternates && some) ptx::arrive(storage.scores_empty[storage.handed.sums[index].stage]);
+    // Where a warpgroup has each row tile it does not say which comes next; in a range it is the next one.
+    const int32 next = Types::kAlternates       ? storage.handed.sums[index].next
+                       : Types::kSplits || last ? -1
+                                                : number + 1;
     ptx::arrive(storage.handed_empty[index]);
-    if (Types::kDeterministic && some) {
+    if ((Types::kDeterministic && some) || first) {
       ptx::wait_stores();
       ptx::fence_async_global();
-      ptx::add_release(params.turns + counter, 1);
-      if (!Types::kSplits && (sums.order & RowTileBrief::kOrderLast) == 0) {
-        constexpr int32 kNext = Types::kAlternates ? 2 : 1;  // row tiles on
-        early.number = sums.number + kNext;
-        early.seen = ptx::load_acquire(params.turns + counter + kNext * kBackwardWarps);
-      }
+      ptx::add_release(counter, Types::kDeterministic ? 1 : kSumsStored - kSumsClaimed);
     }
+    if (Types::kFirstStores && next >= 0) look_for_turn<Types>(counter_of(next), next, early);
   }
   __syncwarp();
-  return (sums.order & RowTileBrief::kOrderLast) != 0;
+  return last;
 }
 
 // Walks the work as the consumers do, and says of each key tile when nothing more of it will be added: backward_finish

@@ -80,7 +80,7 @@ struct AlternatingSteps {
     c.start_scores(c.tiles + 1, next);
     if constexpr (kAdds) stage_right_half(c.tiles - 1);
     c.multiplies().forget(c.rD);
-    const StagedSums sums = {c.before.number, order(c.before), c.score_stage(c.tiles - 1), 0};
+    const StagedSums sums = {c.before.number, order(c.before), c.score_stage(c.tiles - 1), next.number};
     c.before = c.brief;
     c.brief = next;
     ++c.tiles;
@@ -110,7 +110,7 @@ struct AlternatingSteps {
     take_grad_query();
     c.release(c.storage.key_empty);
     if (none) {
-      c.hand_over({-1, 0, 0, 0});
+      c.hand_over({-1, 0, 0, -1});
       c.wait_room(++handover);
     } else {
       stage_left_half();
@@ -118,7 +118,7 @@ struct AlternatingSteps {
     }
     const int32 number = own ? c.brief.number : c.before.number;
     const int32 order_of = own ? order(c.brief) : order(c.before);
-    c.hand_over({none ? -1 : number, order_of | RowTileBrief::kOrderLast, c.score_stage(tile), 0});
+    c.hand_over({none ? -1 : number, order_of | RowTileBrief::kOrderLast, c.score_stage(tile), -1});
     c.multiplies().forget(c.rS);
     c.multiplies().forget(c.rD);
     ++c.tiles;

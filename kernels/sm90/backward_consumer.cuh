@@ -416,7 +416,7 @@ struct BackwardConsumer {
   }
 
   FSA_DEVICE void finish_grad_query(uint32 tile, const RowTileBrief& of) {
-    hand_over({of.number, of.order(), score_stage(tile), 0});
+    hand_over({of.number, of.order(), score_stage(tile), -1});
     release(storage.scores_empty[score_stage(tile)]);
   }
 

@@ -33,7 +33,9 @@ struct BackwardTypes {
   // takes 3300. A thread of its own does it a unit ahead. Deterministic units must not be taken ahead of time; at
   // head_dim 64 ptxas would serialise every multiply (C7511).
   static constexpr bool kDescribesAhead = kSplits && !kDeterministic && kDim >= 128;
-  using Schedule = KeySchedule<kBlockN, kDeterministic, kSplits, kDescribesAhead>;
+  // Others ask for a unit before they want it. Deterministic ones must not: it would start late, and later units wait for it.
+  static constexpr bool kAsksEarly = !kDeterministic && !kDescribesAhead;
+  using Schedule = KeySchedule<kBlockN, kDeterministic, kSplits>;
   using Logits = LogitBackward<typename Config::LogitChain>;
   static constexpr bool kPairGate = Config::LogitChain::kKeyScalars;
   static constexpr bool kGateTerms = Config::LogitChain::kGateTerms;
@@ -56,14 +58,16 @@ struct BackwardTypes {
   // dQ of even row tiles is the first warpgroup's, of odd ones the second's, instead of half of the columns each: dS is
   // read once, 128 of 2950 wavefronts of shared memory less, and every second row tile needs not wait for the other
   // warpgroup. Half of the sums is staged where dS was.
-  static constexpr bool kAlternates = kSplitKeys && kFolded && kBlockM == 64 && kDim == 128 && kDimV == 128 &&
-                                      kStagedGradQuery && !kPairGate && Logits::kPlain;
+  static constexpr bool kAlternates = backward_alternates(kTile);
+  static_assert(!kAlternates || (kFolded && Logits::kPlain && !kPairGate));
   // K of the next work goes where V was, and V where K was: V is free as soon as the last dP is there, and K is wanted first.
   static constexpr bool kSwapsKeys = kAlternates;
-  // The first to have its turn stores what others add to, and nobody clears the sums.
-  static constexpr bool kFirstStores = kDeterministic;
+  // The first to come to a row tile stores what others add to, and nobody clears the sums: lists and maps +1 to +4 %, windows
+  // of 512 +1 %. Where columns are long that is not worth a look at each row tile's counter (causal -1 %), nor where an adder
+  // has half of a row tile and so half of the time (head_dim 64, pair gate).
+  static constexpr bool kFirstStores = kDeterministic || (kAlternates && Config::RowIterator::kShortColumns);
   // The main kernel clears them. Where columns may be cut, units come in another order than waves of heads.
-  static constexpr bool kClearsSums = kStagedGradQuery && !kDeterministic && !kSplits;
+  static constexpr bool kClearsSums = kStagedGradQuery && !kFirstStores && !kSplits;
   // Without room to stage dQ warps add it; then a thread of an idle warp passes on their turn.
   static constexpr bool kPassesTurns = kDeterministic && !kStagedGradQuery;
   static constexpr bool kStageInScores = backward_stages_in_scores(kTile);
@@ -130,7 +134,7 @@ struct StagedSums {
   int32 number;  // row_tile_number
   int32 order;   // RowTileBrief's
   int32 stage;   // of dS
-  int32 reserved;
+  int32 next;    // row_tile_number of the warpgroup's next row tile, -1: it does not say
 };
 static_assert(sizeof(StagedSums) == kStagedSumsBytes, "backward.h must know the size of a StagedSums");
 
@@ -158,8 +162,9 @@ template <class Types>
 struct ProducerState {
   // Of who describes them.
   typename Types::Schedule schedule;
-  int32 units;  // of work so far
-  int32 loads;  // of keys so far
+  int32 units;    // of work so far
+  int32 loads;    // of keys so far
+  uint32 ask_at;  // the row tile with which the next unit is asked for
   // Of who loads them.
   int32 loaded;       // units of work so far
   uint32 first_tile;  // of this unit

@@ -353,7 +353,7 @@ void check(const Problem& problem) {
   std::memset(static_cast<void*>(row_terms.data()), 0xff, row_terms.size() * sizeof(row_terms[0]));
   if (Types::kGateTerms) params.gate_row_terms = row_terms.data()->terms;
   params.grad_sink_sum = sink_sums.data();
-  if (Types::kDeterministic) params.turns = turns.data();
+  if (Types::kFirstStores) params.turns = turns.data();
   std::vector<int32> sums_done(p.batch * p.heads, -1);
   params.sums_done = sums_done.data();
   std::vector<int32> clears(1 + p.batch * p.heads, -1);
@@ -370,7 +370,11 @@ void check(const Problem& problem) {
     return Dim3{static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
   };
   const Dim3 by_row_tile = grid(row_tiles, p.heads, p.batch);
-  emulator::launch(by_row_tile, kPrepareThreads, [&] { backward_prepare<Types>(params); });
+  const bool columns_first = p.skip_map || p.block_mask;
+  const auto prepare = [&] {
+    emulator::launch(by_row_tile, kPrepareThreads, [&] { backward_prepare<Types>(params); });
+  };
+  if (!columns_first) prepare();
   if (p.skip_map)
     emulator::launch(grid(ceil_div(c.row_words * c.key_words, kTransposeWarps), p.heads, p.batch),
                      kTransposeWarps * kWarpThreads, [&] { transpose_bits<kN>(params); });
@@ -381,6 +385,7 @@ void check(const Problem& problem) {
     if (p.least_part > 0)
       emulator::launch(grid(ceil_div(units, kSplitWarps), 1, 1), kSplitThreads,
                        [&] { split_columns<Types>(params); });
+  if (columns_first) prepare();
   emulator::launch(grid(1, 1, 1), kBackwardThreads, [&] { sm90::backward<C>(params); });
   for (int32 i = 0; i < p.batch * p.heads; i += f.group_size) {
     if (Types::kStagedGradQuery)

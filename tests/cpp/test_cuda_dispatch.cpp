@@ -230,29 +230,51 @@ TEST(CudaDispatch, WavesOfTheBackwardAreEven) {
   EXPECT_EQ(wave(8), 2) << "one fits, whose 64 key tiles do not busy 132 processors";
 }
 
-// Where it has a warp to spare and waves in order.
-TEST(CudaDispatch, MainKernelClearsSumsOfLaterWaves) {
-  Problem p = problem();
+// Who comes first to a row tile stores its sums where an adder has whole row tiles of short columns; elsewhere the main
+// kernel clears them, where it has a warp to spare and waves in order.
+TEST(CudaDispatch, SumsOfLaterWavesAreStoredFirstOrCleared) {
+  Problem p = problem(64);
   p.operation = Operation::backward;
   EXPECT_FALSE(clears_ahead(p)) << "all heads are one wave";
   EXPECT_EQ(backward_workspace(p).clears, BackwardWorkspace::kAbsent);
-  p.max_seqlen_q = p.max_seqlen_k = 16384;
-  p.total_q = p.total_k = 2 * 16384;
+  p.max_seqlen_q = p.max_seqlen_k = 32768;
+  p.total_q = p.total_k = 2 * 32768;
   EXPECT_EQ(key_heads_per_wave(p), 1) << "two query heads of 16 MB";
   EXPECT_TRUE(clears_ahead(p));
+  EXPECT_FALSE(first_stores(p)) << "each adder has half of a row tile";
   EXPECT_NE(backward_workspace(p).clears, BackwardWorkspace::kAbsent);
+  EXPECT_EQ(backward_workspace(p).turns, BackwardWorkspace::kAbsent);
 
-  const auto refused = [&](auto change) {
+  const auto stored = [&](auto change) {
     Problem changed = p;
     change(changed);
-    return !clears_ahead(changed) && backward_workspace(changed).clears == BackwardWorkspace::kAbsent;
+    const BackwardWorkspace parts = backward_workspace(changed);
+    EXPECT_EQ(first_stores(changed), parts.turns != BackwardWorkspace::kAbsent);
+    EXPECT_EQ(clears_ahead(changed), parts.clears != BackwardWorkspace::kAbsent);
+    EXPECT_FALSE(first_stores(changed) && clears_ahead(changed));
+    return first_stores(changed);
   };
-  EXPECT_TRUE(refused([](Problem& c) { c.deterministic = true; })) << "who comes first stores";
-  EXPECT_TRUE(refused([](Problem& c) { c.threshold = 1; })) << "columns may be cut";
-  EXPECT_TRUE(refused([](Problem& c) { c.has_window_sizes = true; })) << "columns may be cut";
-  EXPECT_TRUE(refused([](Problem& c) { c.packed_q = true; })) << "rows lie in another order";
-  EXPECT_TRUE(refused([](Problem& c) { c.packed_k = true; })) << "rows lie in another order";
-  EXPECT_TRUE(refused([](Problem& c) { c.head_dim = c.head_dim_v = 256; })) << "no adders";
+  const auto wide = [](Problem& c) { c.head_dim = c.head_dim_v = 128; };
+  EXPECT_TRUE(stored([](Problem& c) { c.deterministic = true; }));
+  EXPECT_FALSE(stored(wide)) << "columns are long";
+  EXPECT_TRUE(stored([&](Problem& c) { wide(c), c.window_left = 511; }));
+  EXPECT_FALSE(stored([&](Problem& c) { wide(c), c.window_left = 511, c.softcap = 9; }))
+      << "dQ does not alternate";
+  EXPECT_TRUE(stored([&](Problem& c) { wide(c), c.threshold = 1; }));
+  EXPECT_TRUE(stored([&](Problem& c) { wide(c), c.has_window_sizes = true; }));
+  EXPECT_FALSE(stored([&](Problem& c) { wide(c), c.threshold = 1, c.has_gate = true; }))
+      << "an adder has half of each";
+
+  const auto cleared_before = [&](auto change) {
+    Problem changed = p;
+    change(changed);
+    return !clears_ahead(changed) && !first_stores(changed);
+  };
+  EXPECT_TRUE(cleared_before([&](Problem& c) { wide(c), c.threshold = 1, c.has_gate = true; }))
+      << "columns may be cut";
+  EXPECT_TRUE(cleared_before([](Problem& c) { c.packed_q = true; })) << "rows lie in another order";
+  EXPECT_TRUE(cleared_before([](Problem& c) { c.packed_k = true; })) << "rows lie in another order";
+  EXPECT_TRUE(cleared_before([](Problem& c) { c.head_dim = c.head_dim_v = 256; })) << "no adders";
 }
 
 // float32 dQ in whole row tiles, and what grows with seqlen * heads alone.
@@ -267,12 +289,13 @@ TEST(CudaDispatch, BackwardWorkspaceIsThatOfTheFormula) {
   p.softcap = 0;
   p.threshold = 1;
   const std::int64_t columns = 2 * 4 * 16 * 1 * 4;  // a word per key tile of 128: 16 row tiles
+  const std::int64_t turns = rows / 64 * 32;        // of row tiles, where who comes first stores their sums
   EXPECT_EQ(backward_workspace(p).bytes,
-            static_cast<std::size_t>(counters + rows * 4 * 4 + rows * 128 * 4 + columns));
+            static_cast<std::size_t>(counters + rows * 4 * 4 + rows * 128 * 4 + turns + columns));
   EXPECT_FALSE(splits_columns(p)) << "no column is long";
   p.aligned_grad_out = false;
   EXPECT_EQ(backward_workspace(p).bytes, static_cast<std::size_t>(counters + rows * 4 * 4 + rows * 128 * 4 +
-                                                                  columns + 2000 * 4 * 128 * 2));
+                                                                  turns + columns + 2000 * 4 * 128 * 2));
 }
 
 TEST(CudaDispatch, Choices) {

@@ -61,6 +61,12 @@ class BackwardConfig:
         return self.bits or self.mask != "window"
 
     @property
+    def alternates(self) -> bool:
+        """Whether dQ of a row tile is one warpgroup's; `backward_alternates`."""
+        tile = (self.block_n, self.block_m, self.head_dim, self.head_dim_v)
+        return tile == (128, 64, 128, 128) and self.stage_grad_query and not self.logit
+
+    @property
     def name(self) -> str:
         window = {(False, False): "full", (False, True): "causal"}.get((self.left, self.right), "window")
         parts = [window if self.mask == "window" else self.mask]
@@ -291,7 +297,8 @@ class Backward:
             row_terms = torch.full((tiles, block_m * 64 + 128), 255, dtype=torch.uint8, device="cuda")
         sink_sums = torch.full((tiles,), math.nan, **nan) if config.sink else None
         turns = None
-        if config.deterministic:
+        first_stores = config.deterministic or (config.alternates and (config.cuts or config.left))
+        if first_stores:
             turns = torch.full((tiles, 8), 1 << 30, dtype=torch.int32, device="cuda")
         done = torch.full((batch, heads), -1, dtype=torch.int32, device="cuda")
         columns = None
@@ -327,10 +334,7 @@ class Backward:
         ascending_from = units - ascending * -(-max_k // block_n)
         clears, of_wave = None, per_wave * heads // kv_heads * row_tiles
         ahead = (
-            config.stage_grad_query
-            and not (config.cuts or config.deterministic)
-            and not packed_q
-            and not packed_k
+            config.stage_grad_query and not (config.cuts or first_stores) and not packed_q and not packed_k
         )
         if ahead and tiles > of_wave:
             clears = torch.full((1 + batch * heads,), -1, dtype=torch.int32, device="cuda")
@@ -411,21 +415,26 @@ class Backward:
             return launch
 
         row_grid = (max(1, -(-max_q // block_m)), heads, batch)
-        launches = [launcher(self.before, row_grid, 256)]
+        # Columns before what they need nothing of, so that they are made meanwhile.
+        columns_first = config.bits or column_grid is not None
+        before = launcher(self.before, row_grid, 256, early=columns_first)
+        launches = [] if columns_first else [before]
         if config.bits:
             words = columns.shape[-1] * p.gate_bits.shape[-1]
             launches.append(launcher(self.transpose, (-(-words // 4), heads, batch), 128))
         if column_grid is not None:
             launches.append(launcher(self.columns, column_grid, 512))
         if slots:
-            launches.append(launcher(self.split, (-(-units // 8), 1, 1), 256))
+            launches.append(launcher(self.split, (-(-units // 8), 1, 1), 256, early=columns_first))
             units += slots
+        if columns_first:
+            launches.append(before)
         launches.append(
             launcher(self.main, (max(1, min(self.processors, units)), 1, 1), 384, config.shared_bytes, True)
         )
         launches.append(launcher(self.after, row_grid, 2 * block_m, early=True))
         if slots:
-            launches.append(launcher(self.sum_parts, (slots, block_n // 32, 1), 128))
+            launches.append(launcher(self.sum_parts, (slots, block_n // 32, 1), 128, early=True))
         if config.sink:
             launches.append(launcher(self.sink, (heads, 1, 1), 256))
         return launches

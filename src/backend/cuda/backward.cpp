@@ -37,21 +37,29 @@ class BackwardCall : KernelCall {
         extent(p_.num_heads), extent(p_.batch)};
     // The prepare kernel clears the counters, but without a sequence it has no blocks.
     if (p_.batch == 0) clear(params_.forward.work_counter, kernels::kWorkCounters * sizeof(std::int32_t));
-    launch(loaded(backward_prepare_kernel(p_)), row_tiles, &params_);
+    // Columns before what they need nothing of, so that they are made meanwhile.
+    const bool columns = config_.gate_bits || p_.has_block_mask;
+    if (!columns) launch(loaded(backward_prepare_kernel(p_)), row_tiles, &params_);
     if (config_.gate_bits) prepare_bits();
     if (p_.has_block_mask) prepare_lists();
     const bool splits = parts_.column_parts != kAbsent;
     if (splits) {
       const LoadedKernel& kernel = loaded(split_columns_kernel(p_));
-      launch(kernel, {extent(ceil_div(key_tiles(), kernel.threads / 32))}, &params_);
+      const Grid grid{extent(ceil_div(key_tiles(), kernel.threads / 32))};
+      if (columns)
+        launch_early(kernel, grid, &params_);
+      else
+        launch(kernel, grid, &params_);
     }
+    if (columns) launch_early(loaded(backward_prepare_kernel(p_)), row_tiles, &params_);
     const std::int64_t units = key_tiles() + params_.most_slots;
     // One at least, for rows of a packed tensor that no sequence holds.
     launch_early(loaded(config_), {extent(std::clamp<std::int64_t>(units, 1, processors()))}, &params_);
     launch_early(loaded(backward_finish_kernel(p_)), row_tiles, &params_);
     if (splits)
-      launch(loaded(sum_parts_kernel(p_)),
-             {extent(params_.most_slots), extent(config_.backward.block_n / kernels::kSumRows)}, &params_);
+      launch_early(loaded(sum_parts_kernel(p_)),
+                   {extent(params_.most_slots), extent(config_.backward.block_n / kernels::kSumRows)},
+                   &params_);
     if (args_.grad_sink.present()) launch(loaded(sum_sink_kernel(p_)), {extent(p_.num_heads)}, &params_);
     copy_back(parts_.grad_query, grad_query_, args_.grad_query, q_rows(), p_.num_heads, p_.head_dim);
     copy_back(parts_.grad_key, grad_key_, args_.grad_key, k_rows(), p_.num_kv_heads, p_.head_dim);

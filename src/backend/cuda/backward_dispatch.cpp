@@ -124,7 +124,6 @@ KernelConfig backward_prepare_kernel(const Problem& problem) {
   config.backward.row_vectors = tile.row_vectors;
   config.backward.gate_terms = tile.gate_terms;
   if (tile.gate_terms) config.gate = backward_kernel(problem).gate;
-  config.deterministic = problem.deterministic;
   config.sink = problem.has_sink;
   return config;
 }
@@ -215,10 +214,16 @@ std::int64_t ascending_key_heads(const Problem& p) {
   return heads < kLeast ? 0 : std::min(heads / 2, std::max(key_heads_per_wave(p), kLeast));
 }
 
+bool first_stores(const Problem& p) {
+  const KernelConfig main = backward_kernel(p);
+  const bool short_columns = main.gate_bits || main.mask != MaskKind::window || main.window_left;
+  return main.deterministic || (short_columns && kernels::backward_alternates(main.backward));
+}
+
 // Where columns may be cut, units come in another order than waves; rows of packed sequences lie in another order.
 bool clears_ahead(const Problem& p) {
   const KernelConfig main = backward_kernel(p);
-  return main.backward.stage_grad_query != 0 && !main.deterministic && !main.gate_bits &&
+  return main.backward.stage_grad_query != 0 && !first_stores(p) && !main.gate_bits &&
          main.mask == MaskKind::window && !p.packed_q && !p.packed_k && p.max_seqlen_k > 0 &&
          key_heads_per_wave(p) < p.batch * p.num_kv_heads;
 }
@@ -245,7 +250,7 @@ BackwardWorkspace backward_workspace(const Problem& p) {
   if (p.has_gate) parts.grad_alpha_sum = carver.take(rows * 4);
   if (tile.gate_terms) parts.gate_row_terms = carver.take(row_tiles * kernels::gate_term_bytes(tile.block_m));
   if (p.has_sink) parts.grad_sink_sum = carver.take(row_tiles * 4);
-  if (p.deterministic) parts.turns = carver.take(row_tiles * kernels::kBackwardWarps * 4);
+  if (first_stores(p)) parts.turns = carver.take(row_tiles * kernels::kBackwardWarps * 4);
   parts.sums_done = carver.take(p.batch * p.num_heads * 4);
   if (clears_ahead(p)) parts.clears = carver.take((1 + p.batch * p.num_heads) * 4);
   if (walks_bits(p)) {

@@ -43,6 +43,9 @@ std::int64_t key_heads_per_wave(const Problem& problem);
 // deterministic, from the last to the first.
 std::int64_t ascending_key_heads(const Problem& problem);
 
+// Whether who comes first to a row tile stores its sums of dQ, so that nobody clears them.
+bool first_stores(const Problem& problem);
+
 // Whether the sums of dQ are cleared by the main kernel, but for the first wave's.
 bool clears_ahead(const Problem& problem);
 
