@@ -283,10 +283,10 @@ def softcap() -> Pair:
     return Pair(Call(*tensors, causal=True, softcap=30.0), Call(*tensors, causal=True), work, work)
 
 
-def grouped() -> Pair:
-    """32 query heads over 8 key heads against 32 over 32."""
+def grouped(key_heads: int) -> Pair:
+    """32 query heads over fewer key heads against 32 over 32."""
     query = normal(1, TOKENS, 32, 128)
-    few, many = ([normal(1, TOKENS, heads, 128) for _ in range(2)] for heads in (8, 32))
+    few, many = ([normal(1, TOKENS, heads, 128) for _ in range(2)] for heads in (key_heads, 32))
     work = flop(1, TOKENS, 32, 128, True)
     return Pair(Call(query, *few, causal=True), Call(query, *many, causal=True), work, work)
 
@@ -321,7 +321,7 @@ def rows() -> list[Row]:
         Row("threshold 1, skip map", "without", partial(threshold, TOKENS, 1.0, True), 0.98, None),
         Row("gated, a tenth kept", "causal", partial(gated, TOKENS), 5.0, 7.0),
         Row("softcap", "causal", softcap, 0.91, None),
-        Row("GQA 32/8", "MHA 32/32", grouped, 0.97, None),
+        Row("GQA 32/8", "MHA 32/32", partial(grouped, 8), 0.97, None),
         Row("float16", "bfloat16", halves, 0.98, None),
     ]
 
@@ -345,6 +345,9 @@ def backward_rows() -> list[Row]:
     for seqlen in (16384, 32768):
         make = partial(threshold, seqlen, 1.0)
         found.append(Row(f"backward threshold 1, {seqlen}", "causal", make, 4.0, 6.0, backward=True))
+    for heads in (8, 4):
+        make = partial(grouped, heads)
+        found.append(Row(f"backward GQA 32/{heads}", "MHA 32/32", make, None, None, backward=True))
     make = partial(gated, TOKENS)
     found.append(Row("backward gated, a tenth kept", "causal", make, 5.0, 7.0, backward=True))
     return found
