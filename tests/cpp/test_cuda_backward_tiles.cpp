@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "common/split_columns.cuh"
 #include "policy/row_tiles.cuh"
 
 namespace fsa::test {
@@ -291,6 +292,137 @@ TEST(BackwardTiles, RowVectorsFollowTheFragment) {
       const int32 row = fragment_column(thread, i);
       EXPECT_EQ(row_vector_position(row), i / 8 * 16 + thread * 4 + i % 8 / 4 * 2 + i % 2)
           << thread << ", " << i;
+    }
+}
+
+template <bool kDeterministicTurns>
+struct OfColumns {
+  static constexpr bool kDeterministic = kDeterministicTurns;
+  using Schedule = KeySchedule<kBlockN, kDeterministic, true>;
+};
+
+// The units of work that columns of these lengths are laid out as; -1: there is no key tile.
+struct Layout {
+  std::vector<ColumnPart> units;
+  std::vector<SplitColumn> split;
+  std::vector<int32> sums_done;  // of each head
+  int32 part;                    // L
+};
+
+template <bool kDeterministic>
+Layout lay_out(std::vector<int32> lengths, int32 heads) {
+  constexpr int32 kSlots = 512;
+  PartCounts counts = {-1, -1, -1, -1};
+  Layout made = {std::vector<ColumnPart>(lengths.size() + kSlots), std::vector<SplitColumn>(kSlots),
+                 std::vector<int32>(heads, -1), kLeastPart};
+  BackwardParams params = {};
+  params.forward.batch = params.forward.group_size = 1;
+  params.forward.num_heads = heads;
+  params.forward.max_seqlen_k = static_cast<int32>(lengths.size()) / heads * kBlockN;
+  params.key_heads_per_wave = 2;
+  params.ascending_from = static_cast<int32>(lengths.size());
+  params.column_lengths = lengths.data();
+  params.column_parts = made.units.data();
+  params.split_columns = made.split.data();
+  params.sums_done = made.sums_done.data();
+  params.part_counts = &counts;
+  params.most_slots = kSlots;
+  params.least_part = kLeastPart;
+  emulator::launch({1, 1, 1}, kSplitThreads, [&] { lay_out_parts<OfColumns<kDeterministic>>(params); });
+  int64 row_tiles = 0;
+  for (const int32 length : lengths) row_tiles += std::max(length, 0);
+  made.part = std::max<int32>(kLeastPart, static_cast<int32>((row_tiles + kSlots - 1) / kSlots));
+  EXPECT_LE(counts.slots, kSlots);
+  made.units.resize(counts.parts);
+  made.split.resize(counts.slots);
+  return made;
+}
+
+// Every row tile of every column belongs to one unit; parts of a column have slots one behind the other.
+template <bool kDeterministic>
+void expect_all_columns(const std::vector<int32>& lengths, const Layout& made, int32 heads) {
+  std::vector<int32> covered(lengths.size(), 0), parts(lengths.size(), 0), done(heads, 0);
+  for (std::size_t i = 0; i < made.units.size(); ++i) {
+    const ColumnPart& unit = made.units[i];
+    const int32 length = lengths[unit.key_tile];
+    ASSERT_GE(length, 0) << "no key tile";
+    EXPECT_EQ(unit.skip, covered[unit.key_tile]) << "parts in their order";
+    const bool last = unit.count == kRestOfColumn;
+    covered[unit.key_tile] += last ? length - unit.skip : unit.count;
+    const int32 part = parts[unit.key_tile]++;
+    EXPECT_EQ(unit.slot >= 0, length >= 2 * made.part) << length;
+    if (unit.slot >= 0) {
+      EXPECT_EQ(made.split[unit.slot].key_tile, unit.key_tile);
+      EXPECT_EQ(made.split[unit.slot].parts, part == 0 ? length / made.part : 0);
+      if (part > 0) {
+        EXPECT_EQ(unit.slot, made.units[i - 1].slot + 1);
+      }
+    }
+  }
+  for (std::size_t i = 0; i < lengths.size(); ++i) {
+    EXPECT_EQ(covered[i], std::max(lengths[i], 0)) << "column " << i;
+    EXPECT_EQ(parts[i] > 0, lengths[i] >= 0) << "column " << i;
+    BackwardParams params = {};
+    params.forward.batch = params.forward.group_size = 1;
+    params.forward.num_heads = heads;
+    params.forward.max_seqlen_k = static_cast<int32>(lengths.size()) / heads * kBlockN;
+    params.key_heads_per_wave = 2;
+    params.ascending_from = static_cast<int32>(lengths.size());
+    const auto place = OfColumns<kDeterministic>::Schedule::place_of(params, static_cast<int32>(i));
+    if (parts[i] > 1) done[place.batch_head] += (1 - parts[i]) * kBackwardConsumers;
+  }
+  EXPECT_EQ(made.sums_done, done) << "cut columns count once";
+}
+
+int32 length_of(const ColumnPart& unit, const std::vector<int32>& lengths) {
+  return unit.count == kRestOfColumn ? lengths[unit.key_tile] - unit.skip : unit.count;
+}
+
+TEST(BackwardTiles, UnitsOfColumns) {
+  std::mt19937 draw(0);
+  for (const int32 heads : {1, 4, 40})  // 40: more columns than are kept in shared memory
+    for (const int32 longest : {0, 6, 60, 900}) {
+      if (heads == 40 && longest != 60) continue;
+      SCOPED_TRACE(testing::Message() << heads << " heads, columns of up to " << longest);
+      std::vector<int32> lengths(static_cast<std::size_t>(heads) * 128);
+      for (int32& length : lengths) {
+        length = static_cast<int32>(draw() % 8) == 0 ? -1 : static_cast<int32>(draw() % (longest + 1));
+        if (longest == 60 && draw() % 40 == 0) length = 2000;
+      }
+      const Layout made = lay_out<false>(lengths, heads);
+      expect_all_columns<false>(lengths, made, heads);
+      // Long ones, by quarters of L; then short ones as they lie; then the last 512, by 128ths of L.
+      std::size_t at = 0;
+      const auto is_long = [&](const ColumnPart& unit) {
+        return length_of(unit, lengths) * 4 / made.part >= 2;
+      };
+      int32 before = 7;
+      for (; at < made.units.size() && is_long(made.units[at]); ++at) {
+        if (made.units[at].skip > 0) continue;  // parts of a column stay together
+        const int32 parts = lengths[made.units[at].key_tile] >= 2 * made.part
+                                ? lengths[made.units[at].key_tile] / made.part
+                                : 1;
+        const int32 quarters = std::min(7, lengths[made.units[at].key_tile] / parts * 4 / made.part);
+        EXPECT_LE(quarters, before) << at;
+        before = quarters;
+      }
+      const std::size_t sorted_from =
+          std::max(at, made.units.size() - std::min<std::size_t>(made.units.size(), kSortedLast));
+      for (std::size_t i = at; i < made.units.size(); ++i) {
+        EXPECT_FALSE(is_long(made.units[i])) << i;
+        if (i == at || i == sorted_from) continue;
+        if (i < sorted_from)
+          EXPECT_LT(made.units[i - 1].key_tile, made.units[i].key_tile) << i;
+        else
+          EXPECT_GE(length_of(made.units[i - 1], lengths) * 128 / made.part,
+                    length_of(made.units[i], lengths) * 128 / made.part)
+              << i;
+      }
+
+      const Layout in_turn = lay_out<true>(lengths, heads);
+      expect_all_columns<true>(lengths, in_turn, heads);
+      for (std::size_t i = 1; i < in_turn.units.size(); ++i)
+        EXPECT_LE(in_turn.units[i - 1].key_tile, in_turn.units[i].key_tile) << "turns want their order";
     }
 }
 
