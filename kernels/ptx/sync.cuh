@@ -11,6 +11,11 @@ FSA_DEVICE void barrier_sync(int32 id, int32 threads) {
   asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same where warps wait in different places of the code.
+FSA_DEVICE void barrier_sync_anywhere(int32 id, int32 threads) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 FSA_DEVICE void barrier_arrive(int32 id, int32 threads) {
   asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

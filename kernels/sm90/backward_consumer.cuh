@@ -286,7 +286,11 @@ struct BackwardConsumer {
       *reinterpret_cast<uint4*>(shared + Rows::unit_offset(used + item / kUnits, item % kUnits)) =
           make_uint4(0, 0, 0, 0);
     ptx::fence_shared_for_async();
-    sync_consumers();
+    // Of one row tile either step may be the other warpgroup's.
+    if constexpr (Types::kAlternates)
+      ptx::barrier_sync_anywhere(kConsumersBarrier, Types::kConsumerThreads);
+    else
+      sync_consumers();
   }
 
   // Row tile number `tile` of this CTA, as soon as its Q is there.
