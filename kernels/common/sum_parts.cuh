@@ -31,6 +31,7 @@ FSA_DEVICE void sum_parts(const BackwardParams& params) {
     const int32 row = first + item / kUnits, unit = item % kUnits;
     if (work.n_begin + row >= work.keys) continue;
     float total[8] = {};
+#pragma unroll 4  // asked for before the first is added
     for (int32 part = 0; part < column.parts; ++part) {
       const float4* const from = reinterpret_cast<const float4*>(
           sums + static_cast<int64>(part) * backward_slot_floats(Types::kTile) + row * kColumns + unit * 8);

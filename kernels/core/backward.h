@@ -131,7 +131,7 @@ struct PartCounts {
 inline constexpr int32 kLeastPart = 32;
 inline constexpr int32 kMostSlots = 512;
 
-inline constexpr int32 kSumRows = 32;  // keys of a block of sum_parts
+inline constexpr int32 kSumRows = 8;  // keys of a block of sum_parts
 
 // Key blocks of a block of block_columns: bits of a word.
 inline constexpr int32 kColumnBlocks = 32;

@@ -434,7 +434,7 @@ class Backward:
         )
         launches.append(launcher(self.after, row_grid, 2 * block_m, early=True))
         if slots:
-            launches.append(launcher(self.sum_parts, (slots, block_n // 32, 1), 128, early=True))
+            launches.append(launcher(self.sum_parts, (slots, block_n // 8, 1), 128, early=True))
         if config.sink:
             launches.append(launcher(self.sink, (heads, 1, 1), 256))
         return launches
