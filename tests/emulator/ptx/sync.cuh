@@ -14,6 +14,7 @@ inline std::atomic<int> barrier_votes = 0, bytes_stored = 0;
 namespace fsa::kernels::ptx {
 
 inline void barrier_sync(int32 id, int32 threads) { emulator::named_barriers[id].sync(threads); }
+inline void barrier_sync_anywhere(int32 id, int32 threads) { barrier_sync(id, threads); }
 inline bool barrier_any(int32 id, int32 threads, bool vote) {
   emulator::NamedBarrier& barrier = emulator::named_barriers[id];
   ++emulator::barrier_votes;
