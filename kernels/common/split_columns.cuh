@@ -2,8 +2,9 @@
 // Which columns are too long for one CTA, and into how many parts they are cut. A mask with columns that every row
 // sees, such as attention sinks, would otherwise keep a few CTAs busy long after the others.
 //
-// One warp per key tile: blocks of kSplitThreads threads, grid ceil(key tiles / (kSplitThreads / 32)). The block that is
-// the last to have counted its columns lays out the parts of all. With a length L, the larger of least_part and the
+// One block of kSplitThreads threads where the length of a column can be read (block masks: beside backward_prepare, which
+// keeps memory busy, every read that waits for another takes 5 us). Else one warp per key tile, grid ceil(key tiles /
+// (kSplitThreads / 32)), and the block that is the last to have counted its columns lays out the parts of all. With a length L, the larger of least_part and the
 // mean length of most_slots parts, a column of c >= 2 L row tiles gets floor(c / L) parts: no part is longer than
 // 2 L, and all parts of cut columns are most_slots at most.
 #pragma once
@@ -14,7 +15,7 @@
 
 namespace fsa::kernels {
 
-inline constexpr int32 kSplitThreads = 256;
+inline constexpr int32 kSplitThreads = 512;
 inline constexpr int32 kSplitWarps = kSplitThreads / kWarpThreads;
 
 template <class T>
@@ -47,18 +48,15 @@ FSA_DEVICE int32 sum_before(int32 value, int32& total) {
   return before;
 }
 
-// By one warp: row tiles of a column, -1 where there is no key tile.
+// By one warp, which finds out here what needs no column to have been made; false where there is no key tile.
 template <class Types>
-FSA_DEVICE int32 column_length(const BackwardParams& params, int32 key_tile, KeyWork& work) {
-  __syncwarp();
+FSA_DEVICE bool describe_column(const BackwardParams& params, int32 key_tile, KeyWork& work) {
   int32 exists = 0;
-  if (lane_id() == 0) {
-    exists = Types::Schedule::describe(params, key_tile, work);
+  if (lane_id() == 0 && key_tile < Types::Schedule::key_tiles(params)) {
+    exists = Types::Schedule::describe(params, key_tile, work) ? 1 : 0;
     if (exists != 0) Types::Rows::describe(params, work);
   }
-  __syncwarp();
-  if (__shfl_sync(0xffffffffu, exists, 0) == 0) return -1;
-  return sum_of_warp(Types::Rows::count(params, work, lane_id()));
+  return __shfl_sync(0xffffffffu, exists, 0) != 0;
 }
 
 FSA_DEVICE int32 parts_of(int32 length, int32 part) {
@@ -72,13 +70,17 @@ FSA_DEVICE int32 parts_of(int32 length, int32 part) {
 inline constexpr int32 kLongClasses = 6;   // half of L to 2 L, by quarters of L
 inline constexpr int32 kSortedLast = 512;  // units: four for each processor
 inline constexpr int32 kLastClasses = 64;  // of their lengths
+inline constexpr int32 kLongestTold = 1 << 24;  // row tiles: longer ones are one class, 32 bits then hold a class
 
 // 0 is the longest; kLongClasses: not long.
 template <class Types>
 FSA_DEVICE int32 long_class(int32 length, int32 part) {
   if constexpr (Types::kDeterministic) return kLongClasses;
-  const int32 quarters = static_cast<int32>(static_cast<int64>(max_of(length, 0)) * 4 / part);
-  return min_of(kLongClasses, kLongClasses + 1 - min_of(kLongClasses + 1, quarters));
+  int32 quarters = 1;  // of L. By comparisons: a division of 64 bits takes 400 ns
+#pragma unroll
+  for (int32 more = 2; more < 2 + kLongClasses; ++more)
+    quarters += static_cast<int64>(length) * 4 >= static_cast<int64>(part) * more ? 1 : 0;
+  return kLongClasses + 1 - quarters;
 }
 
 // A read of global memory takes 600 ns, of which a thread would wait for 24 one after the other.
@@ -126,8 +128,9 @@ FSA_DEVICE void place_classes(int32 (&counts)[kCount], int32 begin) {
   }
 }
 
-template <class Types>
-FSA_DEVICE void lay_out_parts(const BackwardParams& params) {
+// By one block. length_of(i) is the length of column i, -1 where there is none.
+template <class Types, class LengthOf>
+FSA_DEVICE void lay_out_parts(const BackwardParams& params, LengthOf length_of) {
   __shared__ SplitStorage storage;
   const int32 thread = thread_id(), warp = thread / kWarpThreads;
   const int32 key_tiles = Types::Schedule::key_tiles(params);
@@ -138,10 +141,13 @@ FSA_DEVICE void lay_out_parts(const BackwardParams& params) {
   for (int32 i = thread; i < kLastClasses; i += kSplitThreads) storage.last_units[i] = 0;
 
   int64 row_tiles = 0;
-#pragma unroll 8
+#pragma unroll 4
   for (int32 i = thread; i < key_tiles; i += kSplitThreads) {
-    const int32 length = params.column_lengths[i];
-    if (i < kKeptLengths) storage.lengths[i] = length;
+    const int32 length = length_of(i);
+    if (i < kKeptLengths)
+      storage.lengths[i] = length;
+    else
+      params.column_lengths[i] = length;
     row_tiles += max_of(length, 0);
   }
   row_tiles = sum_of_warp(row_tiles);
@@ -155,14 +161,14 @@ FSA_DEVICE void lay_out_parts(const BackwardParams& params) {
   const auto parts_of_column = [&](int32 index, int32& length, int32& of_class) {
     length = index < kKeptLengths ? storage.lengths[index] : params.column_lengths[index];
     const int32 parts = parts_of(length, part);
-    of_class = long_class<Types>(length / max_of(parts, 1), part);
+    of_class = long_class<Types>(parts > 1 ? length / parts : length, part);
     return parts;
   };
   const auto write_parts = [&](int32 at, int32 index, int32 length, int32 parts) {
     const int32 slot = parts > 1 ? atomicAdd(&storage.slots, parts) : -1;
+    const int32 least = parts > 1 ? length / parts : length, longer = length - least * parts;
     for (int32 i = 0; i < parts; ++i) {
-      const int32 begin = static_cast<int32>(static_cast<int64>(length) * i / parts);
-      const int32 end = static_cast<int32>(static_cast<int64>(length) * (i + 1) / parts);
+      const int32 begin = least * i + min_of(i, longer), end = begin + least + (i < longer ? 1 : 0);
       params.column_parts[at + i] = {index, begin, i + 1 < parts ? end - begin : kRestOfColumn,
                                      parts > 1 ? slot + i : -1};
       if (parts > 1) params.split_columns[slot + i] = {index, i == 0 ? parts : 0};
@@ -199,8 +205,9 @@ FSA_DEVICE void lay_out_parts(const BackwardParams& params) {
     if (at < sorted_from) {
       write_parts(at, index, length, parts);
     } else {
-      const int32 shorter = static_cast<int32>(static_cast<int64>(length) * 2 * kLastClasses / part);
-      const int32 of_last = max_of(kLastClasses - 1 - shorter, 0);
+      const uint32 shorter = static_cast<uint32>(min_of(length, kLongestTold)) * (2 * kLastClasses) /
+                             static_cast<uint32>(part);
+      const int32 of_last = max_of(kLastClasses - 1 - static_cast<int32>(shorter), 0);
       storage.last[at - sorted_from] = {index, of_last};
       atomicAdd(&storage.last_units[of_last], 1);
     }
@@ -227,15 +234,25 @@ FSA_DEVICE void lay_out_parts(const BackwardParams& params) {
 }
 
 template <class Types>
-FSA_DEVICE void split_columns(const BackwardParams& params) {
+FSA_DEVICE void split_by_lengths(const BackwardParams& params) {
+  ptx::wait_for_kernel_before();
+  lay_out_parts<Types>(params, [&](int32 key_tile) {
+    KeyWork work;
+    return Types::Schedule::describe(params, key_tile, work) ? Types::Rows::length(params, work) : -1;
+  });
+}
+
+template <class Types>
+FSA_DEVICE void split_by_counting(const BackwardParams& params) {
   __shared__ KeyWork works[kSplitWarps];
   __shared__ int32 arrived;
-  ptx::admit_next_kernel();  // whatever comes next runs beside this
-  ptx::wait_for_kernel_before();
   const int32 thread = thread_id(), warp = thread / kWarpThreads;
   const int32 own = static_cast<int32>(blockIdx.x) * kSplitWarps + warp;
+  const bool exists = describe_column<Types>(params, own, works[warp]);
+  ptx::wait_for_kernel_before();
+  __syncwarp();
   if (own < Types::Schedule::key_tiles(params)) {
-    const int32 length = column_length<Types>(params, own, works[warp]);
+    const int32 length = exists ? sum_of_warp(Types::Rows::count(params, works[warp], lane_id())) : -1;
     if (lane_id() == 0) params.column_lengths[own] = length;
   }
   ptx::fence_global();
@@ -244,7 +261,16 @@ FSA_DEVICE void split_columns(const BackwardParams& params) {
   __syncthreads();
   if (arrived != static_cast<int32>(gridDim.x) - 1) return;
   ptx::fence_global();
-  lay_out_parts<Types>(params);
+  lay_out_parts<Types>(params, [&](int32 key_tile) { return params.column_lengths[key_tile]; });
+}
+
+template <class Types>
+FSA_DEVICE void split_columns(const BackwardParams& params) {
+  ptx::admit_next_kernel();  // whatever comes next runs beside this
+  if constexpr (Types::Rows::kReadsLengths)
+    split_by_lengths<Types>(params);
+  else
+    split_by_counting<Types>(params);
 }
 
 }  // namespace fsa::kernels

@@ -65,6 +65,11 @@ constexpr bool backward_alternates(const BackwardTile& t) {
          t.stage_grad_query != 0 && t.row_vectors == kFoldedVectors;
 }
 
+// Whether who comes first to a row tile stores its dQ, where columns are short.
+constexpr bool backward_first_stores(const BackwardTile& t) {
+  return t.block_n == 128 && t.head_dim == 128 && t.stage_grad_query != 0;
+}
+
 // Who hands something over at each row tile: warpgroups their staged dQ, or warps their turn.
 constexpr int32 backward_handovers(const BackwardTile& t) {
   return t.stage_grad_query ? kBackwardConsumers : kBackwardWarps;

@@ -126,6 +126,7 @@ struct BandRows {
   using Walk = RowSegmentWalk;
   static constexpr bool kSplits = true;
   static constexpr bool kShortColumns = true;
+  static constexpr bool kReadsLengths = false;
 
   FSA_DEVICE static int32 count(const BackwardParams& params, const KeyWork& work, int32 lane) {
     return lane < work.num_segments ? work.segments[lane].count * params.forward.group_size : 0;
@@ -162,6 +163,7 @@ template <class Visible, int32 kBlockN>
 struct BitmapRows {
   static constexpr bool kSplits = true;
   static constexpr bool kShortColumns = true;
+  static constexpr bool kReadsLengths = false;
 
   FSA_DEVICE static void describe(const BackwardParams& params, KeyWork& work) {
     Visible::describe(params, work);
@@ -273,15 +275,17 @@ struct ListRows {
   static_assert(kBlockM == kRowsPerWarpgroup, "row blocks are multiples of 64 rows");
   static constexpr bool kSplits = true;
   static constexpr bool kShortColumns = true;
+  static constexpr bool kReadsLengths = true;
 
   FSA_DEVICE static void describe(const BackwardParams&, KeyWork& work) {
     work.num_segments = work.n_begin < work.seqlen_k && work.seqlen_q > 0 ? 1 : 0;
   }
 
   // To a few row tiles: the last block of a list may reach beyond the rows.
-  FSA_DEVICE static int32 count(const BackwardParams& params, const KeyWork& work, int32 lane) {
+  FSA_DEVICE static int32 length(const BackwardParams& params, const KeyWork& work) {
+    if (work.n_begin >= work.seqlen_k || work.seqlen_q <= 0) return 0;
     int32 blocks = 0;
-    for (int32 head = lane; head < params.forward.group_size && work.num_segments > 0; head += kWarpThreads)
+    for (int32 head = 0; head < params.forward.group_size; ++head)
       blocks += params.list_count[list_of(params, work, work.head + head)];
     return blocks * (params.forward.blocks.block_rows / kBlockM);
   }

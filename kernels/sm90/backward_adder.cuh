@@ -91,10 +91,7 @@ FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types
   if (leads) {
     ptx::wait_stores_read();
     if (Types::kAlternates && some) ptx::arrive(storage.scores_empty[storage.handed.sums[index].stage]);
-    // Where a warpgroup has each row tile it does not say which comes next; in a range it is the next one.
-    const int32 next = Types::kAlternates       ? storage.handed.sums[index].next
-                       : Types::kSplits || last ? -1
-                                                : number + 1;
+    const int32 next = storage.handed.sums[index].next;
     ptx::arrive(storage.handed_empty[index]);
     if ((Types::kDeterministic && some) || first) {
       ptx::wait_stores();

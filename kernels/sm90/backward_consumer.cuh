@@ -370,7 +370,7 @@ struct BackwardConsumer {
     ptx::settle(grad_query());
     if (!first) stage_grad_query(grad_query());
     if constexpr (kLast) {
-      if (!first) finish_grad_query(tiles - 1, before);
+      if (!first) finish_grad_query(tiles - 1, before, brief.number);
       before = brief;
       if constexpr (!kLastTogether) issue_last_grad_query();
       ptx::wgmma_wait<0>();
@@ -378,7 +378,7 @@ struct BackwardConsumer {
       if constexpr (Types::kStageInScores) release(storage.key_empty);  // sooner than there is room
       wait_room(tiles);
       stage_grad_query(last_grad_query());
-      finish_grad_query(tiles, before);
+      finish_grad_query(tiles, before, -1);
       ++tiles;
     } else {
       // dP has to wait until dQ has left its registers, which takes longer than S.
@@ -395,13 +395,13 @@ struct BackwardConsumer {
         start_products(tiles, brief);
       } else {  // a chain takes longer than that
         start_products(tiles, brief);
-        if (!first) finish_grad_query(tiles - 2, added);
+        if (!first) finish_grad_query(tiles - 2, added, before.number);
         apply_logits(work, logits);
         exponentiate<0>(logits);
       }
       exponentiate<kHalf>(logits);
       apply_mask(work);
-      if (Logits::kPlain && !first) finish_grad_query(tiles - 2, added);
+      if (Logits::kPlain && !first) finish_grad_query(tiles - 2, added, before.number);
     }
   }
 
@@ -419,8 +419,8 @@ struct BackwardConsumer {
     multiplies().issue_grad_query(tiles, last_grad_query());
   }
 
-  FSA_DEVICE void finish_grad_query(uint32 tile, const RowTileBrief& of) {
-    hand_over({of.number, of.order(), score_stage(tile), -1});
+  FSA_DEVICE void finish_grad_query(uint32 tile, const RowTileBrief& of, int32 next) {
+    hand_over({of.number, of.order(), score_stage(tile), Types::kFirstStores ? next : -1});
     release(storage.scores_empty[score_stage(tile)]);
   }
 

@@ -64,8 +64,9 @@ struct BackwardTypes {
   static constexpr bool kSwapsKeys = kAlternates;
   // The first to come to a row tile stores what others add to, and nobody clears the sums: lists and maps +1 to +4 %, windows
   // of 512 +1 %. Where columns are long that is not worth a look at each row tile's counter (causal -1 %), nor where an adder
-  // has half of a row tile and so half of the time (head_dim 64, pair gate).
-  static constexpr bool kFirstStores = kDeterministic || (kAlternates && Config::RowIterator::kShortColumns);
+  // has half of the time (head_dim 64).
+  static constexpr bool kFirstStores =
+      kDeterministic || (backward_first_stores(kTile) && Config::RowIterator::kShortColumns);
   // The main kernel clears them. Where columns may be cut, units come in another order than waves of heads.
   static constexpr bool kClearsSums = kStagedGradQuery && !kFirstStores && !kSplits;
   // Without room to stage dQ warps add it; then a thread of an idle warp passes on their turn.

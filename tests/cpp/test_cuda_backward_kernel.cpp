@@ -383,7 +383,7 @@ void check(const Problem& problem) {
                      [&] { block_columns<kN>(params); });
   if constexpr (Types::kSplits)
     if (p.least_part > 0)
-      emulator::launch(grid(ceil_div(units, kSplitWarps), 1, 1), kSplitThreads,
+      emulator::launch(grid(Types::Rows::kReadsLengths ? 1 : ceil_div(units, kSplitWarps), 1, 1), kSplitThreads,
                        [&] { split_columns<Types>(params); });
   if (columns_first) prepare();
   emulator::launch(grid(1, 1, 1), kBackwardThreads, [&] { sm90::backward<C>(params); });

@@ -297,7 +297,8 @@ class Backward:
             row_terms = torch.full((tiles, block_m * 64 + 128), 255, dtype=torch.uint8, device="cuda")
         sink_sums = torch.full((tiles,), math.nan, **nan) if config.sink else None
         turns = None
-        first_stores = config.deterministic or (config.alternates and (config.cuts or config.left))
+        staged = config.head_dim == 128 and config.block_n == 128 and config.stage_grad_query
+        first_stores = config.deterministic or (staged and (config.cuts or config.left))
         if first_stores:
             turns = torch.full((tiles, 8), 1 << 30, dtype=torch.int32, device="cuda")
         done = torch.full((batch, heads), -1, dtype=torch.int32, device="cuda")
@@ -425,7 +426,8 @@ class Backward:
         if column_grid is not None:
             launches.append(launcher(self.columns, column_grid, 512))
         if slots:
-            launches.append(launcher(self.split, (-(-units // 8), 1, 1), 256, early=columns_first))
+            blocks = 1 if column_grid is not None else -(-units // 16)
+            launches.append(launcher(self.split, (blocks, 1, 1), 512, early=columns_first))
             units += slots
         if columns_first:
             launches.append(before)

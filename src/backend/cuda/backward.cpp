@@ -45,7 +45,8 @@ class BackwardCall : KernelCall {
     const bool splits = parts_.column_parts != kAbsent;
     if (splits) {
       const LoadedKernel& kernel = loaded(split_columns_kernel(p_));
-      const Grid grid{extent(ceil_div(key_tiles(), kernel.threads / 32))};
+      // Of block masks one block reads the lengths; else a warp counts one.
+      const Grid grid{p_.has_block_mask ? 1 : extent(ceil_div(key_tiles(), kernel.threads / 32))};
       if (columns)
         launch_early(kernel, grid, &params_);
       else

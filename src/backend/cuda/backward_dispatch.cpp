@@ -217,7 +217,7 @@ std::int64_t ascending_key_heads(const Problem& p) {
 bool first_stores(const Problem& p) {
   const KernelConfig main = backward_kernel(p);
   const bool short_columns = main.gate_bits || main.mask != MaskKind::window || main.window_left;
-  return main.deterministic || (short_columns && kernels::backward_alternates(main.backward));
+  return main.deterministic || (short_columns && kernels::backward_first_stores(main.backward));
 }
 
 // Where columns may be cut, units come in another order than waves; rows of packed sequences lie in another order.

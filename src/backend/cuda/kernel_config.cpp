@@ -14,7 +14,7 @@ constexpr unsigned kBitmapThreads = 128;
 constexpr unsigned kCopyThreads = 256;
 constexpr unsigned kClearThreads = 32;
 constexpr unsigned kPrepareThreads = 256, kSumSinkThreads = 256, kColumnThreads = 128;
-constexpr unsigned kListThreads = 512, kSplitThreads = 256, kSumThreads = 128;
+constexpr unsigned kListThreads = 512, kSplitThreads = 512, kSumThreads = 128;
 
 std::ostringstream text_stream() {
   std::ostringstream text;
