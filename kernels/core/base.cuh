@@ -25,6 +25,8 @@ FSA_DEVICE constexpr int32 ceil_div(int32 a, int32 b) { return (a + b - 1) / b; 
 
 // The same in every lane, in a form that the compiler can keep in uniform registers.
 FSA_DEVICE int32 warp_uniform(int32 value) { return __shfl_sync(0xffffffffu, value, 0); }
+// The same of all lanes already: ptxas keeps in uniform registers what follows from a vote, and not what a lane read.
+FSA_DEVICE bool warp_any(bool value) { return __any_sync(0xffffffffu, value ? 1 : 0) != 0; }
 
 #ifdef FSA_EMULATED  // tests/emulator
 FSA_DEVICE int32 thread_id() { return static_cast<int32>(threadIdx.x); }

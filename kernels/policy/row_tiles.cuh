@@ -78,6 +78,12 @@ class RowSegmentWalk {
     return true;
   }
 
+  // The last call of next() found the last.
+  FSA_DEVICE bool ended(const BackwardParams& params, const KeyWork& work) const {
+    return remaining_ == 0 && segment_ == work.num_segments &&
+           head_ + 1 == work.head + params.forward.group_size;
+  }
+
  private:
   int32 head_;
   int32 segment_;
@@ -108,6 +114,14 @@ struct RangeRows {
     int32 tiles = 0;
     for (int32 i = 0; i < work.num_segments; ++i) tiles += work.segments[i].count;
     return tiles * params.forward.group_size;
+  }
+
+  // Whether kRowsPerWarpgroup keys from `key` on see nothing of a whole row tile.
+  FSA_DEVICE static bool sees_none(const BackwardParams& params, const KeyWork& work, int32 tile, int32 key) {
+    const int32 row = tile * kBlockM;
+    if (row + kBlockM > work.seqlen_q) return false;
+    return KeyMask<Mask>::visible(params.forward, work, key).begin >= row + kBlockM ||
+           KeyMask<Mask>::visible(params.forward, work, key + kRowsPerWarpgroup - 1).end <= row;
   }
 
   // How many key tiles of this row tile were issued before this one: from the last backwards, or from the first on.

@@ -109,6 +109,20 @@ FSA_DEVICE bool next_row_tile(const BackwardParams& params, Column<Types>& colum
   return column.walk.next(params, work, column.next);
 }
 
+// Of row tile number `number` of this CTA, which another follows. The dQ of a tile that one warpgroup passes over is the
+// other's.
+template <class Types>
+FSA_DEVICE int32 passed_over(const BackwardParams& params, const Column<Types>& column, const KeyWork& work,
+                             int32 tile, uint32 number, uint32 first) {
+  if (number % 2 != 0) return 0;
+  int32 flags = 0;
+  if (number == first && Types::Rows::sees_none(params, work, tile, work.n_begin + kRowsPerWarpgroup))
+    flags |= RowTileInfo::kSecondPasses;
+  if (column.walk.ended(params, work) && Types::Rows::sees_none(params, work, column.next.tile, work.n_begin))
+    flags |= RowTileInfo::kFirstEnds;
+  return flags;
+}
+
 // So many row tiles before the end of a unit the next one is asked for.
 inline constexpr int32 kAskedBefore = 32;
 
@@ -169,6 +183,8 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       info = column.next;
       found = next_row_tile<Types>(params, column, work);
       if (!found) info.flags |= RowTileInfo::kLast;
+      if constexpr (Types::kPassesOver)
+        if (found) info.flags |= passed_over<Types>(params, column, work, info.tile, tiles, state.first_tile);
       if constexpr (kDescribes && Types::kAsksEarly)
         if (Types::kSplits ? !found : tiles == state.ask_at) state.schedule.ask(params);
       const int32 head = info.head, row = work.q_begin + info.tile * Types::kBlockM;

@@ -35,7 +35,7 @@ struct AlternatingSteps {
   // All row tiles of the work, when P and dP of the first are in registers.
   FSA_DEVICE void run(const KeyWork& work, Logits& logits) {
     bool first = true;
-    for (; !c.brief.last(); first = false) {
+    for (; !ends(); first = false) {
       if (!first && owns(c.tiles - 1))
         step<true>(work, logits);
       else
@@ -53,7 +53,28 @@ struct AlternatingSteps {
         c.storage.scores[Types::kScoreStages][0] + first_row * kLineBytes);
   }
 
+  // A row tile that the warpgroup's keys do not see, and whose dQ is the other's: zeros as its dS.
+  FSA_DEVICE void pass_over(uint32 tile) const {
+    const int32 scores = c.score_stage(tile);
+    c.find(tile);
+    ptx::wait(c.storage.grad_out_full[c.grad_out(tile).stage()], c.grad_out(tile).phase());
+    c.release(c.storage.query_empty[c.query(tile).stage()]);
+    c.release(c.storage.grad_out_empty[c.grad_out(tile).stage()]);
+    ptx::wait(c.storage.scores_empty[scores], c.score_phase(tile) ^ 1);
+    uint4* const own = reinterpret_cast<uint4*>(c.storage.scores[scores][0] + c.first_key() * kLineBytes);
+#pragma unroll
+    for (int32 i = 0; i < kRowsPerWarpgroup * kLineBytes / kUnitBytes; i += kWarpgroupThreads)
+      own[i + c.thread] = make_uint4(0, 0, 0, 0);
+    ptx::fence_shared_for_async();
+    c.release(c.storage.scores_full[scores]);
+  }
+
  private:
+  FSA_DEVICE bool ends() const {
+    if constexpr (Types::kPassesOver)
+      return (c.brief.flags & (RowTileBrief::kLast | (c.index == 0 ? RowTileBrief::kFirstEnds : 0))) != 0;
+    return c.brief.last();
+  }
   FSA_DEVICE bool owns(uint32 tile) const { return ((tile ^ static_cast<uint32>(c.index)) & 1) == 0; }
 
   FSA_DEVICE static int32 order(const RowTileBrief& of) { return Types::kDeterministic ? of.order() : 0; }
@@ -105,6 +126,8 @@ struct AlternatingSteps {
     c.wait_room(handover);
     if (!none) wait_scores(tile);
     finish_gradients();
+    const bool passes = Types::kPassesOver && warp_any(!c.brief.last());
+    if (passes) pass_over(c.tiles + 1);
     c.multiplies().issue_whole_grad_query(tile);
     store(grad_value_rows(c.params), work, c.rV, 1.0f);
     take_grad_query();
@@ -121,7 +144,7 @@ struct AlternatingSteps {
     c.hand_over({none ? -1 : number, order_of | RowTileBrief::kOrderLast, c.score_stage(tile), -1});
     c.multiplies().forget(c.rS);
     c.multiplies().forget(c.rD);
-    ++c.tiles;
+    c.tiles += passes ? 2 : 1;
   }
 
   // dS leaves for shared memory, dV and dK begin.

@@ -486,6 +486,11 @@ struct BackwardConsumer {
     for (int32 i = 0; i < Types::kGradDimV / 2; ++i) rV[i] = 0;
     Logits logits(params, work, work.n_begin + first_key() + fragment_row(thread, 0),
                   params.forward.softmax_scale_log2);
+    if constexpr (Types::kPassesOver) {
+      const bool passes = warp_any(index != 0 && (find(tiles).flags & RowTileBrief::kSecondPasses) != 0);
+      if (passes) AlternatingSteps<Types>{*this}.pass_over(tiles);
+      tiles += passes ? 1 : 0;
+    }
     ptx::wait(storage.key_full, work.loads & 1);
     if (work.partial(Types::kBlockN))
       clear_rows<KeyRows, Types::kBlockN>(storage.key(loads), work.seqlen_k - work.n_begin);

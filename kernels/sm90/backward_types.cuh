@@ -60,6 +60,9 @@ struct BackwardTypes {
   // warpgroup. Half of the sums is staged where dS was.
   static constexpr bool kAlternates = backward_alternates(kTile);
   static_assert(!kAlternates || (kFolded && Logits::kPlain && !kPairGate));
+  // Of windows, whose first and last row tile of a column half of the keys do not see, the warpgroup that has that half
+  // leaves out the tile.
+  static constexpr bool kPassesOver = kAlternates && !kSplits && Rows::kShortColumns;
   // K of the next work goes where V was, and V where K was: V is free as soon as the last dP is there, and K is wanted first.
   static constexpr bool kSwapsKeys = kAlternates;
   // The first to come to a row tile stores what others add to, and nobody clears the sums: lists and maps +1 to +4 %, windows

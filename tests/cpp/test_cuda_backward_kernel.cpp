@@ -383,8 +383,8 @@ void check(const Problem& problem) {
                      [&] { block_columns<kN>(params); });
   if constexpr (Types::kSplits)
     if (p.least_part > 0)
-      emulator::launch(grid(Types::Rows::kReadsLengths ? 1 : ceil_div(units, kSplitWarps), 1, 1), kSplitThreads,
-                       [&] { split_columns<Types>(params); });
+      emulator::launch(grid(Types::Rows::kReadsLengths ? 1 : ceil_div(units, kSplitWarps), 1, 1),
+                       kSplitThreads, [&] { split_columns<Types>(params); });
   if (columns_first) prepare();
   emulator::launch(grid(1, 1, 1), kBackwardThreads, [&] { sm90::backward<C>(params); });
   for (int32 i = 0; i < p.batch * p.heads; i += f.group_size) {
@@ -435,6 +435,23 @@ TEST(BackwardKernel, FullAlternating) {
 TEST(BackwardKernel, CausalAlternating) {
   check<Config<kTile128, Causal, RangeRows<Causal, 64, 128>, Logit<>, false>>(
       {2, 450, 450, 1, 1, 128, 128, 450, 390, true});
+}
+
+// Warpgroups pass over the row tiles at the ends of a window that their keys do not see: one that begins or ends with a
+// row tile of odd number, of two row tiles, none (which ends within a row tile), and rows moved by half a key tile.
+TEST(BackwardKernel, WindowsPassOverHalfTiles) {
+  using Window = WindowMask<true, true>;
+  using Default = Config<kTile128, Window, RangeRows<Window, 64, 128>, Logit<>, false>;
+  static_assert(sm90::BackwardTypes<Default>::kPassesOver);
+  Problem problem = {1, 512, 512, 2, 1, 128, 128, 512, 512, true};
+  for (const int32 left : {0, 127, 150, 191}) {
+    problem.left = left;
+    check<Default>(problem);
+  }
+  check<Config<kTile128, Window, RangeRows<Window, 64, 128>, Logit<>, true>>(problem);
+  problem = {2, 448, 448, 1, 1, 128, 128, 320, 384, true};
+  problem.left = 128;
+  check<Default>(problem);
 }
 
 TEST(BackwardKernel, Deterministic64) {
