@@ -116,6 +116,16 @@ struct RangeRows {
     return tiles * params.forward.group_size;
   }
 
+  // Of RowTileBrief's flags: whether the second half of the keys sees nothing of the first row tile, and the first half
+  // nothing of the last.
+  FSA_DEVICE static int32 unseen_ends(const BackwardParams& params, const KeyWork& work) {
+    const Segment& last = work.segments[work.num_segments - 1];
+    return (sees_none(params, work, work.segments[0].first, work.n_begin + kRowsPerWarpgroup)
+                ? RowTileBrief::kSecondPasses
+                : 0) |
+           (sees_none(params, work, last.first + last.count - 1, work.n_begin) ? RowTileBrief::kFirstEnds : 0);
+  }
+
   // Whether kRowsPerWarpgroup keys from `key` on see nothing of a whole row tile.
   FSA_DEVICE static bool sees_none(const BackwardParams& params, const KeyWork& work, int32 tile, int32 key) {
     const int32 row = tile * kBlockM;

@@ -105,30 +105,48 @@ FSA_DEVICE void load_values(const BackwardParams& params, BackwardStorage<Types>
 template <class Types>
 FSA_DEVICE bool next_row_tile(const BackwardParams& params, Column<Types>& column, const KeyWork& work) {
   if constexpr (Types::kSplits)
-    if (column.remaining-- == 0) return false;
+    if (column.ends.remaining-- == 0) return false;
   return column.walk.next(params, work, column.next);
 }
 
-// Of row tile number `number` of this CTA, which another follows. The dQ of a tile that one warpgroup passes over is the
-// other's.
+// As soon as they may be overwritten.
 template <class Types>
-FSA_DEVICE int32 passed_over(const BackwardParams& params, const Column<Types>& column, const KeyWork& work,
-                             int32 tile, uint32 number, uint32 first) {
-  if (number % 2 != 0) return 0;
-  int32 flags = 0;
-  if (number == first && Types::Rows::sees_none(params, work, tile, work.n_begin + kRowsPerWarpgroup))
-    flags |= RowTileInfo::kSecondPasses;
-  if (column.walk.ended(params, work) && Types::Rows::sees_none(params, work, column.next.tile, work.n_begin))
-    flags |= RowTileInfo::kFirstEnds;
-  return flags;
+FSA_DEVICE void load_keys_and_values(const BackwardParams& params, BackwardStorage<Types>& storage,
+                                     const KeyWork& work) {
+  if constexpr (Types::kSwapsKeys) {
+    load_keys<Types>(params, storage, work, storage.value_empty);
+    load_values<Types>(params, storage, work, storage.key_empty);
+  } else {
+    load_values<Types>(params, storage, work, storage.value_empty);
+    load_keys<Types>(params, storage, work, storage.key_empty);
+  }
 }
 
 // So many row tiles before the end of a unit the next one is asked for.
 inline constexpr int32 kAskedBefore = 32;
 
-// Two jobs, of one thread each or of one for both. Who describes takes units of work and finds their first row tile.
-// Who loads runs ahead of the consumers by the depth of the rings, across units. What they walk through is kept in shared
-// memory: they have 24 registers.
+// What a unit's row tiles are, but for their loads. False where there are none.
+template <class Types>
+FSA_DEVICE bool describe_rows(const BackwardParams& params, KeyWork& work, Column<Types>& column) {
+  Types::Rows::describe(params, work);
+  column.walk.start(params, work);
+  if constexpr (Types::kSplits) {
+    if (work.num_segments > 0) column.walk.skip(params, work, work.part.skip);
+    column.ends.remaining = work.part.count;
+  } else {
+    column.ends.wanted_after = max_of(Types::Rows::count(params, work) - kAskedBefore, 0);
+  }
+  if (work.num_segments > 0 && next_row_tile<Types>(params, column, work)) {
+    if constexpr (Types::kPassesOver) column.ends.unseen = Types::Rows::unseen_ends(params, work);
+    return true;
+  }
+  work.num_segments = 0;
+  return false;
+}
+
+// Two jobs, of one thread each or of one for both. Who describes takes units of work and finds their first row tile, and
+// loads their keys. Who loads runs ahead of the consumers by the depth of the rings, across units. What they walk through is
+// kept in shared memory: they have 24 registers.
 template <class Types, bool kDescribes, bool kLoads>
 FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& storage) {
   ProducerState<Types>& state = storage.producer;
@@ -157,25 +175,25 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
         ptx::arrive(storage.work_full[slot.stage()]);
         break;
       }
-      Types::Rows::describe(params, work);
-      column.walk.start(params, work);
-      if constexpr (Types::kSplits) {
-        if (work.num_segments > 0) column.walk.skip(params, work, work.part.skip);
-        column.remaining = work.part.count;
-      }
-      found = work.num_segments > 0 && next_row_tile<Types>(params, column, work);
-      if (!found) work.num_segments = 0;
+      found = describe_rows<Types>(params, work, column);
       ptx::arrive(storage.work_full[slot.stage()]);
       if (!found) continue;
       ++state.loads;
-      if constexpr (Types::kAsksEarly && !Types::kSplits)
-        state.ask_at = tiles + max_of(Types::Rows::count(params, work) - kAskedBefore, 0);
+      if constexpr (!kLoads) load_keys_and_values<Types>(params, storage, work);
     } else {
       if (work.sequence < 0) break;
       found = work.num_segments > 0;
     }
     if constexpr (!kLoads) continue;
 
+    // The slot of the unit before becomes that of the next.
+    const auto want_next_unit = [&] {
+      if constexpr (Types::kAsksEarly)
+        state.schedule.ask(params);
+      else if (Types::kDescribesAhead && units > 0)
+        ptx::arrive(storage.work_empty[slot.stage() ^ 1]);
+    };
+    if (Types::kDescribesAhead && (Types::kSplits || !found)) want_next_unit();
     state.first_tile = tiles;
     for (; found; ++tiles) {
       // All but the loads before the wait: it takes 1500 clocks through busy shared memory.
@@ -183,10 +201,18 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       info = column.next;
       found = next_row_tile<Types>(params, column, work);
       if (!found) info.flags |= RowTileInfo::kLast;
-      if constexpr (Types::kPassesOver)
-        if (found) info.flags |= passed_over<Types>(params, column, work, info.tile, tiles, state.first_tile);
-      if constexpr (kDescribes && Types::kAsksEarly)
-        if (Types::kSplits ? !found : tiles == state.ask_at) state.schedule.ask(params);
+      if constexpr (Types::kPassesOver) {
+        // The dQ of a row tile that one warpgroup passes over is the other's.
+        if (column.ends.unseen != 0 && tiles % 2 == 0 && found) {
+          if (tiles == state.first_tile) info.flags |= column.ends.unseen & RowTileInfo::kSecondPasses;
+          if (column.walk.ended(params, work)) info.flags |= column.ends.unseen & RowTileInfo::kFirstEnds;
+        }
+      }
+      if constexpr (Types::kSplits) {
+        if (Types::kAsksEarly && !found) want_next_unit();
+      } else if constexpr (!Types::kDeterministic) {
+        if (tiles - state.first_tile == static_cast<uint32>(column.ends.wanted_after)) want_next_unit();
+      }
       const int32 head = info.head, row = work.q_begin + info.tile * Types::kBlockM;
       const int32 number = static_cast<int32>(row_tile_number<Types::kBlockM>(params, work, head, info.tile));
       info.used = work.seqlen_q - info.tile * Types::kBlockM;
@@ -217,17 +243,9 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       load_rows<typename Types::GradOutRows, Types::kBlockM>(
           params.grad_out_map, row, head, batch, storage.grad_out[grad_out.stage()], grad_out_full);
 
-      if (tiles == state.first_tile) {  // after Q and dO, which need not wait for the keys before
-        if constexpr (Types::kSwapsKeys) {
-          load_keys<Types>(params, storage, work, storage.value_empty);
-          load_values<Types>(params, storage, work, storage.key_empty);
-        } else {
-          load_values<Types>(params, storage, work, storage.value_empty);
-          load_keys<Types>(params, storage, work, storage.key_empty);
-        }
-      }
+      if constexpr (kDescribes)  // after Q and dO, which need not wait for the keys before
+        if (tiles == state.first_tile) load_keys_and_values<Types>(params, storage, work);
     }
-    if constexpr (!kDescribes) ptx::arrive(storage.work_empty[slot.stage()]);
   }
   if constexpr (kDescribes) Types::Schedule::finish(params);
 }

@@ -32,7 +32,8 @@ struct BackwardTypes {
   // A column of a map or a list takes reads of global memory to describe, one behind the other: 8500 clocks where a range
   // takes 3300. A thread of its own does it a unit ahead. Deterministic units must not be taken ahead of time; at
   // head_dim 64 ptxas would serialise every multiply (C7511).
-  static constexpr bool kDescribesAhead = kSplits && !kDeterministic && kDim >= 128;
+  static constexpr bool kDescribesAhead =
+      !kDeterministic && (kSplits ? kDim >= 128 : Rows::kShortColumns && kDim == 128);
   // Others ask for a unit before they want it. Deterministic ones must not: it would start late, and later units wait for it.
   static constexpr bool kAsksEarly = !kDeterministic && !kDescribesAhead;
   using Schedule = KeySchedule<kBlockN, kDeterministic, kSplits>;
@@ -153,12 +154,22 @@ struct Handovers<false> {
 };
 static_assert(sizeof(Handovers<false>) <= sizeof(Handovers<true>));
 
+template <bool kSplits>
+struct ColumnEnds {
+  int32 remaining;  // row tiles of a part
+};
+template <>
+struct ColumnEnds<false> {
+  int32 wanted_after;  // row tiles after which the next unit is wanted
+  int32 unseen;        // of RowTileInfo's flags, those that its first row tile and the one before its last may have
+};
+
 // The row tiles of a unit of work that have not been asked for.
 template <class Types>
 struct Column {
   RowTileInfo next;
   typename Types::Rows::Walk walk;
-  int32 remaining;  // of a part
+  ColumnEnds<Types::kSplits> ends;
 };
 
 // In shared memory, because the producer has 24 registers.
@@ -166,9 +177,8 @@ template <class Types>
 struct ProducerState {
   // Of who describes them.
   typename Types::Schedule schedule;
-  int32 units;    // of work so far
-  int32 loads;    // of keys so far
-  uint32 ask_at;  // the row tile with which the next unit is asked for
+  int32 units;  // of work so far
+  int32 loads;  // of keys so far
   // Of who loads them.
   int32 loaded;       // units of work so far
   uint32 first_tile;  // of this unit
