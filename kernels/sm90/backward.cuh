@@ -41,10 +41,13 @@ namespace fsa::kernels::sm90 {
 template <class Types>
 FSA_DEVICE void init_barriers(BackwardStorage<Types>& storage) {
   constexpr int32 kWarps = Types::kConsumerThreads / kWarpThreads;
-  ptx::init(storage.key_full, 1);
-  ptx::init(storage.value_full, 1);
-  ptx::init(storage.key_empty, Types::kStageInScores ? kWarps : kBackwardConsumers);
-  ptx::init(storage.value_empty, Types::kStageInScores ? kWarps : kBackwardConsumers);
+  constexpr int32 kReaders = Types::kStageInScores ? kWarps : kBackwardConsumers;
+  for (int32 i = 0; i < Types::kKeyLoads; ++i) {
+    ptx::init(storage.key_full[i], 1);
+    ptx::init(storage.value_full[i], 1);
+    ptx::init(storage.key_empty[i], kReaders);
+    ptx::init(storage.value_empty[i], kReaders / Types::kKeyLoads);
+  }
   for (int32 i = 0; i < Types::kQueryStages; ++i) {
     ptx::init(storage.query_full[i], 1);
     ptx::init(storage.query_empty[i], kWarps);
@@ -82,24 +85,38 @@ FSA_DEVICE void load_rows(const TensorMap& map, int32 row, int32 head, int32 bat
                     {chunk * kChunkColumns, row + first, head, batch}, full);
 }
 
-// As soon as `empty` says so.
-template <class Types>
-FSA_DEVICE void load_keys(const BackwardParams& params, BackwardStorage<Types>& storage, const KeyWork& work,
-                          ptx::Mbarrier& empty) {
+// K or V, or half of its rows, as soon as `empty` says so.
+template <class Types, class Tile>
+FSA_DEVICE void load_keys(const TensorMap& map, const KeyWork& work, int32 half, uint8* shared,
+                          ptx::Mbarrier& empty, ptx::Mbarrier& full) {
+  constexpr int32 kRows = Types::kBlockN / Types::kKeyLoads;
+  const int32 row = work.k_begin + work.n_begin + half * kRows, head = work.kv_head, batch = work.k_map_batch;
   ptx::wait(empty, (work.loads & 1) ^ 1);
-  ptx::arrive_expect_bytes(storage.key_full, Types::KeyRows::kBytes);
-  load_rows<typename Types::KeyRows, Types::kBlockN>(params.forward.key_map, work.k_begin + work.n_begin,
-                                                     work.kv_head, work.k_map_batch, storage.key(work.loads),
-                                                     storage.key_full);
+  ptx::arrive_expect_bytes(full, Tile::kBytes / Types::kKeyLoads);
+  load_rows<Tile, kRows>(map, row, head, batch, shared + half * kRows * kLineBytes, full);
 }
+
+// Where K goes where V was, V must be free for K, and K for V.
 template <class Types>
-FSA_DEVICE void load_values(const BackwardParams& params, BackwardStorage<Types>& storage,
-                            const KeyWork& work, ptx::Mbarrier& empty) {
-  ptx::wait(empty, (work.loads & 1) ^ 1);
-  ptx::arrive_expect_bytes(storage.value_full, Types::ValueRows::kBytes);
-  load_rows<typename Types::ValueRows, Types::kBlockN>(params.forward.value_map, work.k_begin + work.n_begin,
-                                                       work.kv_head, work.k_map_batch,
-                                                       storage.value(work.loads), storage.value_full);
+FSA_DEVICE void load_keys_and_values(const BackwardParams& params, BackwardStorage<Types>& storage,
+                                     const KeyWork& work) {
+  const auto load_key = [&](ptx::Mbarrier(&empty)[Types::kKeyLoads]) {
+    for (int32 i = 0; i < Types::kKeyLoads; ++i)
+      load_keys<Types, typename Types::KeyRows>(params.forward.key_map, work, i, storage.key(work.loads),
+                                                empty[i], storage.key_full[i]);
+  };
+  const auto load_value = [&](ptx::Mbarrier(&empty)[Types::kKeyLoads]) {
+    for (int32 i = 0; i < Types::kKeyLoads; ++i)
+      load_keys<Types, typename Types::ValueRows>(params.forward.value_map, work, i,
+                                                  storage.value(work.loads), empty[i], storage.value_full[i]);
+  };
+  if constexpr (Types::kSwapsKeys) {
+    load_key(storage.value_empty);
+    load_value(storage.key_empty);
+  } else {
+    load_value(storage.value_empty);
+    load_key(storage.key_empty);
+  }
 }
 
 template <class Types>
@@ -107,19 +124,6 @@ FSA_DEVICE bool next_row_tile(const BackwardParams& params, Column<Types>& colum
   if constexpr (Types::kSplits)
     if (column.ends.remaining-- == 0) return false;
   return column.walk.next(params, work, column.next);
-}
-
-// As soon as they may be overwritten.
-template <class Types>
-FSA_DEVICE void load_keys_and_values(const BackwardParams& params, BackwardStorage<Types>& storage,
-                                     const KeyWork& work) {
-  if constexpr (Types::kSwapsKeys) {
-    load_keys<Types>(params, storage, work, storage.value_empty);
-    load_values<Types>(params, storage, work, storage.key_empty);
-  } else {
-    load_values<Types>(params, storage, work, storage.value_empty);
-    load_keys<Types>(params, storage, work, storage.key_empty);
-  }
 }
 
 // So many row tiles before the end of a unit the next one is asked for.
@@ -203,10 +207,13 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       if (!found) info.flags |= RowTileInfo::kLast;
       if constexpr (Types::kPassesOver) {
         // The dQ of a row tile that one warpgroup passes over is the other's.
-        if (column.ends.unseen != 0 && tiles % 2 == 0 && found) {
-          if (tiles == state.first_tile) info.flags |= column.ends.unseen & RowTileInfo::kSecondPasses;
-          if (column.walk.ended(params, work)) info.flags |= column.ends.unseen & RowTileInfo::kFirstEnds;
+        const int32 unseen = column.ends.unseen;
+        if (unseen != 0 && tiles % 2 == 0 && found) {
+          if (tiles == state.first_tile) info.flags |= unseen & RowTileInfo::kSecondPasses;
+          if (column.walk.ended(params, work)) info.flags |= unseen & RowTileInfo::kFirstEnds;
         }
+        if (unseen != 0 && tiles % 2 != 0 && !found && tiles != state.first_tile)
+          info.flags |= unseen & RowTileInfo::kFirstEnds;
       }
       if constexpr (Types::kSplits) {
         if (Types::kAsksEarly && !found) want_next_unit();

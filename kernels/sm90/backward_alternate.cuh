@@ -88,7 +88,7 @@ struct AlternatingSteps {
       c.wait_room(tile / 2);
       wait_scores(tile);
       finish_gradients();
-      c.multiplies().issue_whole_grad_query(tile);
+      c.multiplies().issue_whole_grad_query(tile, false);
     } else {
       finish_gradients();
     }
@@ -118,7 +118,10 @@ struct AlternatingSteps {
   // Of the last two row tiles one is this warpgroup's. Where there is but one, and not its own, it hands over nothing,
   // and twice, so that the phase of a handover follows from the number of the row tile.
   FSA_DEVICE void last_step(const KeyWork& work, Logits& logits, bool first) {
-    c.release(c.storage.value_empty);
+    c.release(c.storage.value_empty[Types::kKeyLoads > 1 ? c.index : 0]);
+    // Of this row tile the first half of the keys sees nothing, and the next V may take its place.
+    const bool half = Types::kPassesOver && warp_any(c.index != 0 && (c.brief.flags & RowTileBrief::kFirstEnds) != 0);
+    if (half) c.release(c.storage.key_empty[0]);
     start_gradients(work, logits);
     const bool own = owns(c.tiles), none = first && !own;
     const uint32 tile = own ? c.tiles : c.tiles - 1;
@@ -128,10 +131,11 @@ struct AlternatingSteps {
     finish_gradients();
     const bool passes = Types::kPassesOver && warp_any(!c.brief.last());
     if (passes) pass_over(c.tiles + 1);
-    c.multiplies().issue_whole_grad_query(tile);
+    c.multiplies().issue_whole_grad_query(tile, half);
     store(grad_value_rows(c.params), work, c.rV, 1.0f);
     take_grad_query();
-    c.release(c.storage.key_empty);
+    if (!half) c.release(c.storage.key_empty[0]);
+    if constexpr (Types::kKeyLoads > 1) c.release(c.storage.key_empty[1]);
     if (none) {
       c.hand_over({-1, 0, 0, -1});
       c.wait_room(++handover);

@@ -322,7 +322,7 @@ struct BackwardConsumer {
   template <bool kLast>
   FSA_DEVICE void step(const KeyWork& work, Logits& logits, bool first) {
     thread = opaque(thread);
-    if constexpr (kLast && Types::kStageInScores) release(storage.value_empty);
+    if constexpr (kLast && Types::kStageInScores) release(storage.value_empty[0]);
     if constexpr (kSplitKeys) ptx::wait(storage.scores_empty[score_stage(tiles)], score_phase(tiles) ^ 1);
     differentiate(work, logits, query(tiles).stage());
     if constexpr (kSplitKeys)
@@ -375,7 +375,7 @@ struct BackwardConsumer {
       if constexpr (!kLastTogether) issue_last_grad_query();
       ptx::wgmma_wait<0>();
       ptx::settle(last_grad_query());
-      if constexpr (Types::kStageInScores) release(storage.key_empty);  // sooner than there is room
+      if constexpr (Types::kStageInScores) release(storage.key_empty[0]);  // sooner than there is room
       wait_room(tiles);
       stage_grad_query(last_grad_query());
       finish_grad_query(tiles, before, -1);
@@ -479,6 +479,13 @@ struct BackwardConsumer {
 
   // ---- A work unit ----
 
+  // K or V: the warpgroup's keys, or all where some are to be cleared.
+  FSA_DEVICE void wait_keys(ptx::Mbarrier (&full)[Types::kKeyLoads], const KeyWork& work) const {
+    ptx::wait(full[Types::kKeyLoads > 1 ? index : 0], work.loads & 1);
+    if constexpr (Types::kKeyLoads > 1)
+      if (work.partial(Types::kBlockN)) ptx::wait(full[index ^ 1], work.loads & 1);
+  }
+
   FSA_DEVICE void differentiate_keys(const KeyWork& work) {
 #pragma unroll
     for (int32 i = 0; i < Types::kGradDim / 2; ++i) rK[i] = 0;
@@ -491,17 +498,18 @@ struct BackwardConsumer {
       if (passes) AlternatingSteps<Types>{*this}.pass_over(tiles);
       tiles += passes ? 1 : 0;
     }
-    ptx::wait(storage.key_full, work.loads & 1);
+    wait_keys(storage.key_full, work);
     if (work.partial(Types::kBlockN))
       clear_rows<KeyRows, Types::kBlockN>(storage.key(loads), work.seqlen_k - work.n_begin);
     GateTerms<Types>::make(*this, work, logits);
     brief = find(tiles);
     start_scores(tiles, brief);
-    ptx::wait(storage.value_full, work.loads & 1);
+    wait_keys(storage.value_full, work);
     if (work.partial(Types::kBlockN))
       clear_rows<ValueRows, Types::kBlockN>(storage.value(loads), work.seqlen_k - work.n_begin);
     multiplies().hold_values();
     start_products(tiles, brief);
+    if constexpr (Types::kKeyLoads > 1) ptx::wait(storage.key_full[index ^ 1], work.loads & 1);  // for dQ
     ptx::wgmma_wait<1>();
     ptx::settle(rS);
     apply_logits(work, logits);
@@ -571,8 +579,8 @@ struct BackwardConsumer {
   }
 
   FSA_DEVICE void release_keys() const {
-    ptx::arrive(storage.value_empty);
-    ptx::arrive(storage.key_empty);
+    ptx::arrive(storage.value_empty[0]);
+    ptx::arrive(storage.key_empty[0]);
   }
 
   // The shared memory that gradients left through is free.

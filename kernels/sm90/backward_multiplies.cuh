@@ -114,18 +114,20 @@ struct BackwardMultiplies {
     ptx::wgmma_commit();
   }
 
-  // dQ of the whole row tile, its columns' halves in the registers of S and dP.
-  FSA_DEVICE void issue_whole_grad_query(uint32 tile) {
+  // dQ of the whole row tile, its columns' halves in the registers of S and dP. `half`: dS of the first half of the keys is
+  // zero, whose K has left; the second half is read in its place.
+  FSA_DEVICE void issue_whole_grad_query(uint32 tile, bool half) {
     forget(c.rS);
     forget(c.rD);
     ptx::wgmma_fence();
     const uint64 a = ScoreTile::inner_rows(shared_address(c.storage.scores[c.score_stage(tile)][0]));
     const uint64 b = KeyRows::inner_rows(opaque_address(shared_address(c.storage.key(c.loads))));
+    constexpr int32 kHalfSteps = Types::kBlockN / 32;
 #pragma unroll
     for (int32 step = 0; step < Types::kBlockN / 16; ++step)
       ptx::multiply_shared_rows_halves<kElement>(
           c.rS, c.rD, ScoreTile::advance(a, ScoreTile::inner_rows_offset(step)),
-          KeyRows::advance(b, KeyRows::inner_rows_offset(step)), step != 0);
+          KeyRows::advance(b, KeyRows::inner_rows_offset(half ? step | kHalfSteps : step)), step != 0);
     ptx::wgmma_commit();
   }
 

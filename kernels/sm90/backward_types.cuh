@@ -63,7 +63,9 @@ struct BackwardTypes {
   static_assert(!kAlternates || (kFolded && Logits::kPlain && !kPairGate));
   // Of windows, whose first and last row tile of a column half of the keys do not see, the warpgroup that has that half
   // leaves out the tile.
-  static constexpr bool kPassesOver = kAlternates && !kSplits && Rows::kShortColumns;
+  static constexpr bool kPassesOver = kAlternates && kDescribesAhead && !kSplits;
+  // Then one is a row tile ahead of the other where a unit ends, and its half of K and V is loaded as soon as it can be.
+  static constexpr int32 kKeyLoads = kPassesOver ? 2 : 1;
   // K of the next work goes where V was, and V where K was: V is free as soon as the last dP is there, and K is wanted first.
   static constexpr bool kSwapsKeys = kAlternates;
   // The first to come to a row tile stores what others add to, and nobody clears the sums: lists and maps +1 to +4 %, windows
@@ -210,10 +212,10 @@ struct alignas(kSharedAlignment) BackwardStorage {
     ProducerState<Types> producer;
     uint64 producer_bytes[kProducerBytes / 8];
   };
-  ptx::Mbarrier key_full;
-  ptx::Mbarrier value_full;
-  ptx::Mbarrier key_empty;
-  ptx::Mbarrier value_empty;
+  ptx::Mbarrier key_full[Types::kKeyLoads];
+  ptx::Mbarrier value_full[Types::kKeyLoads];
+  ptx::Mbarrier key_empty[Types::kKeyLoads];
+  ptx::Mbarrier value_empty[Types::kKeyLoads];
   ptx::Mbarrier query_full[Types::kQueryStages];
   ptx::Mbarrier query_empty[Types::kQueryStages];
   ptx::Mbarrier grad_out_full[Types::kGradOutStages];
