@@ -91,7 +91,6 @@ FSA_DEVICE void block_columns(const BackwardParams& params) {
   __shared__ int32 before[kListRows];    // as column_bits: entries of the column above those 32 row blocks
   __shared__ int32 to_right[kListRows];  // key tiles in the row block's lists right of the key blocks
   const ForwardParams& p = params.forward;
-  ptx::admit_next_kernel();
   clear_part_counts(params);
   const int32 warp = thread_id() / kWarpThreads, lane = lane_id();
   const int32 key_blocks = ceil_div(p.max_seqlen_k, p.blocks.block_keys);
@@ -168,6 +167,8 @@ FSA_DEVICE void block_columns(const BackwardParams& params) {
     }
     __syncthreads();
   }
+  // Not sooner: backward_prepare keeps memory busy, and each read would then take 5 us (all 31 instead of 16).
+  ptx::admit_next_kernel();
   if (warp == 0 && first + lane < key_blocks) params.list_count[list + lane] = count;
 }
 
