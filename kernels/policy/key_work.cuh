@@ -37,7 +37,7 @@ struct alignas(16) RowTileBrief {
   static constexpr int32 kMasked = 1;  // some element is invisible
   static constexpr int32 kLast = 2;    // of the work
   // Where warpgroups pass over what they do not see, see backward_alternate.cuh.
-  static constexpr int32 kFirstEnds = 4;     // the first warpgroup sees nothing of the next, the last; or of this
+  static constexpr int32 kFirstEnds = 4;  // the first warpgroup sees nothing of the last, which is the next or this
   static constexpr int32 kSecondPasses = 8;  // the second sees nothing of this, the first
   static constexpr int32 kRankShift = 4;
 

@@ -2,8 +2,9 @@
 // The row tiles that a work unit of the backward visits: the forward's tile iterators seen from the keys. All
 // heads of the group, one after the other. The producer keeps a Walk in shared memory: it has 24 registers.
 //
-// kShortColumns: most columns are seen by few rows. Where kSplits says that columns may be cut, count() is the length of one, by the 32 lanes of a warp together: each
-// returns its share. Walk::skip(n) leaves out what the next n calls of next() would have found.
+// kShortColumns: most columns are seen by few rows. Where kSplits says that columns may be cut, the length of one is
+// length() where kReadsLengths says so, else count(), by the 32 lanes of a warp together: each returns its share.
+// Walk::skip(n) leaves out what the next n calls of next() would have found.
 #pragma once
 
 #include "policy/bitmap_tiles.cuh"

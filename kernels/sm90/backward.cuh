@@ -24,8 +24,9 @@
 // dQ is staged in shared memory, a warpgroup's share at a time, and added by a warp of the producer's warpgroup,
 // which may have to wait for its turn. Gradients of keys and values leave through the stages of dS, where these are
 // large enough, or a slot beside them: then V is free when both warpgroups have their last dP, and K when they have
-// their last dQ. Else they leave through K and V, which are free once that has happened. Warpgroups that share every multiply (64 keys) meet at a named barrier once a tile
-// instead; two stages of P and dS keep the faster one from overwriting what the other reads.
+// their last dQ; of windows each half of the keys is loaded by itself, V's as soon as its warpgroup has its last dP. Else
+// they leave through K and V, which are free once that has happened. Warpgroups that share every multiply (64 keys) meet
+// at a named barrier once a tile instead; two stages of P and dS keep the faster one from overwriting what the other reads.
 #pragma once
 
 #include "ptx/mbarrier.cuh"
@@ -137,7 +138,7 @@ FSA_DEVICE bool describe_rows(const BackwardParams& params, KeyWork& work, Colum
   if constexpr (Types::kSplits) {
     if (work.num_segments > 0) column.walk.skip(params, work, work.part.skip);
     column.ends.remaining = work.part.count;
-  } else {
+  } else if constexpr (!Types::kDeterministic) {
     column.ends.wanted_after = max_of(Types::Rows::count(params, work) - kAskedBefore, 0);
   }
   if (work.num_segments > 0 && next_row_tile<Types>(params, column, work)) {
@@ -146,6 +147,19 @@ FSA_DEVICE bool describe_rows(const BackwardParams& params, KeyWork& work, Colum
   }
   work.num_segments = 0;
   return false;
+}
+
+// Which warpgroup passes over row tile number `number` of this CTA, or over the next, see backward_alternate.cuh. The dQ of
+// what one passes over is the other's, and even row tiles are the first's.
+template <class Types>
+FSA_DEVICE int32 end_flags(const BackwardParams& params, const Column<Types>& column, const KeyWork& work,
+                           uint32 number, bool first, bool last) {
+  const int32 unseen = column.ends.unseen;
+  if (unseen == 0) return 0;
+  if (number % 2 != 0) return last && !first ? unseen & RowTileInfo::kFirstEnds : 0;
+  if (last) return 0;
+  return (first ? unseen & RowTileInfo::kSecondPasses : 0) |
+         (column.walk.ended(params, work) ? unseen & RowTileInfo::kFirstEnds : 0);
 }
 
 // Two jobs, of one thread each or of one for both. Who describes takes units of work and finds their first row tile, and
@@ -205,16 +219,8 @@ FSA_DEVICE void produce(const BackwardParams& params, BackwardStorage<Types>& st
       info = column.next;
       found = next_row_tile<Types>(params, column, work);
       if (!found) info.flags |= RowTileInfo::kLast;
-      if constexpr (Types::kPassesOver) {
-        // The dQ of a row tile that one warpgroup passes over is the other's.
-        const int32 unseen = column.ends.unseen;
-        if (unseen != 0 && tiles % 2 == 0 && found) {
-          if (tiles == state.first_tile) info.flags |= unseen & RowTileInfo::kSecondPasses;
-          if (column.walk.ended(params, work)) info.flags |= unseen & RowTileInfo::kFirstEnds;
-        }
-        if (unseen != 0 && tiles % 2 != 0 && !found && tiles != state.first_tile)
-          info.flags |= unseen & RowTileInfo::kFirstEnds;
-      }
+      if constexpr (Types::kPassesOver)
+        info.flags |= end_flags<Types>(params, column, work, tiles, tiles == state.first_tile, !found);
       if constexpr (Types::kSplits) {
         if (Types::kAsksEarly && !found) want_next_unit();
       } else if constexpr (!Types::kDeterministic) {

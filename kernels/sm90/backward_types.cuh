@@ -31,9 +31,9 @@ struct BackwardTypes {
   static constexpr bool kSplits = Rows::kSplits;
   // A column of a map or a list takes reads of global memory to describe, one behind the other: 8500 clocks where a range
   // takes 3300. A thread of its own does it a unit ahead. Deterministic units must not be taken ahead of time; at
-  // head_dim 64 ptxas would serialise every multiply (C7511).
+  // head_dim 64 ptxas would serialise every multiply (C7511). It loads K and V, too, so that neither waits for the other.
   static constexpr bool kDescribesAhead =
-      !kDeterministic && (kSplits ? kDim >= 128 : Rows::kShortColumns && kDim == 128);
+      !kDeterministic && (kSplits ? kDim >= 128 : Rows::kShortColumns && backward_alternates(kTile));
   // Others ask for a unit before they want it. Deterministic ones must not: it would start late, and later units wait for it.
   static constexpr bool kAsksEarly = !kDeterministic && !kDescribesAhead;
   using Schedule = KeySchedule<kBlockN, kDeterministic, kSplits>;
