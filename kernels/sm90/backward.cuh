@@ -47,7 +47,7 @@ FSA_DEVICE void init_barriers(BackwardStorage<Types>& storage) {
     ptx::init(storage.key_full[i], 1);
     ptx::init(storage.value_full[i], 1);
     ptx::init(storage.key_empty[i], kReaders);
-    ptx::init(storage.value_empty[i], kReaders / Types::kKeyLoads);
+    ptx::init(storage.value_empty[i], kReaders);
   }
   for (int32 i = 0; i < Types::kQueryStages; ++i) {
     ptx::init(storage.query_full[i], 1);

@@ -509,7 +509,10 @@ struct BackwardConsumer {
       clear_rows<ValueRows, Types::kBlockN>(storage.value(loads), work.seqlen_k - work.n_begin);
     multiplies().hold_values();
     start_products(tiles, brief);
-    if constexpr (Types::kKeyLoads > 1) ptx::wait(storage.key_full[index ^ 1], work.loads & 1);  // for dQ
+    if constexpr (Types::kKeyLoads > 1) {  // for dQ. Not before all have seen it may it be filled again
+      ptx::wait(storage.key_full[index ^ 1], work.loads & 1);
+      release(storage.value_empty[index ^ 1]);
+    }
     ptx::wgmma_wait<1>();
     ptx::settle(rS);
     apply_logits(work, logits);
