@@ -91,7 +91,9 @@ FSA_DEVICE bool add_row_tile(const BackwardParams& params, BackwardStorage<Types
   if (leads) {
     ptx::wait_stores_read();
     if (Types::kAlternates && some) ptx::arrive(storage.scores_empty[storage.handed.sums[index].stage]);
-    const int32 next = storage.handed.sums[index].next;
+    const int32 next = Types::kSaysNext         ? storage.handed.sums[index].next
+                       : Types::kSplits || last ? -1
+                                                : number + 1;
     ptx::arrive(storage.handed_empty[index]);
     if ((Types::kDeterministic && some) || first) {
       ptx::wait_stores();

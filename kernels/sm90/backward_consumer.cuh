@@ -420,7 +420,7 @@ struct BackwardConsumer {
   }
 
   FSA_DEVICE void finish_grad_query(uint32 tile, const RowTileBrief& of, int32 next) {
-    hand_over({of.number, of.order(), score_stage(tile), Types::kFirstStores ? next : -1});
+    hand_over({of.number, of.order(), score_stage(tile), Types::kSaysNext ? next : -1});
     release(storage.scores_empty[score_stage(tile)]);
   }
 

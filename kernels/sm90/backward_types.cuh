@@ -73,6 +73,9 @@ struct BackwardTypes {
   // has half of the time (head_dim 64).
   static constexpr bool kFirstStores =
       kDeterministic || (backward_first_stores(kTile) && Config::RowIterator::kShortColumns);
+  // Whoever hands sums over says which row tile it has next, so that an adder can look at it early. Elsewhere the adder
+  // takes the next of a range: told by warpgroups at head_dim 64, ptxas arranged a deterministic loop anew (-23 %).
+  static constexpr bool kSaysNext = kAlternates || (kFirstStores && kSplits && !kDeterministic);
   // The main kernel clears them. Where columns may be cut, units come in another order than waves of heads.
   static constexpr bool kClearsSums = kStagedGradQuery && !kFirstStores && !kSplits;
   // Without room to stage dQ warps add it; then a thread of an idle warp passes on their turn.
