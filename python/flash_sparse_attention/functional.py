@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     Blocks = BlockMask | flex_attention.BlockMask | Tensor
 
 Window = tuple[int | None, int | None]
+OPEN_WINDOW: Window = (-1, -1)
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
 
 def attention(
@@ -29,7 +31,7 @@ def attention(
     value: Array,
     *,
     causal: bool = False,
-    window_size: Window = (-1, -1),
+    window_size: Window = OPEN_WINDOW,
     window_sizes: Array | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
@@ -181,7 +183,7 @@ def kept_fraction(
     seqlen_k: int,
     head_dim: int,
     causal: bool = False,
-    window_size: Window = (-1, -1),
+    window_size: Window = OPEN_WINDOW,
     window_sizes: Array | None = None,
     num_kv_heads: int | None = None,
     cu_seqlens_q: Array | None = None,
@@ -409,7 +411,7 @@ def collect(
     key: Array,
     value: Array,
     causal: bool = False,
-    window_size: Window = (-1, -1),
+    window_size: Window = OPEN_WINDOW,
     window_sizes: Array | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
@@ -434,14 +436,7 @@ def collect(
     block_mask: Blocks | None = None,
 ) -> tuple[ops.Inputs, ops.Options]:
     """The arguments of attention, whose parameters these are, as the two tuples of ops.py."""
-    try:
-        left, right = window_size
-    except (TypeError, ValueError):
-        raise ValueError(f"window_size: {window_size!r}, must be a pair (left, right)") from None
-    left, right = -1 if left is None else left, -1 if right is None else right
-    for size in (left, right):
-        if isinstance(size, int) and size < -1:
-            raise ValueError(f"window_size: {tuple(window_size)}, must be -1 or None (open), 0 or above")
+    left, right = OPEN_WINDOW if window_size is OPEN_WINDOW else _window_sides(window_size)
     inputs = (
         query,
         key,
@@ -485,8 +480,20 @@ def _lengths(query: Any, key: Any) -> tuple[int, int]:
     return tuple(tensor.shape[1] if len(tensor.shape) == 4 else -1 for tensor in (query, key))
 
 
+def _window_sides(window_size: Window) -> tuple[int, int]:
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise ValueError(f"window_size: {window_size!r}, must be a pair (left, right)") from None
+    left, right = -1 if left is None else left, -1 if right is None else right
+    for size in (left, right):
+        if isinstance(size, int) and size < -1:
+            raise ValueError(f"window_size: {tuple(window_size)}, must be -1 or None (open), 0 or above")
+    return left, right
+
+
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+    if isinstance(value, _NUMBERS):
         return value
     try:
         if isinstance(value, (str, bytes)):

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch.compiler import is_dynamo_compiling
 
 from . import _C
 
@@ -76,7 +78,7 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the tensors are ordinary ones that nothing watches, so that their memory can be used."""
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return False
     for tensor in tensors:
         if tensor is not None and type(tensor) not in _PLAIN_TYPES:
@@ -84,9 +86,9 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     return not (
         tensors[0] is None
         or tensors[0].is_meta
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
+        or _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state()
     )
 
 
@@ -114,8 +116,10 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
 
 
 def _empty_out(query: Tensor, value: Tensor) -> Tensor:
-    """[..., head_dim_v]; empty_like takes half the time of empty."""
-    if query.size(-1) == value.size(-1):
+    """[..., head_dim_v], contiguous; empty_like takes half the time of empty, and less without a format."""
+    if query.shape[-1] == value.shape[-1]:
+        if query.is_contiguous():
+            return torch.empty_like(query)
         return torch.empty_like(query, memory_format=torch.contiguous_format)
     return empty(query, (*query.shape[:-1], value.shape[-1]))
 
